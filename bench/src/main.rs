@@ -1,0 +1,3 @@
+//! The `pando-bench` command.
+
+fn main() {}

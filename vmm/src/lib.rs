@@ -1,0 +1,3 @@
+//! Pando: a userspace-paged virtual machine monitor. One template VM, many clones.
+
+pub mod memory;

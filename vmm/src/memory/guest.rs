@@ -1,0 +1,293 @@
+// UNSAFETY: guest RAM is host memory that this process, the guest and the pager share. This file
+// turns backings into `vm-memory` regions by raw address and keeps each backing alive for as long
+// as the region; it is the only code of this crate that does so. All access goes through
+// `vm-memory`'s volatile copies: no reference or slice to guest memory exists anywhere.
+#![expect(
+    unsafe_code,
+    reason = "maps backings into vm-memory regions by raw address"
+)]
+//! Guest RAM as this process sees it: backings joined to the guest's address map.
+
+use std::fs::File;
+use std::io;
+
+use memmap2::{MmapMut, MmapOptions, MmapRaw};
+use pando_pager::CloneMemory;
+use thiserror::Error;
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use super::layout::RamLayout;
+use super::slots::Slots;
+
+/// Why guest memory could not be made or touched.
+#[derive(Debug, Error)]
+pub enum GuestMemoryError {
+    /// The kernel refused a mapping.
+    #[error("cannot map {bytes} bytes of guest memory")]
+    Map {
+        /// Size of the mapping.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The backings do not match the layout.
+    #[error("memory backend {backend} has {actual} bytes where the machine needs {expected}")]
+    BackingSize {
+        /// Position of the backend in the machine.
+        backend: usize,
+        /// What the layout asks for.
+        expected: u64,
+        /// What the backing has.
+        actual: u64,
+    },
+    /// A region could not be built; addresses overlap or overflow.
+    #[error("guest memory at {guest_address:#x} cannot be placed: {reason}")]
+    Place {
+        /// First guest physical address.
+        guest_address: u64,
+        /// What `vm-memory` said.
+        reason: String,
+    },
+    /// An access outside RAM.
+    #[error("guest memory access of {bytes} bytes at {guest_address:#x} is outside RAM")]
+    Access {
+        /// First guest physical address.
+        guest_address: u64,
+        /// Length of the access.
+        bytes: usize,
+        /// What `vm-memory` said.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+}
+
+/// Host memory of one backend. What it is decides what can happen to it: only `Shared` can write
+/// a file.
+#[derive(Debug)]
+pub enum RamBacking {
+    /// A template being made: the file, mapped shared; guest writes go to the file.
+    Shared(MmapRaw),
+    /// Engine `kernel`: a private mapping of a file that is open read-only.
+    Private(MmapMut),
+    /// Anonymous memory of a VM that is no clone.
+    Anonymous(MmapRaw),
+    /// Engine `copy`: anonymous memory that the pager fills.
+    Paged(CloneMemory),
+}
+
+impl RamBacking {
+    /// Maps the first `bytes` of a template's RAM file shared and writable.
+    pub fn shared(file: &File, bytes: u64) -> Result<Self, GuestMemoryError> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        MmapOptions::new()
+            .len(length)
+            .map_raw(file)
+            .map(Self::Shared)
+            .map_err(|source| GuestMemoryError::Map { bytes, source })
+    }
+
+    /// Maps the first `bytes` of `file`, which may be open read-only, privately: writes stay here.
+    pub fn private(file: &File, bytes: u64) -> Result<Self, GuestMemoryError> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        // SAFETY: the mapping is never turned into a reference: only its address is used, and all
+        // access is by volatile copy. A file that changes underneath is a refused template.
+        unsafe {
+            MmapOptions::new()
+                .len(length)
+                .no_reserve_swap()
+                .map_copy(file)
+        }
+        .map(Self::Private)
+        .map_err(|source| GuestMemoryError::Map { bytes, source })
+    }
+
+    /// Fresh zeroed memory.
+    pub fn anonymous(bytes: u64) -> Result<Self, GuestMemoryError> {
+        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+        MmapOptions::new()
+            .len(length)
+            .no_reserve_swap()
+            .map_anon()
+            .map(|mapping| Self::Anonymous(mapping.into()))
+            .map_err(|source| GuestMemoryError::Map { bytes, source })
+    }
+
+    fn host_address(&self) -> *mut u8 {
+        match self {
+            Self::Shared(mapping) | Self::Anonymous(mapping) => mapping.as_mut_ptr(),
+            Self::Private(mapping) => mapping.as_ptr().cast_mut(),
+            Self::Paged(memory) => memory.host_address(),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Shared(mapping) | Self::Anonymous(mapping) => mapping.len() as u64,
+            Self::Private(mapping) => mapping.len() as u64,
+            Self::Paged(memory) => memory.bytes(),
+        }
+    }
+}
+
+/// All RAM of one machine: the backings, where the guest sees them, and copies in and out.
+#[derive(Debug)]
+pub struct GuestRam {
+    // Before `backings`: regions are dropped while the memory that they point to is still mapped.
+    regions: GuestMemoryMmap<()>,
+    slots: Slots,
+    layout: RamLayout,
+    backings: Vec<RamBacking>,
+}
+
+impl GuestRam {
+    /// Joins one backing per backend to the address map.
+    pub fn new(layout: RamLayout, backings: Vec<RamBacking>) -> Result<Self, GuestMemoryError> {
+        for (backend, &expected) in layout.backend_bytes().iter().enumerate() {
+            let actual = backings.get(backend).map_or(0, RamBacking::bytes);
+            if actual != expected {
+                return Err(GuestMemoryError::BackingSize {
+                    backend,
+                    expected,
+                    actual,
+                });
+            }
+        }
+        let bases: Vec<u64> = backings
+            .iter()
+            .map(|backing| backing.host_address() as u64)
+            .collect();
+        let slots = Slots::new(&layout, &bases).ok_or(GuestMemoryError::BackingSize {
+            backend: backings.len(),
+            expected: layout.total_bytes(),
+            actual: backings.iter().map(RamBacking::bytes).sum(),
+        })?;
+        let mut regions = Vec::new();
+        for segment in layout.segments() {
+            let place = |reason: String| GuestMemoryError::Place {
+                guest_address: segment.guest_address,
+                reason,
+            };
+            let bytes = usize::try_from(segment.bytes).map_err(|e| place(e.to_string()))?;
+            let offset =
+                usize::try_from(segment.backend_offset_bytes).map_err(|e| place(e.to_string()))?;
+            let base = backings[segment.backend]
+                .host_address()
+                .wrapping_add(offset);
+            let builder = MmapRegionBuilder::new(bytes)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_NORESERVE);
+            // SAFETY: `base..base + bytes` lies inside the backing, whose size was checked above
+            // and which `self.backings` keeps mapped for longer than the regions live.
+            let region = unsafe { builder.with_raw_mmap_pointer(base) }
+                .build()
+                .map_err(|e| place(e.to_string()))?;
+            let region = GuestRegionMmap::new(region, GuestAddress(segment.guest_address))
+                .ok_or_else(|| place("address overflow".to_owned()))?;
+            regions.push(region);
+        }
+        let regions =
+            GuestMemoryMmap::from_regions(regions).map_err(|e| GuestMemoryError::Place {
+                guest_address: 0,
+                reason: e.to_string(),
+            })?;
+        Ok(Self {
+            regions,
+            slots,
+            layout,
+            backings,
+        })
+    }
+
+    /// The KVM memory slots of this RAM.
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// Where the RAM lies in the guest.
+    pub fn layout(&self) -> &RamLayout {
+        &self.layout
+    }
+
+    /// The backings, in the machine's order.
+    pub fn backings(&self) -> &[RamBacking] {
+        &self.backings
+    }
+
+    /// The same RAM for code written against `vm-memory` (loaders, virtqueues).
+    pub fn as_vm_memory(&self) -> &GuestMemoryMmap<()> {
+        &self.regions
+    }
+
+    /// Copies `bytes` into RAM; may fault pages in.
+    pub fn write(&self, guest_address: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
+        self.regions
+            .write_slice(bytes, GuestAddress(guest_address))
+            .map_err(|source| GuestMemoryError::Access {
+                guest_address,
+                bytes: bytes.len(),
+                source,
+            })
+    }
+
+    /// Fills `buffer` from RAM; may fault pages in.
+    pub fn read(&self, guest_address: u64, buffer: &mut [u8]) -> Result<(), GuestMemoryError> {
+        let length = buffer.len();
+        self.regions
+            .read_slice(buffer, GuestAddress(guest_address))
+            .map_err(|source| GuestMemoryError::Access {
+                guest_address,
+                bytes: length,
+                source,
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_give_back_what_was_written_across_a_backend_boundary() {
+        let layout = RamLayout::new(&[1 << 20, 1 << 20]).unwrap();
+        let backings = vec![
+            RamBacking::anonymous(1 << 20).unwrap(),
+            RamBacking::anonymous(1 << 20).unwrap(),
+        ];
+        let ram = GuestRam::new(layout, backings).unwrap();
+        let address = (1 << 20) - 3;
+        ram.write(address, b"aspen").unwrap();
+        let mut back = [0; 5];
+        ram.read(address, &mut back).unwrap();
+        assert_eq!(&back, b"aspen");
+        let error = ram.write((2 << 20) - 1, b"xy").unwrap_err();
+        assert!(error.to_string().contains("outside RAM"), "{error}");
+    }
+
+    #[test]
+    fn a_private_backing_never_writes_its_file() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8192).unwrap();
+        let read_only = File::open(file.path()).unwrap();
+        let backing = RamBacking::private(&read_only, 8192).unwrap();
+        let ram = GuestRam::new(RamLayout::new(&[8192]).unwrap(), vec![backing]).unwrap();
+        ram.write(4096, b"private").unwrap();
+        assert!(
+            std::fs::read(file.path())
+                .unwrap()
+                .iter()
+                .all(|&byte| byte == 0)
+        );
+    }
+
+    #[test]
+    fn a_backing_of_the_wrong_size_is_refused_by_number() {
+        let layout = RamLayout::new(&[8192]).unwrap();
+        let error = GuestRam::new(layout, vec![RamBacking::anonymous(4096).unwrap()]).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "memory backend 0 has 4096 bytes where the machine needs 8192"
+        );
+    }
+}

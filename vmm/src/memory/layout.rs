@@ -1,0 +1,207 @@
+#![forbid(unsafe_code)]
+//! The guest physical address map: RAM below and above the MMIO gap, and what lies in the gap.
+
+use thiserror::Error;
+
+/// RAM below 4 GiB ends here at the latest; the gap up to 4 GiB belongs to devices.
+pub const MMIO_GAP_START: u64 = 0xc000_0000;
+/// RAM that does not fit below [`MMIO_GAP_START`] continues here.
+pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
+/// Base of the in-kernel I/O APIC (fixed by KVM).
+pub const IO_APIC_BASE: u64 = 0xfec0_0000;
+/// Base of the in-kernel local APICs (fixed by the architecture).
+pub const LOCAL_APIC_BASE: u64 = 0xfee0_0000;
+/// Three pages that KVM needs on Intel for real mode (`KVM_SET_TSS_ADDR`).
+pub const KVM_TSS_ADDRESS: u64 = 0xfffb_d000;
+/// One page that KVM needs on Intel for real mode (`KVM_SET_IDENTITY_MAP_ADDR`).
+pub const KVM_IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+/// Size of a guest page in bytes.
+pub const PAGE_BYTES: u64 = 4096;
+
+/// Why backends cannot be placed in the guest.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum LayoutError {
+    /// A machine has at least one backend.
+    #[error("the machine has no memory backend: give it at least one")]
+    NoBackend,
+    /// A backend of no or of partial pages.
+    #[error(
+        "memory backend {backend} is {bytes} bytes: sizes must be a positive multiple of {PAGE_BYTES}"
+    )]
+    BadSize {
+        /// Position of the backend in the machine.
+        backend: usize,
+        /// Its size.
+        bytes: u64,
+    },
+    /// The sum of all backends does not fit into 64 bits.
+    #[error("memory backends add up to more than 2^64 bytes")]
+    TooLarge,
+}
+
+/// A run of guest physical addresses that one backend provides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RamSegment {
+    /// First guest physical address.
+    pub guest_address: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Which backend, in the machine's order.
+    pub backend: usize,
+    /// Where the segment begins inside that backend, in bytes.
+    pub backend_offset_bytes: u64,
+}
+
+/// Where all RAM lies; segments are in ascending guest address order and never overlap.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RamLayout {
+    segments: Vec<RamSegment>,
+    backends: Vec<u64>,
+}
+
+impl RamLayout {
+    /// Places backends of the given sizes one after the other, the first at address 0, leaving out
+    /// the MMIO gap.
+    pub fn new(backend_bytes: &[u64]) -> Result<Self, LayoutError> {
+        if backend_bytes.is_empty() {
+            return Err(LayoutError::NoBackend);
+        }
+        let mut segments = Vec::new();
+        let mut next = 0_u64;
+        for (backend, &bytes) in backend_bytes.iter().enumerate() {
+            if bytes == 0 || bytes % PAGE_BYTES != 0 {
+                return Err(LayoutError::BadSize { backend, bytes });
+            }
+            let mut placed = 0;
+            while placed < bytes {
+                if next == MMIO_GAP_START {
+                    next = HIGH_RAM_START;
+                }
+                let room = if next < MMIO_GAP_START {
+                    MMIO_GAP_START - next
+                } else {
+                    u64::MAX - next
+                };
+                let length = (bytes - placed).min(room);
+                if length == 0 {
+                    return Err(LayoutError::TooLarge);
+                }
+                segments.push(RamSegment {
+                    guest_address: next,
+                    bytes: length,
+                    backend,
+                    backend_offset_bytes: placed,
+                });
+                next += length;
+                placed += length;
+            }
+        }
+        Ok(Self {
+            segments,
+            backends: backend_bytes.to_vec(),
+        })
+    }
+
+    /// All segments, lowest guest address first.
+    pub fn segments(&self) -> &[RamSegment] {
+        &self.segments
+    }
+
+    /// Size of each backend in bytes, in the machine's order.
+    pub fn backend_bytes(&self) -> &[u64] {
+        &self.backends
+    }
+
+    /// All RAM in bytes.
+    pub fn total_bytes(&self) -> u64 {
+        self.backends.iter().sum()
+    }
+
+    /// First address behind the RAM below the gap.
+    pub fn low_ram_end(&self) -> u64 {
+        self.segments
+            .iter()
+            .filter(|segment| segment.guest_address < MMIO_GAP_START)
+            .map(|segment| segment.guest_address + segment.bytes)
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// First address behind the RAM above the gap, if there is any.
+    pub fn high_ram_end(&self) -> Option<u64> {
+        self.segments
+            .iter()
+            .filter(|segment| segment.guest_address >= HIGH_RAM_START)
+            .map(|segment| segment.guest_address + segment.bytes)
+            .max()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn small_ram_is_one_segment_at_zero() {
+        let layout = RamLayout::new(&[64 << 20]).unwrap();
+        assert_eq!(layout.segments().len(), 1);
+        assert_eq!(layout.low_ram_end(), 64 << 20);
+        assert_eq!(layout.high_ram_end(), None);
+    }
+
+    #[test]
+    fn five_gib_are_split_around_the_gap() {
+        let layout = RamLayout::new(&[5 * GIB]).unwrap();
+        let [low, high] = layout.segments() else {
+            panic!("two segments")
+        };
+        assert_eq!((low.guest_address, low.bytes), (0, MMIO_GAP_START));
+        assert_eq!(
+            (high.guest_address, high.bytes),
+            (HIGH_RAM_START, 5 * GIB - MMIO_GAP_START)
+        );
+        assert_eq!(high.backend_offset_bytes, MMIO_GAP_START);
+    }
+
+    #[test]
+    fn sizes_that_are_no_pages_are_refused() {
+        assert_eq!(RamLayout::new(&[]), Err(LayoutError::NoBackend));
+        assert_eq!(
+            RamLayout::new(&[GIB, 4097]),
+            Err(LayoutError::BadSize {
+                backend: 1,
+                bytes: 4097
+            })
+        );
+        assert_eq!(
+            RamLayout::new(&[0]),
+            Err(LayoutError::BadSize {
+                backend: 0,
+                bytes: 0
+            })
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn every_byte_is_placed_once_and_outside_the_gap(
+            pages in proptest::collection::vec(1_u64..3_000_000, 1..5),
+        ) {
+            let bytes: Vec<u64> = pages.iter().map(|p| p * PAGE_BYTES).collect();
+            let layout = RamLayout::new(&bytes).unwrap();
+            let mut end = 0;
+            let mut placed = vec![0; bytes.len()];
+            for s in layout.segments() {
+                prop_assert!(s.guest_address >= end);
+                end = s.guest_address + s.bytes;
+                prop_assert!(end <= MMIO_GAP_START || s.guest_address >= HIGH_RAM_START);
+                prop_assert_eq!(placed[s.backend], s.backend_offset_bytes);
+                placed[s.backend] += s.bytes;
+            }
+            prop_assert_eq!(placed, bytes);
+        }
+    }
+}

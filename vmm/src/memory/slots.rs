@@ -1,0 +1,114 @@
+#![forbid(unsafe_code)]
+//! Where guest addresses and pages of an image meet: one KVM memory slot per RAM segment.
+//!
+//! The pager speaks pages of an image, the rest of the VMM speaks guest addresses; nothing but
+//! this file converts between the two.
+
+use super::layout::{PAGE_BYTES, RamLayout};
+
+/// One KVM memory slot: a run of guest addresses, the host memory behind it, and the pages of the
+/// backend's image that it shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot {
+    /// KVM's slot number.
+    pub number: u32,
+    /// First guest physical address.
+    pub guest_address: u64,
+    /// First address in this process.
+    pub host_address: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Which backend, in the machine's order.
+    pub backend: usize,
+    /// First page of that backend's image.
+    pub first_page: u64,
+}
+
+/// All slots of a machine, in ascending guest address order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Slots {
+    slots: Vec<Slot>,
+}
+
+impl Slots {
+    /// Pairs each segment of `layout` with host memory; `host_base` has the first host address of
+    /// each backend, in the machine's order.
+    ///
+    /// Returns `None` when a backend has no host address or there are more segments than slots.
+    pub fn new(layout: &RamLayout, host_base: &[u64]) -> Option<Self> {
+        let slots = layout
+            .segments()
+            .iter()
+            .enumerate()
+            .map(|(number, segment)| {
+                Some(Slot {
+                    number: u32::try_from(number).ok()?,
+                    guest_address: segment.guest_address,
+                    host_address: host_base
+                        .get(segment.backend)?
+                        .checked_add(segment.backend_offset_bytes)?,
+                    bytes: segment.bytes,
+                    backend: segment.backend,
+                    first_page: segment.backend_offset_bytes / PAGE_BYTES,
+                })
+            })
+            .collect::<Option<Vec<_>>>()?;
+        Some(Self { slots })
+    }
+
+    /// All slots, lowest guest address first.
+    pub fn iter(&self) -> impl Iterator<Item = &Slot> {
+        self.slots.iter()
+    }
+
+    /// The backend and the page of its image that a guest address shows; `None` outside RAM.
+    pub fn page_at(&self, guest_address: u64) -> Option<(usize, u64)> {
+        self.slots
+            .iter()
+            .find(|slot| {
+                (slot.guest_address..slot.guest_address + slot.bytes).contains(&guest_address)
+            })
+            .map(|slot| {
+                (
+                    slot.backend,
+                    slot.first_page + (guest_address - slot.guest_address) / PAGE_BYTES,
+                )
+            })
+    }
+
+    /// The guest address at which a page of a backend's image is seen; `None` past its end.
+    pub fn guest_address_of(&self, backend: usize, page: u64) -> Option<u64> {
+        self.slots
+            .iter()
+            .find(|slot| {
+                slot.backend == backend
+                    && (slot.first_page..slot.first_page + slot.bytes / PAGE_BYTES).contains(&page)
+            })
+            .map(|slot| slot.guest_address + (page - slot.first_page) * PAGE_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::layout::HIGH_RAM_START;
+
+    #[test]
+    fn pages_and_addresses_convert_both_ways_around_the_gap() {
+        let layout = RamLayout::new(&[5 << 30]).unwrap();
+        let slots = Slots::new(&layout, &[0x7f00_0000_0000]).unwrap();
+        let above_gap = HIGH_RAM_START + 3 * PAGE_BYTES + 5;
+        let (backend, page) = slots.page_at(above_gap).unwrap();
+        assert_eq!((backend, page), (0, (3 << 30) / PAGE_BYTES + 3));
+        assert_eq!(slots.guest_address_of(0, page), Some(above_gap - 5));
+        assert_eq!(slots.page_at(0xd000_0000), None, "the gap is not RAM");
+        assert_eq!(slots.guest_address_of(0, (5 << 30) / PAGE_BYTES), None);
+        assert_eq!(slots.guest_address_of(1, 0), None);
+    }
+
+    #[test]
+    fn a_backend_without_memory_gives_no_slots() {
+        let layout = RamLayout::new(&[1 << 20, 1 << 20]).unwrap();
+        assert_eq!(Slots::new(&layout, &[0x1000]), None);
+    }
+}
