@@ -7,9 +7,9 @@ use crate::memory::guest::{GuestMemoryError, GuestRam};
 use crate::memory::layout::PAGE_BYTES;
 
 /// Entries of one table.
-const ENTRIES: u64 = 512;
+const ENTRIES: usize = 512;
 /// One page directory maps a GiB; four cover everything that 32 bits reach.
-const DIRECTORIES: u64 = 4;
+const DIRECTORIES: usize = 4;
 /// Present, writable.
 const TABLE_FLAGS: u64 = 0b11;
 /// Present, writable, a page of 2 MiB.
@@ -23,10 +23,14 @@ pub(super) fn write_page_tables(ram: &GuestRam) -> Result<(), GuestMemoryError> 
     let directories = pointers + PAGE_BYTES;
     let mut entries = table([pointers | TABLE_FLAGS]);
     entries.extend(table(
-        (0..DIRECTORIES).map(|number| directories + number * PAGE_BYTES | TABLE_FLAGS),
+        (0..)
+            .take(DIRECTORIES)
+            .map(|number| (directories + number * PAGE_BYTES) | TABLE_FLAGS),
     ));
     entries.extend(
-        (0..DIRECTORIES * ENTRIES).map(|number| number * LARGE_PAGE_BYTES | LARGE_PAGE_FLAGS),
+        (0..)
+            .take(DIRECTORIES * ENTRIES)
+            .map(|number| (number * LARGE_PAGE_BYTES) | LARGE_PAGE_FLAGS),
     );
     ram.write(PAGE_TABLES_ADDRESS, &to_bytes(&entries))
 }
@@ -45,7 +49,7 @@ pub(super) fn write_descriptor_table(
 /// One table: the given entries, the rest not present.
 fn table(used: impl IntoIterator<Item = u64>) -> Vec<u64> {
     let mut entries: Vec<u64> = used.into_iter().collect();
-    entries.resize(ENTRIES as usize, 0);
+    entries.resize(ENTRIES, 0);
     entries
 }
 
