@@ -8,6 +8,10 @@
 //! registers for power-off and reset. There is no RTC, no VGA, no PS/2 controller to probe (its
 //! reset command works all the same), and no PCI.
 //!
+//! Such a guest never programs the legacy interrupt controller (8259), so it must start with every
+//! line masked, as firmware leaves it: KVM's begins unmasked and would deliver COM1's interrupt a
+//! second time, as an exception vector.
+//!
 //! No interrupt source override: the in-kernel I/O APIC has the PIT at pin 0, as KVM routes it
 //! unless told otherwise, and a hardware-reduced guest does not use it.
 
