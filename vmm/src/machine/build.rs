@@ -223,7 +223,6 @@ impl Shell {
             vm: self.vm,
             msrs: msr::to_save(&listed),
             tsc_khz,
-            ram: Arc::clone(&self.ram),
         };
         let name = "machine".to_owned();
         let thread = thread::Builder::new()
