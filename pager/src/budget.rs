@@ -9,7 +9,7 @@ pub struct Budget {
     /// Read buffers in chunks of 16 KiB, and with that the most reads in flight. The memory is
     /// pinned while the pager serves. Reached: faults wait for a buffer (`limit="buffers"`).
     pub read_chunks: usize,
-    /// Faults that wait for bytes. Reached: further ones stay in the kernel's queue until there is
+    /// Faults that wait for bytes; at least 64, as many as one read takes. Reached: further ones stay in the kernel's queue until there is
     /// room (`limit="queue"`); their deadline starts when they are taken from there.
     pub waiting_faults: usize,
     /// Pages that one fault of a walk through data may install, the one asked for included.

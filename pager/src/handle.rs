@@ -37,6 +37,9 @@ pub enum IoMode {
     Auto,
     /// io_uring, or an error.
     Uring,
+    /// io_uring, but as on a kernel whose ring cannot wait for messages of a userfaultfd: it polls
+    /// and read(2) takes them. Or an error.
+    UringPoll,
     /// pread with a few threads.
     Pread,
 }
@@ -174,6 +177,14 @@ impl Pager<Idle> {
         decorate: impl FnOnce(Box<dyn PageSource>) -> Box<dyn PageSource> + Send + 'static,
     ) -> Self {
         self.state.decorate = Some(Box::new(decorate));
+        self
+    }
+
+    /// Makes pages that cannot be had inaccessible in another way than the kernel's best: for
+    /// guests that tell the two apart, and to see what older kernels do.
+    #[must_use]
+    pub fn with_poison_method(mut self, method: PoisonMethod) -> Self {
+        self.state.health = Health::new(method);
         self
     }
 
@@ -398,9 +409,16 @@ fn connect(
     stop: Arc<OwnedFd>,
 ) -> Result<(Port, Box<dyn PageSource>), PagerError> {
     if options.io != IoMode::Pread {
-        match Ring::new(files.clone(), pool, Arc::clone(uffd), Arc::clone(&stop)) {
+        let poll = options.io == IoMode::UringPoll;
+        match Ring::new(
+            files.clone(),
+            pool,
+            Arc::clone(uffd),
+            Arc::clone(&stop),
+            poll,
+        ) {
             Ok(ring) => return Ok((Port::Ring(Box::new(ring)), Box::new(FileSource))),
-            Err(error) if options.io == IoMode::Uring => return Err(PagerError::Uring(error)),
+            Err(error) if options.io != IoMode::Auto => return Err(PagerError::Uring(error)),
             Err(error) => tracing::info!(%error, "io_uring is refused, reading with pread"),
         }
     }

@@ -172,7 +172,7 @@ impl Health {
         self.state().on_failure = Some(Arc::from(notice));
     }
 
-    pub(crate) fn report(&self, page: PoisonedPage) {
+    pub(crate) fn report(&self, page: &PoisonedPage) {
         let notice = {
             let mut state = self.state();
             state.total += 1;
@@ -182,7 +182,7 @@ impl Health {
             state.on_poison.clone()
         };
         if let Some(notice) = notice {
-            notice(&page);
+            notice(page);
         }
     }
 

@@ -59,7 +59,7 @@ impl PageCount {
 
     /// As many pages as `bytes` fills exactly; `None` for a partial page.
     pub const fn from_bytes(bytes: u64) -> Option<Self> {
-        if bytes % PAGE_BYTES == 0 {
+        if bytes.is_multiple_of(PAGE_BYTES) {
             Some(Self::new(bytes / PAGE_BYTES))
         } else {
             None

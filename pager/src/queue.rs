@@ -87,12 +87,24 @@ impl Queue {
         waiters.map(|waiter| waiter.attempts).max().unwrap_or(0)
     }
 
-    /// `read` failed its waiters: they count the try and wait for another.
+    /// `read` failed its waiters: they count the try and wait for another, of their page alone.
     pub(crate) fn release(&mut self, read: ReadSlot) {
         for waiter in &mut self.waiters {
             if waiter.read == Some(read) {
                 waiter.read = None;
+                waiter.window.pages = 1;
                 waiter.attempts += 1;
+            }
+        }
+    }
+
+    /// `read` failed, but perhaps only for pages that nobody waits for: its waiters wait for
+    /// another of their page alone, which counts as their first try.
+    pub(crate) fn narrow(&mut self, read: ReadSlot) {
+        for waiter in &mut self.waiters {
+            if waiter.read == Some(read) {
+                waiter.read = None;
+                waiter.window.pages = 1;
             }
         }
     }
@@ -104,6 +116,7 @@ impl Queue {
         for waiter in &mut self.waiters {
             if waiter.image == image && waiter.page == page {
                 waiter.read = None;
+                waiter.window.pages = 1;
                 waiter.attempts += 1;
                 most = most.max(Some(waiter.attempts));
             }

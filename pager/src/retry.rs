@@ -64,14 +64,25 @@ impl RetryReason {
     }
 }
 
+impl ReadFailure {
+    /// The reason that trying again is counted under.
+    pub(crate) fn reason(self) -> RetryReason {
+        match self {
+            Self::Errno(Errno::INTR | Errno::AGAIN | Errno::NOMEM | Errno::NOBUFS) => {
+                RetryReason::ReadAgain
+            }
+            Self::Errno(_) => RetryReason::ReadError,
+            Self::Short { .. } => RetryReason::ShortRead,
+        }
+    }
+}
+
 /// Decides after `attempts` tries that failed before this one.
 pub(crate) fn decide(failure: ReadFailure, attempts: u32) -> Decision {
-    let (reason, limit) = match failure {
-        ReadFailure::Errno(Errno::INTR | Errno::AGAIN | Errno::NOMEM | Errno::NOBUFS) => {
-            (RetryReason::ReadAgain, INTERRUPTED_RETRIES)
-        }
-        ReadFailure::Errno(_) => (RetryReason::ReadError, ERROR_RETRIES),
-        ReadFailure::Short { .. } => (RetryReason::ShortRead, ERROR_RETRIES),
+    let reason = failure.reason();
+    let limit = match reason {
+        RetryReason::ReadAgain => INTERRUPTED_RETRIES,
+        _ => ERROR_RETRIES,
     };
     if attempts < limit {
         return Decision::Again(reason);

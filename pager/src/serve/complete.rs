@@ -154,6 +154,11 @@ impl Server {
         for page in read.covers.iter().filter(|&page| read.wants(page)) {
             residency.set(page, PageState::Absent);
         }
+        if read.ahead {
+            self.queue.narrow(done.slot);
+            self.retried(failure.reason(), 1);
+            return;
+        }
         let attempts = self.queue.attempts_of(done.slot);
         match decide(failure, attempts) {
             Decision::Again(reason) => {

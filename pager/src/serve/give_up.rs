@@ -38,7 +38,7 @@ impl Server {
         tracing::error!(%poisoned, "a page cannot be served");
         self.parts.metrics.poisoned();
         add(&self.parts.tally.poisoned, 1);
-        self.parts.health.report(poisoned);
+        self.parts.health.report(&poisoned);
         let pages = PageRange::single(page);
         self.queue.answer(image, pages, |_| ());
         let Some(mapping) = self.parts.images[image].region.pin() else {

@@ -26,6 +26,7 @@ use crate::region::Region;
 use crate::residency::Residency;
 use crate::source::{PageSource, ReadDone};
 use crate::sys::buffers::BufferPool;
+use crate::sys::uring::MESSAGES_PER_READ;
 
 /// One image and what was done with it.
 #[derive(Debug)]
@@ -85,6 +86,8 @@ struct ActiveRead {
     covers: PageRange,
     /// Which of these pages to install: bit 0 is the first.
     wanted: u64,
+    /// It was started for more than the page that was asked for.
+    ahead: bool,
     started: Instant,
     /// The pass of the loop that started it.
     pass: u64,
@@ -142,7 +145,8 @@ impl Server {
     pub(crate) fn new(parts: Parts) -> Self {
         let slots = parts.pool.capacity();
         Self {
-            queue: Queue::new(parts.budget.waiting_faults),
+            // Room for one whole read of messages, or none would ever be taken.
+            queue: Queue::new(parts.budget.waiting_faults.max(MESSAGES_PER_READ)),
             reads: (0..slots).map(|_| None).collect(),
             inbox: Inbox::new(),
             done: Vec::with_capacity(slots),
@@ -201,7 +205,7 @@ impl Server {
             return 0;
         }
         let room = self.queue.room();
-        let full = room < crate::sys::uring::MESSAGES_PER_READ;
+        let full = room < MESSAGES_PER_READ;
         if full && !self.was_full {
             self.parts.metrics.limit_hit(crate::metrics::Limit::Queue);
             crate::counts::add(&self.parts.tally.waits_for_queue, 1);

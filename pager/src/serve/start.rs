@@ -110,6 +110,7 @@ impl Server {
             image: waiter.image,
             covers: bytes,
             wanted: 0,
+            ahead: run.count().get() > 1,
             started,
             pass: self.pass,
         };
@@ -130,11 +131,7 @@ impl Server {
     /// checksum is not proven, else just the pages.
     fn extent(&self, waiter: &Waiter) -> (PageRange, PageRange) {
         let served = &self.parts.images[waiter.image];
-        let mut window = if waiter.attempts > 0 {
-            SINGLE
-        } else {
-            waiter.window
-        };
+        let mut window = waiter.window;
         window.pages = window.pages.min(READ_PAGES_LIMIT - 2 * CHUNK_PAGES);
         let run = self.run_of(waiter.image, waiter.page, window, |kind| {
             kind == PageKind::Data

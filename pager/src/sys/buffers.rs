@@ -13,6 +13,7 @@ use crate::image::CHUNK_PAGES;
 use crate::page::PAGE_BYTES;
 
 /// Bytes of one chunk, the unit of lending.
+#[expect(clippy::cast_possible_truncation, reason = "16384 fits")]
 const CHUNK_BYTES: usize = (CHUNK_PAGES * PAGE_BYTES) as usize;
 
 /// The memory behind all leases; lives as long as any of them.

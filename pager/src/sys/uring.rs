@@ -126,14 +126,16 @@ pub(crate) fn probe() -> io::Result<UffdWait> {
 }
 
 impl Ring {
-    /// A ring for the calling thread, which must be the only one to use it.
+    /// A ring for the calling thread, which must be the only one to use it. `poll` chooses to
+    /// poll for messages without asking what the kernel can do.
     pub(crate) fn new(
         files: Vec<Arc<File>>,
         pool: &BufferPool,
         uffd: Arc<Uffd>,
         stop: Arc<OwnedFd>,
+        poll: bool,
     ) -> io::Result<Self> {
-        let wait = probe()?;
+        let wait = if poll { UffdWait::Poll } else { probe()? };
         let reads = pool.capacity();
         // Every read, the two waits and a cancel fit at once: a push never fails.
         let entries = u32::try_from(reads + 4).unwrap_or(u32::MAX);

@@ -2,6 +2,7 @@
 #![allow(
     dead_code,
     clippy::allow_attributes,
+    clippy::unwrap_used,
     reason = "each test file uses a part of this"
 )]
 
@@ -18,7 +19,7 @@ use pando_pager::{CloneMemory, Idle, IoMode, Pager, PagerOptions, Serving};
 pub(crate) const PAGE: usize = 4096;
 
 /// Every way the pager can take; each test of its behaviour runs over all of them.
-pub(crate) const MODES: [IoMode; 2] = [IoMode::Uring, IoMode::Pread];
+pub(crate) const MODES: [IoMode; 3] = [IoMode::Uring, IoMode::UringPoll, IoMode::Pread];
 
 /// What page `page` of every test template holds, when it holds data.
 pub(crate) fn content(page: u64) -> [u8; PAGE] {

@@ -3,6 +3,10 @@
 //! Served memory as a guest touches it.
 
 use pando_pager::CloneMemory;
+use rustix::fs::{MemfdFlags, memfd_create};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 
 const PAGE: usize = 4096;
 
@@ -31,4 +35,26 @@ pub(crate) fn read_word(memory: &CloneMemory, page: u64) -> u64 {
 pub(crate) fn write_word(memory: &CloneMemory, page: u64, word: u64) {
     // SAFETY: as in `read_page`.
     unsafe { std::ptr::write_volatile(address(memory, page).cast(), word) };
+}
+
+/// A page as the kernel reads it for a system call: where the page cannot be had, that is an
+/// error and no signal.
+pub(crate) fn try_read_page(memory: &CloneMemory, page: u64) -> io::Result<[u8; PAGE]> {
+    let file = std::fs::File::from(memfd_create("page", MemfdFlags::CLOEXEC)?);
+    // SAFETY: write(2) only reads the page, which lies in the mapping (asserted); if it cannot,
+    // it says so.
+    let written = unsafe { libc::write(file.as_raw_fd(), address(memory, page).cast(), PAGE) };
+    if written < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let mut bytes = [0; PAGE];
+    file.read_exact_at(&mut bytes, 0)?;
+    Ok(bytes)
+}
+
+/// Throws a page away, as a balloon would.
+pub(crate) fn discard_page(memory: &CloneMemory, page: u64) {
+    // SAFETY: the page lies in the mapping (asserted) and no reference to it exists.
+    let result = unsafe { libc::madvise(address(memory, page).cast(), PAGE, libc::MADV_DONTNEED) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
 }
