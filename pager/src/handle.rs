@@ -69,6 +69,9 @@ pub struct PagerOptions {
     pub budget: Budget,
     /// The CPU to pin the pager thread to: best the one where the faults are raised.
     pub cpu: Option<usize>,
+    /// How long the pager thread looks for the next fault before it sleeps. Worth it only with a
+    /// CPU to spare for it: a sleeping thread is slow to wake on another CPU. Zero: sleep at once.
+    pub spin: Duration,
 }
 
 impl Default for PagerOptions {
@@ -80,6 +83,7 @@ impl Default for PagerOptions {
             fault_deadline: Duration::from_secs(10),
             budget: Budget::default(),
             cpu: None,
+            spin: Duration::ZERO,
         }
     }
 }
@@ -149,9 +153,8 @@ pub struct Pager<S> {
 impl Pager<Idle> {
     /// Gets a userfaultfd and fetches the metric handles: install a recorder before.
     pub fn new(options: PagerOptions) -> Result<Self, PagerError> {
-        let (_, features) = uffd_sys::probe().map_err(PagerError::Userfaultfd)?;
-        let uffd = uffd_sys::open(features).map_err(PagerError::Userfaultfd)?;
-        let method = if features.poison() {
+        let (uffd, poison) = uffd_sys::open().map_err(PagerError::Userfaultfd)?;
+        let method = if poison {
             PoisonMethod::Marker
         } else {
             PoisonMethod::Protect
@@ -393,6 +396,7 @@ fn set_up(idle: Idle, stop: Arc<OwnedFd>, tally: Arc<Tally>) -> Result<Server, P
         images: idle.images,
         verify: options.verify == Verify::OnRead,
         fault_deadline: options.fault_deadline,
+        spin: options.spin,
         budget: options.budget,
         health: idle.health,
         metrics: idle.metrics,
@@ -409,13 +413,16 @@ fn connect(
     stop: Arc<OwnedFd>,
 ) -> Result<(Port, Box<dyn PageSource>), PagerError> {
     if options.io != IoMode::Pread {
-        let poll = options.io == IoMode::UringPoll;
+        let wait = match options.io {
+            IoMode::UringPoll => UffdWait::Poll,
+            _ => UffdWait::Read,
+        };
         match Ring::new(
             files.clone(),
             pool,
             Arc::clone(uffd),
             Arc::clone(&stop),
-            poll,
+            wait,
         ) {
             Ok(ring) => return Ok((Port::Ring(Box::new(ring)), Box::new(FileSource))),
             Err(error) if options.io != IoMode::Auto => return Err(PagerError::Uring(error)),

@@ -83,6 +83,15 @@ impl Inbox {
     }
 }
 
+/// How long to wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WaitLimits {
+    /// Awake, at first.
+    pub(crate) spin: Duration,
+    /// Altogether; `None` for as long as it takes.
+    pub(crate) total: Option<Duration>,
+}
+
 /// The wait of one pager.
 #[derive(Debug)]
 pub(crate) enum Port {
@@ -128,22 +137,25 @@ impl Port {
         Ok(true)
     }
 
-    /// Waits until something happens, at most `limit`. Messages are taken only while there is
+    /// Waits until something happens, within `limits`. Messages are taken only while there is
     /// `room` for them.
     pub(crate) fn wait(
         &mut self,
         uffd: &Uffd,
         room: usize,
-        limit: Option<Duration>,
+        limits: WaitLimits,
         inbox: &mut Inbox,
     ) -> io::Result<()> {
         match self {
             Self::Ring(ring) => {
                 ring.arm(room >= MESSAGES_PER_READ);
-                ring.wait(limit)?;
+                if !ring.spin(limits)? {
+                    ring.wait(limits.total)?;
+                }
                 collect(ring, uffd, room, inbox)
             }
-            Self::Poll(poller) => poller.wait(uffd, room, limit, inbox),
+            // Without a ring looking costs as many calls as sleeping: not worth it.
+            Self::Poll(poller) => poller.wait(uffd, room, limits.total, inbox),
         }
     }
 

@@ -19,7 +19,7 @@ use crate::health::Health;
 use crate::image::{ChunkIndex, Image};
 use crate::metrics::Metrics;
 use crate::page::{PageIndex, PageRange};
-use crate::port::{Inbox, Port};
+use crate::port::{Inbox, Port, WaitLimits};
 use crate::prefetch::plan::Streams;
 use crate::queue::Queue;
 use crate::region::Region;
@@ -121,6 +121,7 @@ pub(crate) struct Parts {
     pub(crate) budget: Budget,
     pub(crate) verify: bool,
     pub(crate) fault_deadline: Duration,
+    pub(crate) spin: Duration,
     pub(crate) health: Health,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) tally: Arc<Tally>,
@@ -194,7 +195,13 @@ impl Server {
         }
         let limit = self.time_to_next_event();
         let parts = &mut self.parts;
-        parts.port.wait(&parts.uffd, room, limit, &mut self.inbox)?;
+        let limits = WaitLimits {
+            spin: parts.spin,
+            total: limit,
+        };
+        parts
+            .port
+            .wait(&parts.uffd, room, limits, &mut self.inbox)?;
         Ok(false)
     }
 

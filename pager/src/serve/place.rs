@@ -61,8 +61,7 @@ mod tests {
 
     /// Eight pages of real memory; `registered` with the userfaultfd or not.
     fn with_memory(registered: bool, test: impl FnOnce(&mut Place<'_>)) {
-        let (_, features) = sys::probe().unwrap();
-        let uffd = sys::open(features).unwrap();
+        let (uffd, _) = sys::open().unwrap();
         let mapping = ServedMapping::new(8 * 4096).unwrap();
         if registered {
             sys::register(&uffd, &mapping).unwrap();

@@ -19,6 +19,7 @@ use userfaultfd::Uffd;
 use super::buffers::{BufferPool, Lease};
 use super::userfaultfd as uffd_sys;
 use crate::fault::MESSAGE_BYTES;
+use crate::port::WaitLimits;
 use crate::token::{ReadSlot, Token};
 
 /// Messages that one read of the userfaultfd takes.
@@ -66,6 +67,8 @@ pub(crate) struct Ring {
     uffd_armed: bool,
     stop_armed: bool,
     in_flight: Vec<Option<Lease>>,
+    /// Result of the first wait for messages, if it was over before it was waited for.
+    early: Option<i32>,
     unsubmitted_reads: usize,
 }
 
@@ -86,9 +89,14 @@ fn build(entries: u32) -> io::Result<IoUring> {
     let modern = IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
+        .setup_taskrun_flag()
         .build(entries);
     let ring = modern
-        .or_else(|_| IoUring::builder().setup_coop_taskrun().build(entries))
+        .or_else(|_| {
+            let mut builder = IoUring::builder();
+            builder.setup_coop_taskrun().setup_taskrun_flag();
+            builder.build(entries)
+        })
         .or_else(|_| IoUring::new(entries))?;
     if !ring.params().is_feature_ext_arg() {
         return Err(io::Error::from(io::ErrorKind::Unsupported));
@@ -103,8 +111,8 @@ fn build(entries: u32) -> io::Result<IoUring> {
 /// again when that fires, one that cannot says EAGAIN at once.
 pub(crate) fn probe() -> io::Result<UffdWait> {
     let mut ring = build(4)?;
-    let (features, mut buffer) = (uffd_sys::probe()?.1, [0u8; MESSAGE_BYTES]);
-    let uffd = uffd_sys::open(features)?;
+    let (uffd, _) = uffd_sys::open()?;
+    let mut buffer = [0u8; MESSAGE_BYTES];
     let length = u32::try_from(buffer.len()).unwrap_or(0);
     let read = opcode::Read::new(Fd(uffd.as_raw_fd()), buffer.as_mut_ptr(), length)
         .build()
@@ -126,16 +134,15 @@ pub(crate) fn probe() -> io::Result<UffdWait> {
 }
 
 impl Ring {
-    /// A ring for the calling thread, which must be the only one to use it. `poll` chooses to
-    /// poll for messages without asking what the kernel can do.
+    /// A ring for the calling thread, which must be the only one to use it. It tries to wait for
+    /// messages by `wait`, and polls where the kernel cannot READ them without a worker thread.
     pub(crate) fn new(
         files: Vec<Arc<File>>,
         pool: &BufferPool,
         uffd: Arc<Uffd>,
         stop: Arc<OwnedFd>,
-        poll: bool,
+        wait: UffdWait,
     ) -> io::Result<Self> {
-        let wait = if poll { UffdWait::Poll } else { probe()? };
         let reads = pool.capacity();
         // Every read, the two waits and a cancel fit at once: a push never fails.
         let entries = u32::try_from(reads + 4).unwrap_or(u32::MAX);
@@ -148,7 +155,7 @@ impl Ring {
         if let Err(error) = &registered {
             tracing::debug!(%error, "read buffers are not registered with the ring");
         }
-        Ok(Self {
+        let mut ring = Self {
             ring,
             files,
             files_registered,
@@ -160,8 +167,27 @@ impl Ring {
             uffd_armed: false,
             stop_armed: false,
             in_flight: (0..reads).map(|_| None).collect(),
+            early: None,
             unsubmitted_reads: 0,
-        })
+        };
+        ring.settle_wait()?;
+        Ok(ring)
+    }
+
+    /// Arms the first wait for messages. A READ that says EAGAIN at once (see [`probe`]) is not
+    /// tried again; one that brings messages of threads that were early is kept.
+    fn settle_wait(&mut self) -> io::Result<()> {
+        self.arm(true);
+        self.submit()?;
+        if self.wait == UffdWait::Read
+            && let Some(entry) = self.ring.completion().next()
+        {
+            self.early = Some(entry.result());
+        }
+        if self.early == Some(-libc::EAGAIN) {
+            self.wait = UffdWait::Poll;
+        }
+        Ok(())
     }
 
     /// How this ring waits for messages.
@@ -246,6 +272,9 @@ impl Ring {
 
     /// Hands everything queued to the kernel and waits for a completion, at most `limit`.
     pub(crate) fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
+        if self.early.is_some() {
+            return self.submit();
+        }
         self.unsubmitted_reads = 0;
         let result = match limit {
             None => self.ring.submit_and_wait(1),
@@ -258,22 +287,40 @@ impl Ring {
         settle(result)
     }
 
+    /// Looks for a completion without sleeping, for as long as `limits` say. Whether there is one.
+    pub(crate) fn spin(&mut self, limits: WaitLimits) -> io::Result<bool> {
+        let limit = limits.spin.min(limits.total.unwrap_or(limits.spin));
+        if limit.is_zero() {
+            return Ok(false);
+        }
+        self.submit()?;
+        let started = Instant::now();
+        loop {
+            if !self.ring.completion().is_empty() {
+                return Ok(true);
+            }
+            // Work that the kernel wants this thread to do before it can complete.
+            if self.ring.submission().taskrun() {
+                self.submit()?;
+                continue;
+            }
+            if started.elapsed() >= limit {
+                return Ok(false);
+            }
+            std::hint::spin_loop();
+        }
+    }
+
     /// Takes one completion, if there is one.
     pub(crate) fn next(&mut self) -> Option<Completion<'_>> {
+        if let Some(result) = self.early.take() {
+            return Some(self.messages_completed(result));
+        }
         loop {
             let entry = self.ring.completion().next()?;
             let result = entry.result();
             match Token::decode(entry.user_data()) {
-                Some(Token::Uffd) => {
-                    self.uffd_armed = false;
-                    if self.wait == UffdWait::Poll {
-                        return Some(Completion::MessagesReady);
-                    }
-                    let length = usize::try_from(result).unwrap_or(0);
-                    return Some(Completion::Messages(
-                        &self.messages[..length.min(MESSAGE_BUFFER_BYTES)],
-                    ));
-                }
+                Some(Token::Uffd) => return Some(self.messages_completed(result)),
                 Some(Token::Stop) => {
                     self.stop_armed = false;
                     return Some(Completion::Stop);
@@ -291,6 +338,19 @@ impl Ring {
                 Some(Token::Cancel) | None => {}
             }
         }
+    }
+
+    fn messages_completed(&mut self, result: i32) -> Completion<'_> {
+        self.uffd_armed = false;
+        if result == -libc::EAGAIN {
+            // A kernel that cannot wait for them by READ.
+            self.wait = UffdWait::Poll;
+        }
+        if self.wait == UffdWait::Poll {
+            return Completion::MessagesReady;
+        }
+        let length = usize::try_from(result).unwrap_or(0);
+        Completion::Messages(&self.messages[..length.min(MESSAGE_BUFFER_BYTES)])
     }
 
     /// Asks for the pending wait for messages back; it completes like any other.

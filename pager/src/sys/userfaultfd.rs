@@ -133,23 +133,30 @@ pub(crate) fn probe() -> io::Result<(UffdAccess, UffdFeatures)> {
     Ok((access, handshake(&fd, 0)?))
 }
 
-/// A non-blocking, close-on-exec userfaultfd that sends no event but faults. Non-blocking even
-/// for a ring: io_uring waits for the fd instead, and poll() on a blocking one gives POLLERR.
-pub(crate) fn open(features: UffdFeatures) -> io::Result<Uffd> {
-    let wanted = features.0 & UffdFeatures::POISON;
-    let made = UffdBuilder::new()
-        .close_on_exec(true)
-        .non_blocking(true)
-        .user_mode_only(false)
-        .require_features(FeatureFlags::from_bits_retain(wanted))
-        .create();
-    if let Ok(uffd) = made {
-        return Ok(uffd);
+/// A non-blocking, close-on-exec userfaultfd that sends no event but faults, and whether it can
+/// POISON. Non-blocking even for a ring: io_uring waits for the fd instead, and poll() on a
+/// blocking one gives POLLERR.
+pub(crate) fn open() -> io::Result<(Uffd, bool)> {
+    let make = |features: u64| {
+        UffdBuilder::new()
+            .close_on_exec(true)
+            .non_blocking(true)
+            .user_mode_only(false)
+            .require_features(FeatureFlags::from_bits_retain(features))
+            .create()
+    };
+    // The handshake refuses a feature that the kernel has not: asking for it is the probe.
+    if let Ok(uffd) = make(UffdFeatures::POISON) {
+        return Ok((uffd, true));
+    }
+    if let Ok(uffd) = make(0) {
+        return Ok((uffd, false));
     }
     // The crate does not try the system call when the device exists and may not be opened.
+    let poison = probe()?.1.poison();
     let (_, fd) = open_raw()?;
-    handshake(&fd, wanted)?;
-    Ok(uffd_from(fd))
+    handshake(&fd, if poison { UffdFeatures::POISON } else { 0 })?;
+    Ok((uffd_from(fd), poison))
 }
 
 /// A second descriptor of the same userfaultfd.
