@@ -32,9 +32,9 @@ pub(super) const RW_PAGE: u64 = BASE + 2 * PAGE_BYTES;
 /// The parameters of the command line being read.
 pub(super) const PARAMETERS: u64 = RW_PAGE + 0x40;
 /// How many parameters a command may have.
-pub(super) const MAX_PARAMETERS: usize = 8;
+pub(super) const MAX_PARAMETERS: u64 = 8;
 /// First page number behind the RAM below the MMIO gap.
-pub(super) const LOW_RAM_END: u64 = PARAMETERS + 8 * MAX_PARAMETERS as u64;
+pub(super) const LOW_RAM_END: u64 = PARAMETERS + 8 * MAX_PARAMETERS;
 /// First page number behind the RAM above 4 GiB; zero if there is none.
 pub(super) const HIGH_RAM_END: u64 = LOW_RAM_END + 8;
 /// Time stamp at which the running command began.
@@ -48,11 +48,21 @@ pub(super) const STACK_TOP: u64 = RW_PAGE + PAGE_BYTES;
 pub(super) const PAGE_TABLES: u64 = RW_PAGE + PAGE_BYTES;
 /// How much guest memory the page tables map, from address 0.
 pub(super) const MAPPED_GIB: u64 = 16;
-/// Bytes of the image.
-pub(super) const IMAGE_BYTES: usize = (PAGE_TABLES - BASE + (2 + MAPPED_GIB) * PAGE_BYTES) as usize;
+/// First address behind the image.
+pub(super) const END: u64 = PAGE_TABLES + (2 + MAPPED_GIB) * PAGE_BYTES;
 
-const _: () = assert!(BASE + IMAGE_BYTES as u64 <= LAYOUT.first_data_page * PAGE_BYTES);
+const _: () = assert!(END <= LAYOUT.first_data_page * PAGE_BYTES);
 const _: () = assert!(CODE < CODE_END && STARTED + 8 <= REPLY_LINE);
+
+/// Where an address of the image (or its end) is found in the image.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the image is smaller than 2 MiB"
+)]
+pub(super) const fn offset(address: u64) -> usize {
+    assert!(BASE <= address && address <= END);
+    (address - BASE) as usize
+}
 
 /// What a host needs to know of the embedded guest's place in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,7 +83,7 @@ pub struct Layout {
 /// The embedded guest's place in memory.
 pub const LAYOUT: Layout = Layout {
     image_first_page: BASE / PAGE_BYTES,
-    image_pages: IMAGE_BYTES as u64 / PAGE_BYTES,
+    image_pages: (END - BASE) / PAGE_BYTES,
     identity_address: RW_PAGE,
     first_data_page: (2 << 20) / PAGE_BYTES,
     mapped_end_page: MAPPED_GIB << 30 >> 12,

@@ -27,7 +27,7 @@ pub const NAME: &str = "pando-guest";
 /// `boot_params` (or null) in `rsi`, of which it reads the memory map alone.
 pub fn image() -> Vec<u8> {
     let program = code::assemble();
-    let mut segment = vec![0; layout::IMAGE_BYTES];
+    let mut segment = vec![0; layout::offset(layout::END)];
     tables::write(&mut segment, &program);
     elf::wrap(&segment, layout::BASE, program.entry)
 }

@@ -18,8 +18,12 @@ pub(super) const RANDOM_MULTIPLIER: u64 = 0x5851_f42d_4c95_7f2d;
 pub(super) const RANDOM_INCREMENT: u64 = 0x9e37_79b9_7f4a_7c15;
 /// Words of one checksum block.
 pub(super) const CHECKSUM_BLOCK_WORDS: usize = 16;
-/// How far the sum is rotated before each block.
-pub(super) const CHECKSUM_ROTATE: u32 = 7;
+/// What the sum is multiplied by before each block, so that their order counts. Odd: no bit is lost.
+pub(super) const CHECKSUM_MULTIPLIER: i32 = 0x2c92_77b5;
+
+/// Bytes of a page, as an index.
+const PAGE: usize = 4096;
+const _: () = assert!(PAGE as u64 == PAGE_BYTES);
 
 /// The word that [`Command::Write`] puts into a page.
 pub const fn word(page: u64, salt: u64) -> u64 {
@@ -129,15 +133,14 @@ pub struct Checksum(u64);
 impl Checksum {
     /// Adds whole pages; what is left of a partial page is ignored.
     pub fn update(&mut self, bytes: &[u8]) {
-        let (pages, _) = bytes.as_chunks::<{ PAGE_BYTES as usize }>();
+        let (pages, _) = bytes.as_chunks::<PAGE>();
         for page in pages {
             let (words, _) = page.as_chunks::<8>();
             for block in words.chunks(CHECKSUM_BLOCK_WORDS) {
-                self.0 = block
-                    .iter()
-                    .fold(self.0.rotate_left(CHECKSUM_ROTATE), |sum, word| {
-                        sum.wrapping_add(u64::from_le_bytes(*word))
-                    });
+                self.0 = block.iter().fold(
+                    self.0.wrapping_mul(CHECKSUM_MULTIPLIER as u64),
+                    |sum, word| sum.wrapping_add(u64::from_le_bytes(*word)),
+                );
             }
         }
     }
@@ -166,10 +169,10 @@ impl DataPages {
     }
 
     /// The bytes of one page.
-    pub fn page(&self, page: u64) -> [u8; PAGE_BYTES as usize] {
-        let mut bytes = [0; PAGE_BYTES as usize];
+    pub fn page(&self, page: u64) -> [u8; PAGE] {
+        let mut bytes = [0; PAGE];
         if let Some(word) = self.words.get(&page) {
-            let place = place_bytes(page) as usize;
+            let place = usize::try_from(place_bytes(page)).expect("less than a page");
             bytes[place..place + 8].copy_from_slice(&word.to_le_bytes());
         }
         bytes
@@ -265,5 +268,137 @@ impl DataPages {
         self.accepts(visit.first_page, visit.range_pages)
             && (1..=visit.range_pages).contains(&visit.count)
             && (1..=visit.range_pages).contains(&stride)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    fn any_pattern() -> impl Strategy<Value = (u64, Pattern)> {
+        (1_u64..5000).prop_flat_map(|range| {
+            let pattern = prop_oneof![
+                Just(Pattern::Sequential),
+                (1..=range).prop_map(|stride_pages| Pattern::Strided { stride_pages }),
+                any::<u64>().prop_map(|seed| Pattern::Random { seed }),
+            ];
+            (Just(range), pattern)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_visit_of_the_whole_range_has_each_page_once(
+            first_page in 0_u64..1 << 36,
+            (range_pages, pattern) in any_pattern(),
+        ) {
+            let visit = Visit { first_page, range_pages, count: range_pages, pattern };
+            let order: Vec<u64> = pages(&visit).collect();
+            let set: BTreeSet<u64> = order.iter().copied().collect();
+            prop_assert_eq!(order.len() as u64, range_pages);
+            prop_assert!(set.into_iter().eq(first_page..first_page + range_pages));
+            let part = Visit { count: range_pages.div_ceil(2), ..visit };
+            prop_assert!(pages(&part).eq((0..part.count).zip(order).map(|(_, page)| page)));
+        }
+
+        #[test]
+        fn a_word_lies_whole_in_its_page(page: u64) {
+            prop_assert!(place_bytes(page) <= PAGE_BYTES - 8);
+            prop_assert_eq!(place_bytes(page) % 8, 0);
+        }
+
+        #[test]
+        fn what_was_written_verifies_and_another_salt_does_not(
+            (range_pages, pattern) in any_pattern(),
+            salt: u64,
+            other: u64,
+        ) {
+            prop_assume!(salt != other);
+            let first_page = LAYOUT.first_data_page;
+            let mut model = DataPages::new(first_page + range_pages);
+            let visit = Visit { first_page, range_pages, count: range_pages, pattern };
+            let count = range_pages;
+            prop_assert_eq!(
+                model.obey(&Command::Write { visit, salt }),
+                Some(Outcome::Written { count })
+            );
+            prop_assert_eq!(
+                model.obey(&Command::Verify { visit, salt }),
+                Some(Outcome::Verified { count, mismatches: 0, first_mismatch: None })
+            );
+            prop_assert_eq!(
+                model.obey(&Command::Verify { visit, salt: other }),
+                Some(Outcome::Verified {
+                    count,
+                    mismatches: count,
+                    first_mismatch: pages(&visit).next(),
+                })
+            );
+        }
+
+        #[test]
+        fn a_checksum_sees_every_bit_and_the_order_of_blocks(
+            page in 0_usize..3,
+            bit in 0_usize..PAGE * 8,
+            first_block in 0_usize..96,
+            second_block in 0_usize..96,
+        ) {
+            let bytes: Vec<u8> = (0..3 * PAGE as u64 / 8)
+                .flat_map(|n| word(n, n << 40).to_le_bytes())
+                .collect();
+            let sum = |bytes: &[u8]| {
+                let mut sum = Checksum::default();
+                sum.update(bytes);
+                sum.value()
+            };
+            let mut flipped = bytes.clone();
+            flipped[page * PAGE + bit / 8] ^= 1 << (bit % 8);
+            prop_assert_ne!(sum(&bytes), sum(&flipped));
+            if first_block != second_block {
+                let mut swapped = bytes.clone();
+                for byte in 0..CHECKSUM_BLOCK_WORDS * 8 {
+                    swapped.swap(first_block * 128 + byte, second_block * 128 + byte);
+                }
+                prop_assert_ne!(sum(&bytes), sum(&swapped));
+            }
+        }
+    }
+
+    #[test]
+    fn a_random_visit_is_neither_in_order_nor_the_same_for_another_seed() {
+        let order = |seed| -> Vec<u64> {
+            let pattern = Pattern::Random { seed };
+            pages(&Visit {
+                first_page: 0,
+                range_pages: 32768,
+                count: 2048,
+                pattern,
+            })
+            .collect()
+        };
+        let first = order(1);
+        let neighbours = first
+            .windows(2)
+            .filter(|pair| pair[1] == pair[0] + 1)
+            .count();
+        assert!(neighbours < 20, "{neighbours} of 2048 go to the next page");
+        let set: BTreeSet<u64> = first.iter().copied().collect();
+        let common = order(2).iter().filter(|page| set.contains(page)).count();
+        assert!(
+            (1..1024).contains(&common),
+            "{common} of 2048 pages are the same"
+        );
+    }
+
+    #[test]
+    fn words_lie_all_over_their_pages() {
+        let places: BTreeSet<u64> = (512..1024).map(place_bytes).collect();
+        assert!(
+            places.len() > 256 && places.contains(&0),
+            "{} places",
+            places.len()
+        );
     }
 }

@@ -273,3 +273,113 @@ pub struct ReplyError {
     /// The line.
     pub line: String,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_short_lines_of_hex() {
+        let visit = Visit {
+            first_page: 0x200,
+            range_pages: 0x7e00,
+            count: 0x800,
+            pattern: Pattern::Random { seed: 0xabc },
+        };
+        for (command, line) in [
+            (
+                Command::Write { visit, salt: 7 },
+                "w 200 7e00 800 2 abc 7\n",
+            ),
+            (
+                Command::Verify { visit, salt: 0 },
+                "v 200 7e00 800 2 abc 0\n",
+            ),
+            (Command::Touch(Visit::all(0x200, 16)), "r 200 10 10 0 0\n"),
+            (
+                Command::Checksum {
+                    first_page: 512,
+                    pages: 1,
+                },
+                "c 200 1\n",
+            ),
+            (Command::Echo(vec![]), "e\n"),
+            (Command::Echo(vec![1, u64::MAX]), "e 1 ffffffffffffffff\n"),
+            (
+                Command::Out {
+                    port: 0x3f8,
+                    value: 10,
+                },
+                "o 3f8 a\n",
+            ),
+            (Command::PowerOff, "p\n"),
+        ] {
+            assert_eq!(String::from_utf8(command.encode()).unwrap(), line);
+        }
+    }
+
+    #[test]
+    fn replies_are_read() {
+        let reply = |line| Reply::parse(line).unwrap();
+        assert_eq!(
+            reply("ok v 10 2 201 3e8\n"),
+            Reply {
+                outcome: Outcome::Verified {
+                    count: 16,
+                    mismatches: 2,
+                    first_mismatch: Some(0x201)
+                },
+                ticks: Some(1000)
+            }
+        );
+        assert_eq!(
+            reply("ok z 0 0 1").outcome,
+            Outcome::Scanned {
+                nonzero: 0,
+                first_nonzero: None
+            }
+        );
+        let reason = Reason::Fault {
+            vector: 14,
+            error_code: 2,
+            instruction: 0x10_0480,
+            address: 0x4000_0000,
+        };
+        assert_eq!(
+            reason.to_string(),
+            "the guest took exception 14 (error code 0x2) at 0x100480, address 0x40000000"
+        );
+        assert_eq!(
+            reply("err w fault e 2 100480 40000000").outcome,
+            Outcome::Refused {
+                command: 'w',
+                reason
+            }
+        );
+    }
+
+    #[test]
+    fn lines_that_are_no_replies_are_refused_and_quoted() {
+        for line in [
+            "",
+            "ok",
+            "ok  \n",
+            "ok w",
+            "ok w 1",
+            "ok w 1 2 3",
+            "ok w 1 g",
+            "ok ww 1 2",
+            "no w 1 2",
+            "ok q",
+            "err w",
+            "err w nonsense",
+            "err w range 1",
+            "err w fault 1 2 3",
+            "ok e 11111111111111111",
+            "pando guest ready",
+        ] {
+            let error = Reply::parse(line).unwrap_err().to_string();
+            assert!(error.contains(&format!("{line:?}")), "{error}");
+        }
+    }
+}

@@ -5,8 +5,8 @@
 
 use super::code::Program;
 use super::layout::{
-    BASE, CODE, CODE_END, COMMAND_TABLE, GDT, GDT_POINTER, HEX_DIGITS, IDT, IDT_POINTER,
-    IDT_VECTORS, MAPPED_GIB, PAGE_TABLES,
+    CODE, CODE_END, COMMAND_TABLE, GDT, GDT_POINTER, HEX_DIGITS, IDT, IDT_POINTER, IDT_VECTORS,
+    MAPPED_GIB, PAGE_TABLES, offset,
 };
 use crate::memory::layout::PAGE_BYTES;
 
@@ -19,7 +19,7 @@ const LARGE_PAGE: u64 = TABLE_ENTRY | 0x80;
 /// Entries of one page table.
 const ENTRIES: u64 = 512;
 
-/// Fills `segment`, which begins at [`BASE`].
+/// Fills `segment`, which begins at [`BASE`](super::layout::BASE).
 pub(super) fn write(segment: &mut [u8], program: &Program) {
     let mut image = Image(segment);
     image.bytes(CODE, &program.code, CODE_END);
@@ -43,7 +43,7 @@ impl Image<'_> {
             "{} bytes at {address:#x} reach past {end:#x}",
             bytes.len()
         );
-        let offset = (address - BASE) as usize;
+        let offset = offset(address);
         self.0[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
 
@@ -60,11 +60,11 @@ impl Image<'_> {
             self.word(pointer, (bytes - 1) | base << 16);
             self.word(pointer + 8, base >> 48);
         }
-        for vector in 0..IDT_VECTORS {
-            let handler = program
-                .exceptions
-                .get(vector as usize)
-                .map_or(program.interrupt, |&handler| handler);
+        let handlers = program
+            .exceptions
+            .iter()
+            .chain(std::iter::repeat(&program.interrupt));
+        for (vector, &handler) in (0..IDT_VECTORS).zip(handlers) {
             // Present 64-bit interrupt gate: the handler starts with interrupts off.
             let gate = handler & 0xffff
                 | CODE_SELECTOR << 16

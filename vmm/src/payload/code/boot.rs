@@ -8,7 +8,7 @@ use super::super::layout::{
     GDT_POINTER, HIGH_RAM_END, IDT_POINTER, LAYOUT, LOW_RAM_END, PAGE_TABLES, STACK_TOP,
 };
 use super::super::protocol::{COM1_PORT, READY_LINE};
-use super::{Shared, line};
+use super::{Shared, immediate, line};
 use crate::memory::layout::{HIGH_RAM_START, MMIO_GAP_START, PAGE_BYTES};
 
 /// Offsets in `boot_params` (Linux, Documentation/arch/x86/zero-page.rst).
@@ -43,11 +43,11 @@ const COM1_SET_UP: [(u16, u8); 4] = [(3, 0x03), (2, 0x07), (4, 0x0b), (1, 0x01)]
 pub(super) fn emit(a: &mut CodeAssembler, shared: &mut Shared) -> Result<(), IcedError> {
     a.cli()?;
     a.cld()?;
-    a.mov(esp, STACK_TOP as u32)?;
+    a.mov(esp, immediate(STACK_TOP))?;
     memory_map(a)?;
     a.lgdt(xmmword_ptr(GDT_POINTER))?;
     a.lidt(xmmword_ptr(IDT_POINTER))?;
-    a.mov(eax, PAGE_TABLES as u32)?;
+    a.mov(eax, immediate(PAGE_TABLES))?;
     a.mov(cr3, rax)?;
     for (port, value) in PIC_SET_UP {
         a.mov(eax, u32::from(value))?;
@@ -60,7 +60,7 @@ pub(super) fn emit(a: &mut CodeAssembler, shared: &mut Shared) -> Result<(), Ice
     }
     let mut ready = a.create_label();
     a.lea(rsi, ptr(ready))?;
-    a.mov(ecx, READY_LINE.len() as u32)?;
+    a.mov(ecx, immediate(READY_LINE.len() as u64))?;
     a.mov(edx, u32::from(COM1_PORT))?;
     a.rep().outsb()?;
     line::clear(a)?;
@@ -72,13 +72,13 @@ pub(super) fn emit(a: &mut CodeAssembler, shared: &mut Shared) -> Result<(), Ice
 /// Learns where RAM ends, below the MMIO gap and above it, from `boot_params` at `rsi`. Without
 /// it, all that could be RAM is taken for RAM.
 fn memory_map(a: &mut CodeAssembler) -> Result<(), IcedError> {
-    let low_limit = (MMIO_GAP_START / PAGE_BYTES) as u32;
+    let low_limit = immediate(MMIO_GAP_START / PAGE_BYTES);
     let mut entry = a.create_label();
     let mut above_gap = a.create_label();
     let mut next = a.create_label();
     let mut store = a.create_label();
     a.mov(r8d, low_limit)?;
-    a.mov(r9d, LAYOUT.mapped_end_page as u32)?;
+    a.mov(r9d, immediate(LAYOUT.mapped_end_page))?;
     a.test(rsi, rsi)?;
     a.jz(store)?;
     a.cmp(dword_ptr(rsi + HEADER_MAGIC), MAGIC)?;
@@ -95,7 +95,7 @@ fn memory_map(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.mov(rax, qword_ptr(rsi + E820_TABLE))?;
     a.add(rax, qword_ptr(rsi + (E820_TABLE + 8)))?;
     a.shr(rax, 12)?;
-    a.cmp(rax, (HIGH_RAM_START / PAGE_BYTES) as i32)?;
+    a.cmp(rax, immediate(HIGH_RAM_START / PAGE_BYTES))?;
     a.ja(above_gap)?;
     a.cmp(rax, r8)?;
     a.cmova(r8, rax)?;
@@ -107,7 +107,7 @@ fn memory_map(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.add(rsi, E820_ENTRY)?;
     a.loop_(entry)?;
     // What the page tables do not map is no RAM to us.
-    a.mov(eax, LAYOUT.mapped_end_page as u32)?;
+    a.mov(eax, immediate(LAYOUT.mapped_end_page))?;
     a.cmp(r9, rax)?;
     a.cmova(r9, rax)?;
 

@@ -10,7 +10,7 @@ use iced_x86::code_asm::*;
 
 use super::super::layout::{COMMAND_TABLE, MAX_PARAMETERS, PARAMETERS, STACK_TOP};
 use super::super::protocol::COM1_PORT;
-use super::{ANY_PARAMETERS, Shared};
+use super::{ANY_PARAMETERS, Shared, immediate};
 
 /// A parameter has at most this many digits.
 const MAX_DIGITS: u32 = 16;
@@ -35,7 +35,7 @@ pub(super) fn emit(a: &mut CodeAssembler, shared: &mut Shared) -> Result<(), Ice
     let mut keep = a.create_label();
 
     a.set_label(&mut shared.main)?;
-    a.mov(esp, STACK_TOP as u32)?;
+    a.mov(esp, immediate(STACK_TOP))?;
     a.mov(edx, u32::from(COM1_PORT))?;
     a.set_label(&mut receive)?;
     // An empty receive register reads as zero: asking the line status first would double the exits.
@@ -100,7 +100,7 @@ fn keep_parameter(a: &mut CodeAssembler) -> Result<(), IcedError> {
     a.jz(done)?;
     a.cmp(r13d, MAX_DIGITS)?;
     a.ja(bad)?;
-    a.cmp(ebp, MAX_PARAMETERS as i32)?;
+    a.cmp(ebp, immediate(MAX_PARAMETERS))?;
     a.jae(bad)?;
     a.mov(qword_ptr(rbp * 8 + PARAMETERS), rbx)?;
     a.inc(ebp)?;
@@ -134,7 +134,7 @@ fn dispatch(a: &mut CodeAssembler, shared: &Shared) -> Result<(), IcedError> {
     a.shr(rax, 32)?;
     a.cmp(eax, ebp)?;
     a.je(go)?;
-    a.cmp(eax, ANY_PARAMETERS as i32)?;
+    a.cmp(eax, immediate(ANY_PARAMETERS.into()))?;
     a.jne(shared.bad_parameters)?;
     a.set_label(&mut go)?;
     a.jmp(rcx)

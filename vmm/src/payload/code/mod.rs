@@ -20,7 +20,7 @@ use iced_x86::{BlockEncoderOptions, IcedError};
 use super::layout::CODE;
 
 /// Exceptions have the first 32 vectors.
-const EXCEPTIONS: usize = 32;
+const EXCEPTIONS: u64 = 32;
 /// In [`CommandEntry::parameters`]: as many as the caller likes.
 const ANY_PARAMETERS: u32 = 0xff;
 
@@ -102,6 +102,16 @@ struct Emitted {
     letter: u8,
     parameters: u32,
     label: CodeLabel,
+}
+
+/// A constant as a 32-bit operand: all addresses and page numbers of the guest are that small.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "asserted, at compile time where it is used in a constant"
+)]
+const fn immediate(value: u64) -> i32 {
+    assert!(value <= i32::MAX as u64, "no 32-bit operand");
+    value as i32
 }
 
 /// Assembles the program.

@@ -11,7 +11,7 @@ use iced_x86::code_asm::*;
 use super::super::layout::{HIGH_RAM_END, LAYOUT, LOW_RAM_END, PARAMETERS};
 use super::super::model::{PAGE_MULTIPLIER, PLACE_MASK, RANDOM_INCREMENT, RANDOM_MULTIPLIER};
 use super::super::protocol::{letter, pattern};
-use super::{Emitted, Shared};
+use super::{Emitted, Shared, immediate};
 use crate::memory::layout::{HIGH_RAM_START, PAGE_BYTES};
 
 /// What is done to each page.
@@ -52,12 +52,12 @@ fn check_pages(a: &mut CodeAssembler, shared: &mut Shared) -> Result<(), IcedErr
     a.set_label(&mut shared.check_pages)?;
     a.test(r13, r13)?;
     a.jz(shared.out_of_range)?;
-    a.cmp(r14, LAYOUT.first_data_page as i32)?;
+    a.cmp(r14, immediate(LAYOUT.first_data_page))?;
     a.jb(shared.out_of_range)?;
     a.mov(rax, r14)?;
     a.add(rax, r13)?;
     a.jc(shared.out_of_range)?;
-    a.cmp(r14, (HIGH_RAM_START / PAGE_BYTES) as i32)?;
+    a.cmp(r14, immediate(HIGH_RAM_START / PAGE_BYTES))?;
     a.jae(above_gap)?;
     a.cmp(rax, qword_ptr(LOW_RAM_END))?;
     a.jbe(fits)?;
@@ -174,7 +174,7 @@ fn sequential(a: &mut CodeAssembler, work: Work, done: CodeLabel) -> Result<(), 
     if work != Work::Touch {
         a.inc(eax)?;
     }
-    a.add(rdi, PAGE_BYTES as i32)?;
+    a.add(rdi, immediate(PAGE_BYTES))?;
     a.loop_(next)?;
     end_loop(a, mismatch, done)
 }

@@ -6,10 +6,10 @@ use iced_x86::code_asm::*;
 
 use super::super::layout::{HEX_DIGITS, REPLY_LINE, STACK_TOP, STARTED};
 use super::super::protocol::{COM1_PORT, Reason};
-use super::{EXCEPTIONS, Shared, line};
+use super::{EXCEPTIONS, Shared, immediate, line};
 
 /// Exceptions that push an error code (SDM volume 3, table 6-1).
-const WITH_ERROR_CODE: u32 = 1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21 | 1 << 29 | 1 << 30;
+const WITH_ERROR_CODE: u64 = 1 << 8 | 0x1f << 10 | 1 << 17 | 1 << 21 | 1 << 29 | 1 << 30;
 
 /// Returns the handler of each exception.
 pub(super) fn emit(
@@ -17,7 +17,7 @@ pub(super) fn emit(
     shared: &mut Shared,
 ) -> Result<Vec<CodeLabel>, IcedError> {
     a.set_label(&mut shared.begin_reply)?;
-    a.mov(edi, REPLY_LINE as u32)?;
+    a.mov(edi, immediate(REPLY_LINE))?;
     a.mov(eax, r15d)?;
     a.shl(eax, 24)?;
     a.or(eax, i32::from_le_bytes(*b"ok \0"))?;
@@ -44,7 +44,7 @@ pub(super) fn emit(
     a.mov(al, i32::from(b'\n'))?;
     a.stosb()?;
     a.mov(ecx, edi)?;
-    a.mov(esi, REPLY_LINE as u32)?;
+    a.mov(esi, immediate(REPLY_LINE))?;
     a.sub(ecx, esi)?;
     a.mov(edx, u32::from(COM1_PORT))?;
     // The transmitter of a virtual serial port takes every byte at once: nothing to wait for.
@@ -100,19 +100,19 @@ fn refusals(
         let mut text = a.create_label();
         a.set_label(entry)?;
         a.lea(rsi, ptr(text))?;
-        a.mov(ecx, reason.as_str().len() as u32)?;
+        a.mov(ecx, immediate(reason.as_str().len() as u64))?;
         a.jmp(refuse_and_finish)?;
         a.set_label(&mut text)?;
         a.db(reason.as_str().as_bytes())?;
     }
     a.set_label(&mut refuse_and_finish)?;
-    a.mov(esp, STACK_TOP as u32)?;
+    a.mov(esp, immediate(STACK_TOP))?;
     a.call(refuse)?;
     a.jmp(shared.finish)?;
 
     let mut letter = a.create_label();
     a.set_label(&mut refuse)?;
-    a.mov(edi, REPLY_LINE as u32)?;
+    a.mov(edi, immediate(REPLY_LINE))?;
     a.mov(eax, u32::from_le_bytes(*b"err "))?;
     a.stosd()?;
     a.mov(eax, u32::from(b'?'))?;
@@ -141,14 +141,14 @@ fn exceptions(
     fault_text: CodeLabel,
 ) -> Result<Vec<CodeLabel>, IcedError> {
     let mut common = a.create_label();
-    let mut handlers = Vec::with_capacity(EXCEPTIONS);
+    let mut handlers = Vec::new();
     for vector in 0..EXCEPTIONS {
         let mut handler = a.create_label();
         a.set_label(&mut handler)?;
         if WITH_ERROR_CODE >> vector & 1 == 0 {
             a.push(0)?;
         }
-        a.push(vector as i32)?;
+        a.push(immediate(vector))?;
         a.jmp(common)?;
         handlers.push(handler);
     }
@@ -157,10 +157,10 @@ fn exceptions(
     a.pop(r9)?;
     a.pop(r10)?;
     a.mov(r11, cr2)?;
-    a.mov(esp, STACK_TOP as u32)?;
+    a.mov(esp, immediate(STACK_TOP))?;
     a.cld()?;
     a.lea(rsi, ptr(fault_text))?;
-    a.mov(ecx, Reason::FAULT.len() as u32)?;
+    a.mov(ecx, immediate(Reason::FAULT.len() as u64))?;
     a.call(refuse)?;
     for register in [r8, r9, r10, r11] {
         a.mov(rax, register)?;

@@ -6,9 +6,9 @@ use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 
 use super::super::layout::PARAMETERS;
-use super::super::model::{CHECKSUM_BLOCK_WORDS, CHECKSUM_ROTATE};
+use super::super::model::{CHECKSUM_BLOCK_WORDS, CHECKSUM_MULTIPLIER};
 use super::super::protocol::letter;
-use super::{Emitted, Shared};
+use super::{Emitted, Shared, immediate};
 use crate::memory::layout::PAGE_BYTES;
 
 pub(super) fn emit(a: &mut CodeAssembler, shared: &mut Shared) -> Result<Vec<Emitted>, IcedError> {
@@ -42,19 +42,19 @@ fn load_range(a: &mut CodeAssembler, shared: &Shared) -> Result<(), IcedError> {
 
 /// See [`checksum`](super::super::model::Checksum) for what is computed.
 fn checksum(a: &mut CodeAssembler, shared: &Shared) -> Result<(), IcedError> {
-    let block_bytes = CHECKSUM_BLOCK_WORDS * 8;
+    let block_bytes = CHECKSUM_BLOCK_WORDS as u64 * 8;
     let mut block = a.create_label();
     load_range(a, shared)?;
     a.mov(rsi, r14)?;
     a.shl(rsi, 12)?;
-    a.imul_3(rcx, r13, (PAGE_BYTES as usize / block_bytes) as i32)?;
+    a.imul_3(rcx, r13, immediate(PAGE_BYTES / block_bytes))?;
     a.xor(ebx, ebx)?;
     a.set_label(&mut block)?;
-    a.rol(rbx, CHECKSUM_ROTATE)?;
+    a.imul_3(rbx, rbx, CHECKSUM_MULTIPLIER)?;
     for word in 0..CHECKSUM_BLOCK_WORDS {
         a.add(rbx, qword_ptr(rsi + 8 * word))?;
     }
-    a.add(rsi, block_bytes as i32)?;
+    a.add(rsi, immediate(block_bytes))?;
     a.loop_(block)?;
     a.call(shared.begin_reply)?;
     a.mov(rax, rbx)?;
@@ -73,7 +73,7 @@ fn scan(a: &mut CodeAssembler, shared: &Shared) -> Result<(), IcedError> {
     a.mov(rdi, r14)?;
     a.shl(rdi, 12)?;
     a.xor(eax, eax)?;
-    a.mov(ecx, (PAGE_BYTES / 8) as u32)?;
+    a.mov(ecx, immediate(PAGE_BYTES / 8))?;
     a.repe().scasq()?;
     a.je(zero)?;
     a.inc(rbx)?;
