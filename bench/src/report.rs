@@ -5,7 +5,7 @@
 use std::io::{self, Write};
 
 use anyhow::Result;
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, Table, TableComponent, presets};
 use serde::Serialize;
 
 use crate::host::Host;
@@ -77,7 +77,8 @@ impl TextTable {
     /// A table with these column heads.
     pub(crate) fn new(title: impl Into<String>, heads: &[&str]) -> Self {
         let mut table = Table::new();
-        table.load_preset(presets::UTF8_HORIZONTAL_ONLY);
+        table.load_preset(presets::NOTHING);
+        table.set_style(TableComponent::HeaderLines, '─');
         table.set_header(heads.to_vec());
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
@@ -93,7 +94,15 @@ impl TextTable {
         Self::new(
             title,
             &[
-                "", "samples", "min", "p50", "p50 95 %", "p90", "p99", "max", "mad",
+                "",
+                "samples",
+                "min",
+                "p50",
+                "p50 interval (95 %)",
+                "p90",
+                "p99",
+                "max",
+                "mad",
             ],
         )
     }
