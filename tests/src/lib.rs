@@ -1,1 +1,3 @@
-//! x
+//! Tests of Pando as a whole. The library holds what tests share; the tests are in `tests/tests`.
+
+pub mod rig;

@@ -192,7 +192,16 @@ mod tests {
 
     #[test]
     fn ids_cannot_leave_a_directory() {
-        for id in ["", ".", "..", "a/b", ".hidden", "nul\0", "a b", &"x".repeat(65)] {
+        for id in [
+            "",
+            ".",
+            "..",
+            "a/b",
+            ".hidden",
+            "nul\0",
+            "a b",
+            &"x".repeat(65),
+        ] {
             assert!(BackendSpec::new(id, 4096).is_err(), "{id:?}");
         }
         assert_eq!(backend("ram-0_a.b", 4096).id(), "ram-0_a.b");
@@ -201,12 +210,18 @@ mod tests {
     #[test]
     fn too_little_ram_and_twice_the_same_id_are_refused() {
         let small = MachineSpec::new(CpuCount::ONE, vec![backend("ram", MIN_RAM_BYTES - 4096)]);
-        assert!(matches!(small, Err(SpecError::TooSmall { .. })), "{small:?}");
+        assert!(
+            matches!(small, Err(SpecError::TooSmall { .. })),
+            "{small:?}"
+        );
         let twice = MachineSpec::new(
             CpuCount::ONE,
             vec![backend("ram", MIN_RAM_BYTES), backend("ram", MIN_RAM_BYTES)],
         );
-        assert!(matches!(twice, Err(SpecError::DuplicateId { .. })), "{twice:?}");
+        assert!(
+            matches!(twice, Err(SpecError::DuplicateId { .. })),
+            "{twice:?}"
+        );
         let none = MachineSpec::new(CpuCount::ONE, vec![]);
         assert_eq!(none, Err(SpecError::Layout(LayoutError::NoBackend)));
     }

@@ -36,7 +36,9 @@ mod tests {
         for length in [0, 1, bytes.len() - 1] {
             let error = from_bytes::<kvm_regs>("registers", &bytes[..length]).unwrap_err();
             assert!(
-                error.to_string().contains(&format!("has {length} bytes where 144 are")),
+                error
+                    .to_string()
+                    .contains(&format!("has {length} bytes where 144 are")),
                 "{error}"
             );
         }

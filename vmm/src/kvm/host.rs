@@ -2,12 +2,13 @@
 //! What this host's KVM offers.
 
 use std::io;
+use std::sync::OnceLock;
 
 use kvm_bindings::{KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm};
 
 use super::{KvmError, ioctl};
-use crate::arch::x86_64::cpuid::CpuidEntry;
+use crate::arch::x86_64::cpuid::{CpuidEntry, offer_tsc_deadline};
 
 /// Without these no machine can run, be paused or be saved. All are older than Linux 5.10.
 const REQUIRED: &[(Cap, &str)] = &[
@@ -54,12 +55,21 @@ pub fn host_msrs() -> Result<Vec<u32>, KvmError> {
     msr_list(&open()?)
 }
 
-/// `KVM_GET_SUPPORTED_CPUID`.
+/// `KVM_GET_SUPPORTED_CPUID`, asked once per process: the host does not change, and where the host
+/// is itself a guest the kernel traps for every leaf (1 ms).
 pub(super) fn supported_cpuid(kvm: &Kvm) -> Result<Vec<CpuidEntry>, KvmError> {
+    static SUPPORTED: OnceLock<Vec<CpuidEntry>> = OnceLock::new();
+    if let Some(known) = SUPPORTED.get() {
+        return Ok(known.clone());
+    }
     let cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))?;
-    Ok(cpuid.as_slice().iter().map(entry_from_kvm).collect())
+    let mut leaves: Vec<_> = cpuid.as_slice().iter().map(entry_from_kvm).collect();
+    if kvm.check_extension(Cap::TscDeadlineTimer) {
+        offer_tsc_deadline(&mut leaves);
+    }
+    Ok(SUPPORTED.get_or_init(|| leaves).clone())
 }
 
 /// `KVM_GET_MSR_INDEX_LIST`.

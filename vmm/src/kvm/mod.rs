@@ -7,10 +7,10 @@
 //! [`crate::vcpu::state`]'s business.
 
 pub mod abi;
-pub mod vcpu;
 pub mod host;
 pub mod irq;
 pub mod regs;
+pub mod vcpu;
 pub mod vm;
 
 use std::io;
@@ -54,7 +54,9 @@ pub enum KvmError {
         source: io::Error,
     },
     /// Saved bytes that are no such structure.
-    #[error("saved {what} has {actual} bytes where {expected} are needed: the state is damaged or of another version")]
+    #[error(
+        "saved {what} has {actual} bytes where {expected} are needed: the state is damaged or of another version"
+    )]
     BadLength {
         /// Which structure.
         what: &'static str,

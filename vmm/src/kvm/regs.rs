@@ -30,9 +30,7 @@ impl Vcpu {
             actual: entries.len(),
             limit: kvm_bindings::KVM_MAX_CPUID_ENTRIES,
         })?;
-        self.fd
-            .set_cpuid2(&cpuid)
-            .map_err(ioctl("KVM_SET_CPUID2"))
+        self.fd.set_cpuid2(&cpuid).map_err(ioctl("KVM_SET_CPUID2"))
     }
 
     /// Rate of the guest's TSC in kHz; `None` on a host whose own TSC is not stable.
@@ -58,9 +56,7 @@ impl Vcpu {
                 host_khz,
             });
         }
-        self.fd
-            .set_tsc_khz(khz)
-            .map_err(ioctl("KVM_SET_TSC_KHZ"))
+        self.fd.set_tsc_khz(khz).map_err(ioctl("KVM_SET_TSC_KHZ"))
     }
 
     /// Loads the registers with which a guest starts into a vCPU that is as reset leaves it.
@@ -156,10 +152,7 @@ impl Vcpu {
                 .map(|&index| msr_entry(index, 0))
                 .collect();
             let mut msrs = msr_array(&entries)?;
-            let read = self
-                .fd
-                .get_msrs(&mut msrs)
-                .map_err(ioctl("KVM_GET_MSRS"))?;
+            let read = self.fd.get_msrs(&mut msrs).map_err(ioctl("KVM_GET_MSRS"))?;
             values.extend(msrs.as_slice()[..read].iter().map(|e| (e.index, e.data)));
             let skipped = usize::from(read < entries.len());
             if skipped > 0 {

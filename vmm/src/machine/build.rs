@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Making a machine: the steps of a boot and of a restore, in their order.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::SystemTime;
@@ -26,7 +27,7 @@ use crate::vcpu::thread::{VcpuSetup, VcpuThread};
 use super::devices::Devices;
 use super::driver::{Driver, Message};
 use super::error::MachineError;
-use super::lifecycle::{DriverThread, Machine, Paused};
+use super::lifecycle::{DriverThread, Machine, MachineHandle, Paused};
 use super::stages::{StageTimer, Stages};
 use super::state::{MachineState, VmState};
 
@@ -73,7 +74,9 @@ impl Machine<Paused> {
             });
         }
         let mut timer = StageTimer::start();
-        let shell = Shell::make(spec, ram, serial, &mut timer)?;
+        // First, because it fails without any work done: a socket in use, a damaged record.
+        let devices = Devices::from_records(serial, &state.devices)?;
+        let shell = Shell::make(spec, ram, devices, &mut timer)?;
         refuse_missing_features(&shell.vm, state)?;
         let cpuids = state.cpus.iter().map(|cpu| cpu.cpuid()).collect();
         let vcpus = shell.make_vcpus(cpuids)?;
@@ -90,8 +93,8 @@ impl Machine<Paused> {
         // After the vCPUs: an interrupt chip that is set delivers what it holds to local APICs.
         restore_vm(&shell.vm, &state.vm)
             .map_err(MachineError::vm("cannot restore the interrupt chips"))?;
-        // Devices last: their interrupts need everything above.
-        shell.devices.restore(&state.devices)?;
+        // Devices last: what they have raised meets chips and vCPUs that are complete.
+        shell.connect_devices()?;
         timer.done("state");
         shell.start(vcpus, timer)
     }
@@ -105,7 +108,9 @@ fn new_machine(
     serial: SerialTarget,
     mut timer: StageTimer,
 ) -> Result<Machine<Paused>, MachineError> {
-    let shell = Shell::make(spec, ram, serial, &mut timer)?;
+    let devices = Devices::new(serial)?;
+    let shell = Shell::make(spec, ram, devices, &mut timer)?;
+    shell.connect_devices()?;
     let cpus = spec.cpus().get();
     let supported = shell
         .vm
@@ -136,7 +141,7 @@ impl Shell {
     fn make(
         spec: &MachineSpec,
         ram: GuestRam,
-        serial: SerialTarget,
+        devices: Devices,
         timer: &mut StageTimer,
     ) -> Result<Self, MachineError> {
         if *ram.layout() != spec.layout() {
@@ -144,6 +149,7 @@ impl Shell {
         }
         sigbus::install().map_err(MachineError::Sigbus)?;
         let ram = Arc::new(ram);
+        timer.done("devices");
         let mut vm = Vm::create().map_err(MachineError::vm("cannot make a vm"))?;
         timer.done("vm");
         vm.set_slots(Arc::clone(&ram))
@@ -151,12 +157,13 @@ impl Shell {
         vm.create_chips()
             .map_err(MachineError::vm("cannot make the interrupt chips"))?;
         timer.done("slots+irqchip");
-        let devices = Devices::new(serial)?;
-        devices
-            .connect_irqs(&vm)
-            .map_err(MachineError::vm("cannot connect the interrupt lines"))?;
-        timer.done("devices");
         Ok(Self { devices, vm, ram })
+    }
+
+    fn connect_devices(&self) -> Result<(), MachineError> {
+        self.devices
+            .connect_irqs(&self.vm)
+            .map_err(MachineError::vm("cannot connect the interrupt lines"))
     }
 
     /// Makes one vCPU per CPUID table.
@@ -188,11 +195,15 @@ impl Shell {
 
     /// Starts the threads; the machine is paused.
     fn start(
-        self,
+        mut self,
         setups: Vec<VcpuSetup>,
         mut timer: StageTimer,
     ) -> Result<Machine<Paused>, MachineError> {
         let (requests, inbox) = unbounded();
+        let pty = self.devices.pty_path().map(Path::to_owned);
+        let on_quit = MachineHandle::new(requests.clone());
+        self.devices
+            .attach(Box::new(move || on_quit.stop("asked to at its terminal")))?;
         let listed = self
             .vm
             .msr_list()
@@ -224,6 +235,7 @@ impl Shell {
             DriverThread::new(requests, thread),
             self.ram,
             stages,
+            pty,
         ))
     }
 }

@@ -64,7 +64,9 @@ pub enum MachineError {
     #[error("the memory given to the machine is not laid out as the machine describes it")]
     RamLayout,
     /// Saved for another number of vCPUs.
-    #[error("the saved state has {saved} vcpus, the machine {machine}: the state belongs to another machine")]
+    #[error(
+        "the saved state has {saved} vcpus, the machine {machine}: the state belongs to another machine"
+    )]
     CpuCount {
         /// vCPUs in the state.
         saved: usize,

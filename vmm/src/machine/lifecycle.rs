@@ -9,6 +9,7 @@
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -62,6 +63,7 @@ pub struct Machine<State> {
     driver: DriverThread,
     ram: Arc<GuestRam>,
     stages: Stages,
+    pty: Option<PathBuf>,
     state: PhantomData<State>,
 }
 
@@ -72,6 +74,10 @@ pub struct MachineHandle {
 }
 
 impl MachineHandle {
+    pub(super) fn new(requests: Sender<Message>) -> Self {
+        Self { requests }
+    }
+
     /// Asks the machine to end; [`Machine::wait`] then returns [`Outcome::Stopped`]. Nothing
     /// happens when it has ended already.
     pub fn stop(&self, reason: impl Into<String>) {
@@ -92,11 +98,17 @@ impl MachineHandle {
 }
 
 impl Machine<Paused> {
-    pub(super) fn new(driver: DriverThread, ram: Arc<GuestRam>, stages: Stages) -> Self {
+    pub(super) fn new(
+        driver: DriverThread,
+        ram: Arc<GuestRam>,
+        stages: Stages,
+        pty: Option<PathBuf>,
+    ) -> Self {
         Self {
             driver,
             ram,
             stages,
+            pty,
             state: PhantomData,
         }
     }
@@ -126,8 +138,8 @@ impl Machine<Paused> {
         Arc::try_unwrap(ram).map_err(|_| MachineError::RamInUse)
     }
 
-    /// How long the stages of making this machine took: `load` (of a kernel), `vm`,
-    /// `slots+irqchip`, `devices`, `vcpus`, `state`, `threads`.
+    /// How long the stages of making this machine took: `load` (of a kernel), `devices`,
+    /// `vm`, `slots+irqchip`, `vcpus`, `state`, `threads`.
     pub fn stages(&self) -> &Stages {
         &self.stages
     }
@@ -160,11 +172,17 @@ impl<State> Machine<State> {
         }
     }
 
+    /// The terminal to open for COM1, when it goes to a new pseudo-terminal.
+    pub fn pty_path(&self) -> Option<&Path> {
+        self.pty.as_deref()
+    }
+
     fn into_state<Next>(self) -> Machine<Next> {
         Machine {
             driver: self.driver,
             ram: self.ram,
             stages: self.stages,
+            pty: self.pty,
             state: PhantomData,
         }
     }
@@ -199,12 +217,14 @@ impl DriverThread {
 
     /// Waits for the end of the machine.
     fn join(&mut self) -> Outcome {
-        let died = || Outcome::Failed(Failure::ThreadDied {
-            thread: "the machine's driver".to_owned(),
-        });
-        self.thread
-            .take()
-            .map_or(Outcome::Stopped, |thread| thread.join().unwrap_or_else(|_| died()))
+        let died = || {
+            Outcome::Failed(Failure::ThreadDied {
+                thread: "the machine's driver".to_owned(),
+            })
+        };
+        self.thread.take().map_or(Outcome::Stopped, |thread| {
+            thread.join().unwrap_or_else(|_| died())
+        })
     }
 }
 

@@ -116,7 +116,11 @@ mod tests {
                 }
                 Verdict::End => return false,
                 Verdict::Refuse(_) => {
-                    assert_ne!(self.phase, Phase::Paused, "a paused machine refuses nothing");
+                    assert_ne!(
+                        self.phase,
+                        Phase::Paused,
+                        "a paused machine refuses nothing"
+                    );
                     self.answered += 1;
                 }
             }

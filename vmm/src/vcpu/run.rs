@@ -115,15 +115,25 @@ impl fmt::Display for Failure {
                 at(f, rip)
             }
             Self::EntryFailed { cpu, reason } => {
-                write!(f, "the processor refused to run vcpu {cpu}: reason {reason:#x}")
+                write!(
+                    f,
+                    "the processor refused to run vcpu {cpu}: reason {reason:#x}"
+                )
             }
             Self::InternalError { cpu, suberror, rip } => {
-                write!(f, "kvm could not run vcpu {cpu}: {}", suberror_text(*suberror))?;
+                write!(
+                    f,
+                    "kvm could not run vcpu {cpu}: {}",
+                    suberror_text(*suberror)
+                )?;
                 write!(f, " (internal error, suberror {suberror})")?;
                 at(f, rip)
             }
             Self::UnexpectedExit { cpu, reason } => {
-                write!(f, "vcpu {cpu} left the guest for an unknown reason {reason}")
+                write!(
+                    f,
+                    "vcpu {cpu} left the guest for an unknown reason {reason}"
+                )
             }
             Self::Kvm { cpu, message } => write!(f, "vcpu {cpu} cannot run: {message}"),
             Self::ThreadDied { thread } => write!(f, "{thread} ended unexpectedly"),

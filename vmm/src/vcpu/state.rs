@@ -198,15 +198,25 @@ mod tests {
     fn every_saved_section_is_restored_once() {
         for section in SAVE_ORDER {
             let times = RESTORE_ORDER.iter().filter(|&&s| s == section).count();
-            assert_eq!(times, usize::from(section != Section::Events), "{section:?}");
+            assert_eq!(
+                times,
+                usize::from(section != Section::Events),
+                "{section:?}"
+            );
         }
     }
 
     #[test]
     fn a_shift_is_exact_for_years() {
-        assert_eq!(TscShift::from_elapsed(1_000_000_000, 2_300_000).ticks, 2_300_000_000);
+        assert_eq!(
+            TscShift::from_elapsed(1_000_000_000, 2_300_000).ticks,
+            2_300_000_000
+        );
         let year_ns = 31_536_000_000_000_000;
-        assert_eq!(TscShift::from_elapsed(year_ns, 3_000_001).ticks, 94_608_031_536_000_000);
+        assert_eq!(
+            TscShift::from_elapsed(year_ns, 3_000_001).ticks,
+            94_608_031_536_000_000
+        );
         assert_eq!(TscShift::from_elapsed(0, u32::MAX).ticks, 0);
         assert_eq!(TscShift::from_elapsed(u64::MAX, u32::MAX).ticks, u64::MAX);
     }

@@ -197,6 +197,5 @@ fn obey(mut setup: VcpuSetup, inbox: &Receiver<Order>, report: &impl Fn(u8, Repo
 /// The kick's signal needs a handler, or it would end the process; the handler has nothing to do.
 fn install_kick_handler() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), ignore)
-        .map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    register_signal_handler(SIGRTMIN(), ignore).map_err(|e| io::Error::from_raw_os_error(e.errno()))
 }
