@@ -1,6 +1,10 @@
-// UNSAFETY: KVM is given guest memory by raw address. `TinyVm` borrows the memory for as long as it
-// lives, so the mapping outlives the slot.
-#![expect(unsafe_code, reason = "a KVM memory slot is registered by raw address")]
+// UNSAFETY: KVM is given guest memory by raw address: `TinyVm` borrows the memory for as long as it
+// lives, so the mapping outlives the slot. One loop is written in assembly, to be the same
+// instruction that the guest runs.
+#![expect(
+    unsafe_code,
+    reason = "registers a KVM memory slot by raw address; one loop in assembly"
+)]
 //! The smallest VM that runs 64-bit code: one slot, the interrupt controllers, one vCPU.
 
 use std::marker::PhantomData;
@@ -33,13 +37,25 @@ pub(crate) fn write_pages(first_address: u32, pages: u32) -> Vec<u8> {
     code
 }
 
-/// Code that runs a one-instruction loop, then writes to the port.
+/// Code that runs a one-instruction loop, then writes to the port; and so on for ever.
 pub(crate) fn count_down(turns: u32) -> Vec<u8> {
     let mut code = vec![0xb9]; // mov ecx, turns
     code.extend_from_slice(&turns.to_le_bytes());
     code.extend_from_slice(&[0xe2, 0xfe]); // self: loop self
-    code.extend_from_slice(&[0xe6, END_PORT, 0xf4]); // out END_PORT, al; hlt
+    code.extend_from_slice(&[0xe6, END_PORT, 0xeb, 0xf5]); // out END_PORT, al; jmp to the start
     code
+}
+
+/// The loop of [`count_down`], run here.
+pub(crate) fn count_down_here(turns: u32) {
+    // SAFETY: counts a register down to zero and touches nothing else.
+    unsafe {
+        std::arch::asm!(
+            "2: loop 2b",
+            inout("rcx") u64::from(turns.max(1)) => _,
+            options(nomem, nostack, preserves_flags)
+        );
+    }
 }
 
 /// Writes code, a flat GDT, and page tables that map the first GiB to itself.

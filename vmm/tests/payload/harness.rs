@@ -154,13 +154,15 @@ fn run(
         exits.fetch_add(1, Ordering::SeqCst);
         match vcpu.run().unwrap() {
             VcpuExit::IoOut(COM1_PORT, data) => {
-                for &byte in data {
-                    if byte == b'\n' {
-                        let text = String::from_utf8(std::mem::take(&mut line)).unwrap();
-                        let _ = lines.send(text);
-                    } else {
-                        line.push(byte);
-                    }
+                // `rep outsb` leaves the guest once for each byte: a device needs no more.
+                let &[byte] = data else {
+                    panic!("{} bytes at once", data.len())
+                };
+                if byte == b'\n' {
+                    let text = String::from_utf8(std::mem::take(&mut line)).unwrap();
+                    let _ = lines.send(text);
+                } else {
+                    line.push(byte);
                 }
             }
             VcpuExit::IoIn(COM1_PORT, data) => {
