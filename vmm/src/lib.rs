@@ -5,6 +5,7 @@ pub mod device;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod payload;
 pub mod sandbox;
 pub mod spec;
 pub mod vcpu;
