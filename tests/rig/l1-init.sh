@@ -20,9 +20,11 @@ for module in irqbypass ccp kvm kvm-amd; do
         insmod "/lib/modules/$module.ko" || echo "CHECK l1-module-$module FAIL insmod"
     fi
 done
+# shellcheck source=tests/rig/l1-lib.sh
 . /rig/lib.sh
 echo "RIG up $(uname -r), $(nproc) cpus, $(awk '/MemTotal/{print int($2 / 1024)}' /proc/meminfo) MiB"
 cd /tmp || exit 1
+# shellcheck source=/dev/null
 (. /rig/scenario.sh)
 echo "RIG scenario exit $?"
 if dmesg | grep -qE 'Oops:|kernel BUG at|unable to handle|general protection fault'; then
