@@ -163,7 +163,7 @@ fn print_table(supervisor: &Supervisor) {
         human_us(p.p99_us),
         human_us(p.max_us),
     ]);
-    println!("{rows}");
+    println!("\n{rows}");
     let mut faults = table(&["faults from", "count", "p50", "p99", "max"]);
     for (source, durations) in &supervisor.pager_stats.fault_total {
         let p = durations.percentiles();
@@ -176,7 +176,7 @@ fn print_table(supervisor: &Supervisor) {
         ]);
     }
     if !supervisor.pager_stats.fault_total.is_empty() {
-        println!("{faults}");
+        println!("\n{faults}");
     }
 }
 

@@ -135,7 +135,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
         let cells = [p.p50_us, p.p90_us, p.p99_us, p.max_us].map(human_us);
         start.add_row([vec![stage.clone(), p.count.to_string()], cells.into()].concat());
     }
-    println!("{start}");
+    println!("\n{start}");
     if !result.pager.fault_us.is_empty() {
         let header = [
             "faults, served from",
@@ -162,7 +162,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
             ];
             faults.add_row(row.concat());
         }
-        println!("{faults}");
+        println!("\n{faults}");
     }
     let memory = &result.memory;
     let mut rows = table(&["memory of a clone, all alive", "bytes"]);
@@ -177,7 +177,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
     ] {
         rows.add_row([what.to_owned(), human_bytes(bytes)]);
     }
-    println!("{rows}");
+    println!("\n{rows}");
     let verdict = if template.unchanged {
         "unchanged"
     } else {

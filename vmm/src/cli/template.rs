@@ -130,7 +130,7 @@ fn summary(template: &Template) {
             format!("{:#x}", entry.guest_address),
         ]);
     }
-    println!("{rows}");
+    println!("\n{rows}");
     if std::io::stdout().is_terminal() {
         println!("try: pando clone {} --count 3", template.dir().display());
     }

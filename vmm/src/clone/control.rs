@@ -140,7 +140,7 @@ pub enum FromWorker {
 
 /// How a clone ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "how", content = "why")]
+#[serde(rename_all = "kebab-case")]
 pub enum Ending {
     /// The guest powered off.
     PowerOff,
@@ -330,6 +330,21 @@ mod tests {
         );
         drop(ours);
         assert!(theirs.receive::<ToWorker>().unwrap().is_none());
+    }
+
+    #[test]
+    fn every_ending_arrives() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let theirs = Channel::new(theirs);
+        let failed = Ending::Failed {
+            code: 5,
+            message: "why".into(),
+        };
+        for ending in [Ending::PowerOff, Ending::Reset, Ending::Stopped, failed] {
+            ours.send(&FromWorker::Ended(ending.clone()), &[]).unwrap();
+            let (message, _) = theirs.receive::<FromWorker>().unwrap().unwrap();
+            assert_eq!(message, FromWorker::Ended(ending));
+        }
     }
 
     #[test]
