@@ -6,6 +6,21 @@
 //! a command takes time the last number of its answer is that time, in ticks of the guest's time
 //! stamp counter. The guest echoes nothing and takes one command at a time: a line sent before
 //! the answer to the one before it waits in the serial port.
+//!
+//! | command | answer | |
+//! |---|---|---|
+//! | `w FIRST RANGE N PATTERN PARAMETER SALT` | `N` ticks | write a word into each of N pages |
+//! | `v FIRST RANGE N PATTERN PARAMETER SALT` | `N` wrong, first wrong page, ticks | verify them |
+//! | `r FIRST RANGE N PATTERN PARAMETER` | `N` sum, ticks | read their first words |
+//! | `c FIRST PAGES` | checksum, ticks | of every byte |
+//! | `z FIRST PAGES` | pages, first page, ticks | pages that are not all zero |
+//! | `i` | generation, id, id, APIC id, tsc | identity |
+//! | `e ...` | the same | echo |
+//! | `s TURNS` | turns, ticks | spin |
+//! | `o PORT BYTE`, `n PORT` | nothing, byte | port output, input |
+//! | `h`, `p`, `x` | nothing | halt, power off, reset |
+//!
+//! Patterns: 0 sequential, 1 strided (parameter: pages), 2 random (parameter: seed).
 
 use std::fmt;
 use std::fmt::Write as _;
