@@ -13,7 +13,9 @@ mod map;
 mod params;
 mod tables;
 
-use std::path::PathBuf;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
 
 pub use error::BootError;
 pub use map::{MapEntry, MapKind, memory_map};
@@ -113,6 +115,17 @@ fn write_command_line(ram: &GuestRam, append: &str, kernel: &Kernel) -> Result<u
     line.push(0);
     ram.write(COMMAND_LINE_ADDRESS, &line)?;
     Ok(bytes)
+}
+
+/// Opens a file to load, and says how long it is. Anything but a regular file is refused before it
+/// is opened: opening a FIFO would wait for its other end.
+fn open_regular(path: &Path) -> io::Result<(File, u64)> {
+    if !fs::metadata(path)?.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    let file = File::open(path)?;
+    let bytes = file.metadata()?.len();
+    Ok((file, bytes))
 }
 
 #[cfg(test)]

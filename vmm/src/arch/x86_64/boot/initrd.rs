@@ -1,14 +1,13 @@
 #![forbid(unsafe_code)]
 //! The initial RAM disk: as high as the kernel allows, so that the kernel's own room stays free.
 
-use std::fs::File;
-use std::io;
 use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::error::BootError;
 use super::kernel::Kernel;
+use super::open_regular;
 use crate::memory::guest::GuestRam;
 use crate::memory::layout::PAGE_BYTES;
 
@@ -27,12 +26,7 @@ pub(super) fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Initr
         path: path.to_owned(),
         source,
     };
-    let mut file = File::open(path).map_err(open)?;
-    let metadata = file.metadata().map_err(open)?;
-    if !metadata.is_file() {
-        return Err(open(io::Error::other("not a regular file")));
-    }
-    let bytes = metadata.len();
+    let (mut file, bytes) = open_regular(path).map_err(open)?;
     if bytes == 0 {
         return Err(BootError::EmptyInitrd {
             path: path.to_owned(),

@@ -7,13 +7,12 @@
 mod bzimage;
 mod elf;
 
-use std::fs::File;
-use std::io::{self, Cursor, Read, Seek, SeekFrom};
+use std::io::{Cursor, Read, Seek, SeekFrom};
 
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ReadVolatile;
 
-use super::KernelImage;
+use super::{KernelImage, open_regular};
 use super::error::BootError;
 use crate::memory::guest::GuestRam;
 
@@ -95,7 +94,7 @@ pub(super) fn load(ram: &GuestRam, kernel: &KernelImage) -> Result<Kernel, BootE
     match kernel {
         KernelImage::File(path) => {
             let name = path.display().to_string();
-            let (mut file, bytes) = open(path).map_err(|source| BootError::OpenKernel {
+            let (mut file, bytes) = open_regular(path).map_err(|source| BootError::OpenKernel {
                 name: name.clone(),
                 source,
             })?;
@@ -116,16 +115,6 @@ pub(super) fn load(ram: &GuestRam, kernel: &KernelImage) -> Result<Kernel, BootE
                 file: &mut Cursor::new(bytes.as_slice()),
             },
         ),
-    }
-}
-
-fn open(path: &std::path::Path) -> io::Result<(File, u64)> {
-    let file = File::open(path)?;
-    let metadata = file.metadata()?;
-    if metadata.is_file() {
-        Ok((file, metadata.len()))
-    } else {
-        Err(io::Error::other("not a regular file"))
     }
 }
 
