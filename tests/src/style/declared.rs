@@ -44,24 +44,25 @@ fn starts_like_a_sentence(text: &str) -> bool {
 }
 
 /// Saved state outside the files that are for it, or not in plain integers.
+///
+/// Only the parts whose state is saved are looked at: elsewhere a type may be serialized to be
+/// printed, or sent to another process of the same build.
 pub fn saved_state(project: &Project) -> Vec<Finding> {
-    const PLACES: [&str; 4] = ["/state.rs", "/manifest.rs", "/index.rs", "/report.rs"];
+    const SAVED: [&str; 6] = ["arch", "device", "kvm", "machine", "memory", "vcpu"];
     let mut found = Vec::new();
-    for file in project
-        .sources
-        .iter()
-        .filter(|file| file.path.starts_with("vmm/src/"))
-    {
-        let words = ["vmm/src/cli/", "vmm/src/config/"];
-        let place = PLACES.iter().any(|end| file.path.ends_with(end))
-            || words.iter().any(|place| file.path.starts_with(place));
+    let saved = |file: &&SourceFile| {
+        SAVED
+            .iter()
+            .any(|part| file.path.starts_with(&format!("vmm/src/{part}/")))
+    };
+    for file in project.sources.iter().filter(saved) {
         let state = file.path.ends_with("/state.rs");
         let mut serialized = false;
         for (line, code) in file.code_lines() {
             let derives = code.contains("derive(");
             serialized = (serialized && !derives) || (derives && has_word(code, "Serialize"));
-            if serialized && derives && !place {
-                let text = "a type that is saved belongs in a state.rs, manifest.rs or report.rs";
+            if serialized && derives && !state {
+                let text = "a type that is saved belongs in a state.rs";
                 found.push(format!("{}:{line}: {text}", file.path));
             }
             if state && serialized && (has_word(code, "usize") || has_word(code, "isize")) {
@@ -73,47 +74,118 @@ pub fn saved_state(project: &Project) -> Vec<Finding> {
     excused("saved state", found)
 }
 
-/// Metrics that are declared and never touched, and names of metrics outside the declarations.
+/// Metrics that are declared and never touched, that are named outside the declarations, or that
+/// `docs/metrics.md` does not list.
 pub fn metrics(project: &Project) -> Vec<Finding> {
     let mut found = Vec::new();
-    for file in project
-        .sources
+    let document = project
+        .texts
         .iter()
-        .filter(|file| file.path.ends_with("/metrics.rs"))
-    {
-        for (line, text) in file.string_lines() {
-            let Some((name, value)) = constant(text).filter(|(_, v)| v.starts_with("pando_"))
-            else {
-                continue;
-            };
-            if !project.sources.iter().any(|user| touches(user, name)) {
-                found.push(format!(
-                    "{}:{line}: {value} is declared and never touched",
-                    file.path
-                ));
+        .find(|(path, _)| path == "docs/metrics.md");
+    for file in project.sources.iter().filter(|file| !file.is_test()) {
+        let declares = file.path.ends_with("/metrics.rs");
+        let families = families(file);
+        for (line, name, role) in &families {
+            let at = format!("{}:{line}: {name}", file.path);
+            match role {
+                Role::Recorded if !declares => {
+                    found.push(format!("{at} is named outside metrics.rs"))
+                }
+                Role::Constant(constant)
+                    if !project.sources.iter().any(|user| touches(user, constant)) =>
+                {
+                    found.push(format!("{at} is declared and never touched"));
+                }
+                Role::Described
+                    if !families
+                        .iter()
+                        .any(|(_, other, role)| other == name && *role == Role::Recorded) =>
+                {
+                    found.push(format!("{at} is described and never recorded"));
+                }
+                _ => {}
+            }
+            if declares && document.is_some_and(|(_, text)| !text.contains(&format!("`{name}`"))) {
+                found.push(format!("{at} is not in docs/metrics.md"));
             }
         }
-    }
-    for file in project
-        .sources
-        .iter()
-        .filter(|file| file.path.contains("/src/"))
-    {
-        for (line, text) in file.string_lines() {
-            let named = ["counter!(\"", "gauge!(\"", "histogram!(\""];
-            if named.iter().any(|start| text.contains(start)) {
-                found.push(format!("{}:{line}: a metric without a constant", file.path));
-            }
+        if declares {
+            found.extend(idle_recorders(project, file));
         }
     }
+    found.dedup();
     excused("metrics", found)
 }
 
-/// `const NAME: &str = "value"`: the name and the value.
-fn constant(line: &str) -> Option<(&str, &str)> {
-    let rest = &line[line.find("const ")? + "const ".len()..];
-    let (name, rest) = rest.split_once(": &str")?;
-    Some((name.trim(), rest.split('"').nth(1)?))
+/// What a metric's name is there for.
+#[derive(PartialEq)]
+enum Role {
+    Described,
+    Recorded,
+    Constant(String),
+}
+
+/// Every name of a metric family in the file: line, name, role.
+fn families(file: &SourceFile) -> Vec<(usize, String, Role)> {
+    let mut found = Vec::new();
+    for (at, _) in file.strings.match_indices("\"pando_") {
+        let name: String = file.strings[at + 1..]
+            .chars()
+            .take_while(|c| *c != '"')
+            .collect();
+        let line = file.strings[..at].matches('\n').count() + 1;
+        let before = file.strings[..at].trim_end();
+        let start = before.rfind(['\n', ';', '{', '}']).map_or(0, |at| at + 1);
+        let role = if let Some((constant, _)) = before[start..]
+            .split_once("const ")
+            .and_then(|(_, rest)| rest.split_once(':'))
+        {
+            Role::Constant(constant.trim().to_owned())
+        } else if ["counter!(", "gauge!(", "histogram!("]
+            .iter()
+            .any(|end| before.ends_with(end))
+        {
+            let described = before[start..].contains("describe_");
+            if described {
+                Role::Described
+            } else {
+                Role::Recorded
+            }
+        } else {
+            continue;
+        };
+        if line < file.tests_from {
+            found.push((line, name, role));
+        }
+    }
+    found
+}
+
+/// Public functions of a `metrics.rs` that nobody calls: what they record never moves.
+fn idle_recorders(project: &Project, file: &SourceFile) -> Vec<Finding> {
+    let mut found = Vec::new();
+    for (line, code) in file.code_lines() {
+        let Some(rest) = code.trim_start().strip_prefix("pub fn ") else {
+            continue;
+        };
+        let name: String = rest
+            .chars()
+            .take_while(|c| c.is_alphanumeric() || *c == '_')
+            .collect();
+        let used = project
+            .sources
+            .iter()
+            .filter(|user| !user.is_test())
+            .any(|user| {
+                let mut lines = user.code_lines();
+                lines
+                    .any(|(_, line)| has_word(line, &name) && !line.contains(&format!("fn {name}")))
+            });
+        if !used {
+            found.push(format!("{}:{line}: nobody calls {name}", file.path));
+        }
+    }
+    found
 }
 
 /// Whether a file uses the constant beyond declaring and describing it.
@@ -121,7 +193,7 @@ fn touches(file: &SourceFile, name: &str) -> bool {
     let code: Vec<(usize, &str)> = file.code_lines().collect();
     !file.is_test()
         && code.iter().enumerate().any(|(at, (_, line))| {
-            let describes = |line: &str| line.contains("describe_") || line.trim() == "describe(";
+            let describes = |line: &str| line.contains("describe_");
             let declared = line.contains("const ") || line.trim_start().starts_with("use ");
             has_word(line, name)
                 && !declared

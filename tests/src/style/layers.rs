@@ -239,11 +239,7 @@ const CRATES: &[(&str, &[&str], &str)] = &[
         &["vmm/src/kvm/", "bench/src/sys/"],
         "KVM's structures stay in one place",
     ),
-    (
-        "userfaultfd",
-        &["pager/"],
-        "userfaultfd is the pager's",
-    ),
+    ("userfaultfd", &["pager/"], "userfaultfd is the pager's"),
     (
         "anyhow",
         &[
