@@ -14,6 +14,7 @@ mount -t tmpfs tmpfs /tmp
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty -echo -onlcr
 dmesg -n 1
+cut -d' ' -f1 /proc/uptime >/tmp/ready-uptime
 echo "guest $(uname -r) up $(cut -d' ' -f1 /proc/uptime) s, $(nproc) cpus"
 echo PANDO-READY
 while true; do

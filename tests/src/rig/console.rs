@@ -2,7 +2,10 @@
 //! What L1 says on its serial console, as a typed report.
 
 use std::fmt;
+use std::fs;
 use std::path::PathBuf;
+
+use anyhow::{Context, Result};
 
 /// One check of a scenario.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,6 +83,23 @@ impl Report {
         self.ended == Ended::Done
             && !self.checks.is_empty()
             && self.checks.iter().all(|check| check.failure.is_none())
+    }
+
+    /// Writes the names of the checks that ran to `target/checks`, where `tests/run` compares them
+    /// with those that are expected to run.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn record(&self, name: &str) -> Result<()> {
+        let folder = super::work_folder()?.join("../checks");
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        let path = folder.join(format!("rig-{name}.checks"));
+        let names: String = self
+            .checks
+            .iter()
+            .map(|check| format!("rig {name}/{}\n", check.name))
+            .collect();
+        fs::write(&path, names).with_context(|| format!("cannot write {}", path.display()))
     }
 }
 

@@ -190,16 +190,17 @@ fn idle_recorders(project: &Project, file: &SourceFile) -> Vec<Finding> {
 
 /// Whether a file uses the constant beyond declaring and describing it.
 fn touches(file: &SourceFile, name: &str) -> bool {
-    let code: Vec<(usize, &str)> = file.code_lines().collect();
-    !file.is_test()
-        && code.iter().enumerate().any(|(at, (_, line))| {
-            let describes = |line: &str| line.contains("describe_");
-            let declared = line.contains("const ") || line.trim_start().starts_with("use ");
-            has_word(line, name)
-                && !declared
-                && !describes(line)
-                && !(at > 0 && describes(code[at - 1].1))
-        })
+    let code: Vec<&str> = file.code_lines().map(|(_, line)| line).collect();
+    // A description may open on the line before its constant.
+    let idle = |at: usize| {
+        let line = code[at];
+        let declares = line.contains("const ") || line.trim_start().starts_with("use ");
+        declares
+            || code[at.saturating_sub(1)..=at]
+                .iter()
+                .any(|line| line.contains("describe_"))
+    };
+    !file.is_test() && (0..code.len()).any(|at| has_word(code[at], name) && !idle(at))
 }
 
 /// Paths of the machine that the project is written on: its root, and home folders.

@@ -12,8 +12,8 @@ use std::io::{Cursor, Read, Seek, SeekFrom};
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::ReadVolatile;
 
-use super::{KernelImage, open_regular};
 use super::error::BootError;
+use super::{KernelImage, open_regular};
 use crate::memory::guest::GuestRam;
 
 /// How a kernel is started.
