@@ -1,65 +1,56 @@
 #![forbid(unsafe_code)]
-//! Where COM1 goes.
+//! Where COM1 goes: a file, this process's terminal, a pseudo-terminal, a socket.
+//!
+//! Output goes out on the thread of the vCPU that wrote it, as long as the other end takes it at
+//! once. What it does not take waits in a bounded queue, which a thread of the console drains; the
+//! same thread feeds input to the UART, as fast as the guest reads it. A guest can so neither block
+//! on its console nor make it grow.
 
-use std::io::{self, Write};
-use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
-use std::str::FromStr;
+mod endpoint;
+mod error;
+mod escape;
+mod feed;
+mod output;
+mod socket;
+mod target;
+mod terminal;
+
+use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
-use thiserror::Error;
+pub use error::ConsoleError;
+pub(super) use output::ConsoleWaker;
+pub use output::{BACKLOG_BYTES, ConsoleOutput};
+pub use target::{ParseTargetError, SerialTarget};
+pub use terminal::restore_terminal;
 
+use self::endpoint::{Endpoint, Source};
+use self::feed::Feed;
 use super::serial::Serial;
 
-/// Where a serial port goes.
-#[derive(Debug)]
-pub enum SerialTarget {
-    /// Output is dropped, there is no input.
-    Null,
-    /// This process's standard input and output; raw when it is a terminal.
-    Stdio,
-    /// Output to a file, made or emptied; no input.
-    File(PathBuf),
-    /// A new pseudo-terminal, see [`Console::pty_path`].
-    Pty,
-    /// A Unix socket to listen on.
-    Unix(PathBuf),
-    /// An open descriptor (socket, pipe, terminal), which is made non-blocking.
-    Fd(OwnedFd),
-}
-
-/// A target that could not be understood.
-#[derive(Debug, Error, PartialEq, Eq)]
-#[error("serial target {text:?} is none of null, stdio, pty, file:PATH, unix:PATH")]
-pub struct ParseTargetError {
-    text: String,
-}
-
-impl FromStr for SerialTarget {
-    type Err = ParseTargetError;
-
-    fn from_str(text: &str) -> Result<Self, ParseTargetError> {
-        let _ = text;
-        todo!()
-    }
-}
-
-/// Why a console cannot be opened.
-#[derive(Debug, Error)]
-pub enum ConsoleError {}
-
-/// The open end of a serial port. Dropping it ends its thread, gives the terminal back and removes
-/// the socket.
+/// The open end of a serial port. Dropping it ends its thread, lets queued output go out for a
+/// moment, gives the terminal back and removes the socket.
 #[derive(Debug)]
 pub struct Console {
     output: ConsoleOutput,
+    endpoint: Endpoint,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Console {
-    /// Opens the endpoint; nothing is read from it before [`Console::attach`].
+    /// Opens the endpoint, so that what is wrong with it shows before a guest runs. Output is taken
+    /// at once; nothing is read before [`Console::attach`].
     pub fn open(target: SerialTarget) -> Result<Self, ConsoleError> {
-        let _ = target;
-        todo!()
+        let (endpoint, sink) = endpoint::open(target)?;
+        if let Some(path) = &endpoint.pty_path {
+            tracing::info!(path = %path.display(), "the serial console is a pseudo-terminal");
+        }
+        Ok(Self {
+            output: ConsoleOutput::new(sink)?,
+            endpoint,
+            thread: None,
+        })
     }
 
     /// Where the UART writes to.
@@ -68,57 +59,55 @@ impl Console {
         self.output.clone()
     }
 
-    /// Starts to feed `serial`. `on_quit` is called when the user of a terminal types the escape to
-    /// quit (Ctrl-A x); it must not drop the console.
+    /// Starts to feed `serial`; puts a terminal into raw mode, in which Ctrl-A x calls `on_quit`
+    /// and Ctrl-A twice types it once. `on_quit` must not drop the console: it runs on its thread.
+    ///
+    /// Fails when the console feeds a UART already, or no thread can be made.
     pub fn attach(
         &mut self,
         serial: Arc<Mutex<Serial>>,
         on_quit: Box<dyn Fn() + Send>,
     ) -> Result<(), ConsoleError> {
-        let _ = (serial, on_quit);
-        todo!()
+        if self.thread.is_some() {
+            return Err(ConsoleError::Attached);
+        }
+        let source = std::mem::replace(&mut self.endpoint.source, Source::Nothing);
+        if matches!(source, Source::Nothing) {
+            return Ok(());
+        }
+        let feed = Feed::new(source, self.output.clone(), serial, on_quit)?;
+        let thread = std::thread::Builder::new()
+            .name("console".to_owned())
+            .spawn(move || feed.run())
+            .map_err(ConsoleError::Thread)?;
+        self.thread = Some(thread);
+        Ok(())
     }
 
     /// The terminal to open, when the target was [`SerialTarget::Pty`].
     #[must_use]
     pub fn pty_path(&self) -> Option<&Path> {
-        todo!()
+        self.endpoint.pty_path.as_deref()
     }
 
     /// Output bytes that were dropped because nobody read them.
     #[must_use]
     pub fn dropped_bytes(&self) -> u64 {
-        todo!()
+        self.output.dropped_bytes()
     }
 }
 
-/// Where the UART writes to; never blocks. Cheap to clone.
-#[derive(Debug, Clone)]
-pub struct ConsoleOutput {}
-
-impl ConsoleOutput {
-    pub(super) fn waker(&self) -> ConsoleWaker {
-        todo!()
+impl Drop for Console {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.output.stop();
+            if thread.join().is_err() {
+                tracing::error!("the console's thread panicked");
+            }
+        }
+        self.output.drain();
     }
 }
 
-impl Write for ConsoleOutput {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let _ = bytes;
-        todo!()
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// Wakes the console's thread.
-#[derive(Debug, Clone)]
-pub(super) struct ConsoleWaker {}
-
-impl ConsoleWaker {
-    pub(super) fn wake(&self) {
-        todo!()
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -173,3 +173,108 @@ impl PioDevice for Serial {
         DeviceEvent::None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::legacy::console::{Console, SerialTarget};
+    use proptest::prelude::*;
+
+    const DATA: u16 = 0;
+    const INTERRUPT_ENABLE: u16 = 1;
+    const INTERRUPT_ID: u16 = 2;
+    const LINE_STATUS: u16 = 5;
+    const SCRATCH: u16 = 7;
+
+    fn serial() -> (Serial, IrqLine) {
+        let irq = IrqLine::new().unwrap();
+        let console = Console::open(SerialTarget::Null).unwrap();
+        (Serial::new(irq.clone(), console.output()), irq)
+    }
+
+    fn read(serial: &mut Serial, register: u16) -> u8 {
+        let mut data = [0xff];
+        serial.read(register, &mut data);
+        data[0]
+    }
+
+    #[test]
+    fn received_bytes_raise_the_interrupt_and_are_read_in_order() {
+        let (mut serial, irq) = serial();
+        let _ = serial.write(INTERRUPT_ENABLE, &[1]);
+        assert_eq!(serial.enqueue(b"ab"), 2);
+        assert_eq!(irq.event().read().unwrap(), 1);
+        assert_eq!(read(&mut serial, LINE_STATUS) & 1, 1);
+        assert_eq!(read(&mut serial, DATA), b'a');
+        assert_eq!(read(&mut serial, DATA), b'b');
+        assert_eq!(read(&mut serial, LINE_STATUS) & 1, 0);
+        assert_eq!(read(&mut serial, DATA), 0, "an empty FIFO reads as zero");
+    }
+
+    #[test]
+    fn the_fifo_takes_what_it_has_room_for() {
+        let (mut serial, _irq) = serial();
+        assert_eq!(serial.enqueue(&[7; 100]), RECEIVE_FIFO_BYTES);
+        assert_eq!(serial.enqueue(&[7]), 0);
+        read(&mut serial, DATA);
+        assert_eq!(serial.enqueue(&[8, 9]), 1);
+    }
+
+    #[test]
+    fn a_restored_uart_goes_on_with_its_registers_fifo_and_interrupt() {
+        let (mut serial, _irq) = serial();
+        let _ = serial.write(INTERRUPT_ENABLE, &[1]);
+        let _ = serial.write(SCRATCH, &[0x5a]);
+        serial.enqueue(b"frozen");
+        let state = serial.save();
+        assert_eq!(state.receive_fifo, b"frozen");
+
+        let irq = IrqLine::new().unwrap();
+        let output = Console::open(SerialTarget::Null).unwrap().output();
+        let mut clone = Serial::restore(irq.clone(), output, &state).unwrap();
+        assert_eq!(clone.save(), state);
+        assert_eq!(irq.event().read().unwrap(), 1, "raised again");
+        assert_eq!(read(&mut clone, INTERRUPT_ID) & 0xf, 0b0100);
+        assert_eq!(read(&mut clone, SCRATCH), 0x5a);
+        let bytes: Vec<u8> = (0..6).map(|_| read(&mut clone, DATA)).collect();
+        assert_eq!(bytes, b"frozen");
+    }
+
+    #[test]
+    fn a_saved_fifo_that_is_too_long_is_refused() {
+        let state = SerialState {
+            receive_fifo: vec![0; 65],
+            ..serial().0.save()
+        };
+        let output = Console::open(SerialTarget::Null).unwrap().output();
+        let error = Serial::restore(IrqLine::new().unwrap(), output, &state).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "saved serial state has 65 received bytes where the device holds 64"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_panics_and_any_state_can_be_saved_and_restored(
+            accesses in prop::collection::vec(
+                (0_u16..8, prop::collection::vec(any::<u8>(), 0..5), any::<bool>()), 0..200,
+            ),
+        ) {
+            let (mut serial, _irq) = serial();
+            for (offset, mut data, write) in accesses {
+                data.truncate(usize::from(8 - offset));
+                if write {
+                    prop_assert_eq!(serial.write(offset, &data), DeviceEvent::None);
+                } else {
+                    serial.read(offset, &mut data);
+                }
+                serial.enqueue(&data);
+            }
+            let state = serial.save();
+            let output = Console::open(SerialTarget::Null).unwrap().output();
+            let clone = Serial::restore(IrqLine::new().unwrap(), output, &state).unwrap();
+            prop_assert_eq!(clone.save(), state);
+        }
+    }
+}
