@@ -1,0 +1,24 @@
+#![forbid(unsafe_code)]
+//! Where the legacy devices are: I/O ports and interrupt lines.
+
+use std::ops::Range;
+
+/// COM1's registers.
+pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
+/// COM1's interrupt line (GSI), edge triggered, active high.
+pub const COM1_GSI: u32 = 4;
+/// The keyboard controller: data at the first port, command and status at `+4`. Only its reset
+/// command exists.
+pub const I8042_PORTS: Range<u16> = 0x60..0x65;
+/// ACPI sleep control, sleep status and reset registers, one byte each, in this order.
+pub const POWER_PORTS: Range<u16> = 0x600..0x603;
+/// Port of the ACPI sleep control register.
+pub const SLEEP_CONTROL_PORT: u16 = POWER_PORTS.start;
+/// Port of the ACPI sleep status register.
+pub const SLEEP_STATUS_PORT: u16 = POWER_PORTS.start + 1;
+/// Port of the ACPI reset register.
+pub const RESET_PORT: u16 = POWER_PORTS.start + 2;
+/// What a guest writes to [`RESET_PORT`] to reset the machine.
+pub const RESET_VALUE: u8 = 1;
+/// `SLP_TYP` of the soft-off state S5, as `\_S5` names it.
+pub const SLEEP_TYPE_S5: u8 = 5;

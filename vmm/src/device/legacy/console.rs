@@ -1,0 +1,113 @@
+#![forbid(unsafe_code)]
+//! Where COM1 goes: a file, this process's terminal, a pseudo-terminal, a socket.
+//!
+//! Output goes out on the thread of the vCPU that wrote it, as long as the other end takes it at
+//! once. What it does not take waits in a bounded queue, which a thread of the console drains; the
+//! same thread feeds input to the UART, as fast as the guest reads it. A guest can so neither block
+//! on its console nor make it grow.
+
+mod endpoint;
+mod error;
+mod escape;
+mod feed;
+mod output;
+mod socket;
+mod target;
+mod terminal;
+
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+pub use error::ConsoleError;
+pub(super) use output::ConsoleWaker;
+pub use output::{BACKLOG_BYTES, ConsoleOutput};
+pub use target::{ParseTargetError, SerialTarget};
+pub use terminal::restore_terminal;
+
+use self::endpoint::{Endpoint, Source};
+use self::feed::Feed;
+use super::serial::Serial;
+
+/// The open end of a serial port. Dropping it ends its thread, lets queued output go out for a
+/// moment, gives the terminal back and removes the socket.
+#[derive(Debug)]
+pub struct Console {
+    output: ConsoleOutput,
+    endpoint: Endpoint,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Console {
+    /// Opens the endpoint, so that what is wrong with it shows before a guest runs. Output is taken
+    /// at once; nothing is read before [`Console::attach`].
+    pub fn open(target: SerialTarget) -> Result<Self, ConsoleError> {
+        let (endpoint, sink) = endpoint::open(target)?;
+        if let Some(path) = &endpoint.pty_path {
+            tracing::info!(path = %path.display(), "the serial console is a pseudo-terminal");
+        }
+        Ok(Self {
+            output: ConsoleOutput::new(sink)?,
+            endpoint,
+            thread: None,
+        })
+    }
+
+    /// Where the UART writes to.
+    #[must_use]
+    pub fn output(&self) -> ConsoleOutput {
+        self.output.clone()
+    }
+
+    /// Starts to feed `serial`; puts a terminal into raw mode, in which Ctrl-A x calls `on_quit`
+    /// and Ctrl-A twice types it once. `on_quit` must not drop the console: it runs on its thread.
+    ///
+    /// Fails when the console feeds a UART already, or no thread can be made.
+    pub fn attach(
+        &mut self,
+        serial: Arc<Mutex<Serial>>,
+        on_quit: Box<dyn Fn() + Send>,
+    ) -> Result<(), ConsoleError> {
+        if self.thread.is_some() {
+            return Err(ConsoleError::Attached);
+        }
+        let source = std::mem::replace(&mut self.endpoint.source, Source::Nothing);
+        if matches!(source, Source::Nothing) {
+            return Ok(());
+        }
+        let feed = Feed::new(source, self.output.clone(), serial, on_quit)?;
+        let thread = std::thread::Builder::new()
+            .name("console".to_owned())
+            .spawn(move || feed.run())
+            .map_err(ConsoleError::Thread)?;
+        self.thread = Some(thread);
+        Ok(())
+    }
+
+    /// The terminal to open, when the target was [`SerialTarget::Pty`].
+    #[must_use]
+    pub fn pty_path(&self) -> Option<&Path> {
+        self.endpoint.pty_path.as_deref()
+    }
+
+    /// Output bytes that were dropped because nobody read them.
+    #[must_use]
+    pub fn dropped_bytes(&self) -> u64 {
+        self.output.dropped_bytes()
+    }
+}
+
+impl Drop for Console {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            self.output.stop();
+            if thread.join().is_err() {
+                tracing::error!("the console's thread panicked");
+            }
+        }
+        self.output.drain();
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,128 @@
+#![forbid(unsafe_code)]
+//! Interrupt chips, timer and clock of a VM: their saved form, and interrupt lines into them.
+
+use kvm_bindings::{
+    KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+};
+use kvm_ioctls::Cap;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::vm::Vm;
+use super::{KvmError, abi, ioctl};
+
+/// An in-kernel interrupt chip.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Chip {
+    /// The first 8259.
+    PicMaster,
+    /// The second 8259.
+    PicSlave,
+    /// The I/O APIC.
+    IoApic,
+}
+
+impl Chip {
+    fn id(self) -> u32 {
+        match self {
+            Self::PicMaster => KVM_IRQCHIP_PIC_MASTER,
+            Self::PicSlave => KVM_IRQCHIP_PIC_SLAVE,
+            Self::IoApic => KVM_IRQCHIP_IOAPIC,
+        }
+    }
+}
+
+/// The VM's clock (`kvmclock`) at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClockReading {
+    /// What the guest's clock shows, in nanoseconds.
+    pub clock_ns: u64,
+    /// The host's wall-clock time at the same moment in nanoseconds since 1970, if KVM says.
+    pub realtime_ns: Option<u64>,
+}
+
+impl Vm {
+    /// Connects an event to a global interrupt line: each write of the event is an edge.
+    pub fn connect_irq(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
+        self.fd
+            .register_irqfd(event, line)
+            .map_err(ioctl("KVM_IRQFD"))
+    }
+
+    /// Waits until every edge that was written to `event` has reached the interrupt chips.
+    ///
+    /// KVM raises an I/O APIC line from a work queue; disconnecting the event waits for that. Only
+    /// while no vCPU runs and nobody writes the event.
+    pub fn flush_irq(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
+        self.fd
+            .unregister_irqfd(event, line)
+            .map_err(ioctl("KVM_IRQFD"))?;
+        self.connect_irq(event, line)
+    }
+
+    /// State of an interrupt chip, as the kernel's bytes.
+    pub fn chip(&self, chip: Chip) -> Result<Vec<u8>, KvmError> {
+        let mut state = kvm_irqchip {
+            chip_id: chip.id(),
+            ..Default::default()
+        };
+        self.fd
+            .get_irqchip(&mut state)
+            .map_err(ioctl("KVM_GET_IRQCHIP"))?;
+        Ok(abi::to_bytes(&state))
+    }
+
+    /// Sets the state of an interrupt chip. The bytes' own idea of which chip they are is ignored.
+    pub fn set_chip(&self, chip: Chip, bytes: &[u8]) -> Result<(), KvmError> {
+        let mut state: kvm_irqchip = abi::from_bytes("interrupt chip", bytes)?;
+        state.chip_id = chip.id();
+        self.fd
+            .set_irqchip(&state)
+            .map_err(ioctl("KVM_SET_IRQCHIP"))
+    }
+
+    /// State of the timer, as the kernel's bytes.
+    pub fn pit(&self) -> Result<Vec<u8>, KvmError> {
+        let state = self.fd.get_pit2().map_err(ioctl("KVM_GET_PIT2"))?;
+        Ok(abi::to_bytes(&state))
+    }
+
+    /// Sets the state of the timer.
+    pub fn set_pit(&self, bytes: &[u8]) -> Result<(), KvmError> {
+        let state: kvm_pit_state2 = abi::from_bytes("timer", bytes)?;
+        self.fd.set_pit2(&state).map_err(ioctl("KVM_SET_PIT2"))
+    }
+
+    /// Reads the guest's clock.
+    pub fn clock(&self) -> Result<ClockReading, KvmError> {
+        let clock = self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?;
+        Ok(ClockReading {
+            clock_ns: clock.clock,
+            realtime_ns: (clock.flags & KVM_CLOCK_REALTIME != 0).then_some(clock.realtime),
+        })
+    }
+
+    /// Sets the guest's clock. Where both the reading and this KVM know the wall-clock time, the
+    /// guest's clock also goes forward by the time that has passed since the reading was taken.
+    pub fn set_clock(&self, reading: &ClockReading) -> Result<(), KvmError> {
+        let data = match reading.realtime_ns {
+            Some(realtime) if self.clock_follows_realtime() => kvm_clock_data {
+                clock: reading.clock_ns,
+                flags: KVM_CLOCK_REALTIME,
+                realtime,
+                ..Default::default()
+            },
+            _ => kvm_clock_data {
+                clock: reading.clock_ns,
+                ..Default::default()
+            },
+        };
+        self.fd.set_clock(&data).map_err(ioctl("KVM_SET_CLOCK"))
+    }
+
+    /// Whether `KVM_SET_CLOCK` can add the wall-clock time that has passed (Linux 5.16).
+    pub fn clock_follows_realtime(&self) -> bool {
+        let flags = self.fd.check_extension_int(Cap::AdjustClock);
+        u32::try_from(flags).is_ok_and(|flags| flags & KVM_CLOCK_REALTIME != 0)
+    }
+}

@@ -1,0 +1,233 @@
+#![forbid(unsafe_code)]
+//! The devices of a machine outside the kernel: made, connected, saved and restored together.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::arch::x86_64::ports::{COM1_GSI, COM1_PORTS, I8042_PORTS, POWER_PORTS};
+use crate::device::bus::{BusError, MmioBus, PioBus};
+use crate::device::irq::IrqLine;
+use crate::device::legacy::console::{Console, SerialTarget};
+use crate::device::legacy::i8042::I8042;
+use crate::device::legacy::power::Power;
+use crate::device::legacy::serial::Serial;
+use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
+use crate::kvm::KvmError;
+use crate::kvm::vm::Vm;
+
+use super::error::MachineError;
+use super::state::DeviceRecord;
+
+/// All devices outside the kernel.
+///
+/// Keyboard controller and power registers hold no state; COM1 does.
+pub(super) struct Devices {
+    pio: Arc<PioBus>,
+    mmio: Arc<MmioBus>,
+    com1: Arc<Mutex<Serial>>,
+    com1_irq: IrqLine,
+    console: Console,
+}
+
+impl fmt::Debug for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Devices")
+            .field("pio", &self.pio)
+            .field("mmio", &self.mmio)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Devices {
+    /// Devices as after power-on; opens where COM1 goes.
+    pub(super) fn new(target: SerialTarget) -> Result<Self, MachineError> {
+        Self::build(target, |irq, console| {
+            Ok(Serial::new(irq, console.output()))
+        })
+    }
+
+    /// Devices that go on where `records` were saved. Interrupts that they hold reach the guest
+    /// when the devices are connected.
+    pub(super) fn from_records(
+        target: SerialTarget,
+        records: &[DeviceRecord],
+    ) -> Result<Self, MachineError> {
+        if let Some(unknown) = records.iter().find(|record| record.kind != SERIAL_KIND) {
+            return Err(MachineError::UnknownDevice {
+                kind: unknown.kind.clone(),
+            });
+        }
+        let state: SerialState = decode(records, SERIAL_KIND, SERIAL_VERSION)?;
+        Self::build(target, |irq, console| {
+            Serial::restore(irq, console.output(), &state)
+                .map_err(|source| device_error(SERIAL_KIND, source))
+        })
+    }
+
+    fn build(
+        target: SerialTarget,
+        make_serial: impl FnOnce(IrqLine, &Console) -> Result<Serial, MachineError>,
+    ) -> Result<Self, MachineError> {
+        let console = Console::open(target).map_err(|e| device_error(SERIAL_KIND, e))?;
+        let com1_irq = IrqLine::new().map_err(|e| device_error(SERIAL_KIND, e))?;
+        let com1 = Arc::new(Mutex::new(make_serial(com1_irq.clone(), &console)?));
+        let pio = ports(&com1).map_err(|e| device_error("ports", e))?;
+        Ok(Self {
+            pio: Arc::new(pio),
+            mmio: Arc::new(MmioBus::new()),
+            com1,
+            com1_irq,
+            console,
+        })
+    }
+
+    /// Connects the devices to the VM's interrupt lines.
+    pub(super) fn connect_irqs(&self, vm: &Vm) -> Result<(), KvmError> {
+        vm.connect_irq(self.com1_irq.event(), COM1_GSI)
+    }
+
+    /// Waits until every interrupt that a device has raised has reached the VM's chips.
+    pub(super) fn flush_irqs(&self, vm: &Vm) -> Result<(), KvmError> {
+        vm.flush_irq(self.com1_irq.event(), COM1_GSI)
+    }
+
+    /// Lets input in from outside. `on_quit` is called when somebody at a terminal asks to quit.
+    pub(super) fn attach(&mut self, on_quit: Box<dyn Fn() + Send>) -> Result<(), MachineError> {
+        self.console
+            .attach(Arc::clone(&self.com1), on_quit)
+            .map_err(|e| device_error(SERIAL_KIND, e))
+    }
+
+    /// State of all devices. No vCPU may run.
+    pub(super) fn save(&self) -> Result<Vec<DeviceRecord>, MachineError> {
+        Ok(vec![encode(
+            SERIAL_KIND,
+            SERIAL_VERSION,
+            &lock(&self.com1).save(),
+        )?])
+    }
+
+    /// What is at ports.
+    pub(super) fn pio(&self) -> Arc<PioBus> {
+        Arc::clone(&self.pio)
+    }
+
+    /// What is at memory addresses.
+    pub(super) fn mmio(&self) -> Arc<MmioBus> {
+        Arc::clone(&self.mmio)
+    }
+
+    /// The terminal to open, when COM1 goes to a new pseudo-terminal.
+    pub(super) fn pty_path(&self) -> Option<&Path> {
+        self.console.pty_path()
+    }
+}
+
+fn ports(com1: &Arc<Mutex<Serial>>) -> Result<PioBus, BusError> {
+    let mut pio = PioBus::new();
+    let com1: Arc<Mutex<Serial>> = Arc::clone(com1);
+    pio.insert(COM1_PORTS, com1)?;
+    pio.insert(I8042_PORTS, Arc::new(Mutex::new(I8042::new())))?;
+    pio.insert(POWER_PORTS, Arc::new(Mutex::new(Power::new())))?;
+    Ok(pio)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn device_error(
+    kind: &'static str,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> MachineError {
+    MachineError::Device {
+        kind,
+        source: Box::new(source),
+    }
+}
+
+fn encode(
+    kind: &str,
+    version: u32,
+    state: &impl serde::Serialize,
+) -> Result<DeviceRecord, MachineError> {
+    let body = postcard::to_stdvec(state).map_err(|e| MachineError::DeviceState {
+        kind: kind.to_owned(),
+        reason: e.to_string(),
+    })?;
+    Ok(DeviceRecord {
+        kind: kind.to_owned(),
+        version,
+        body,
+    })
+}
+
+fn decode<T: serde::de::DeserializeOwned>(
+    records: &[DeviceRecord],
+    kind: &'static str,
+    ours: u32,
+) -> Result<T, MachineError> {
+    let mut matching = records.iter().filter(|record| record.kind == kind);
+    let record = matching
+        .next()
+        .ok_or(MachineError::MissingDevice { kind })?;
+    let damaged = |reason: String| MachineError::DeviceState {
+        kind: kind.to_owned(),
+        reason,
+    };
+    if matching.next().is_some() {
+        return Err(damaged("it is there twice".to_owned()));
+    }
+    if record.version != ours {
+        return Err(MachineError::DeviceVersion {
+            kind: kind.to_owned(),
+            saved: record.version,
+            ours,
+        });
+    }
+    let (state, rest) =
+        postcard::take_from_bytes(&record.body).map_err(|e| damaged(e.to_string()))?;
+    if rest.is_empty() {
+        Ok(state)
+    } else {
+        Err(damaged(format!("{} bytes too many", rest.len())))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(kind: &str, version: u32, body: Vec<u8>) -> DeviceRecord {
+        DeviceRecord {
+            kind: kind.to_owned(),
+            version,
+            body,
+        }
+    }
+
+    fn refused(records: &[DeviceRecord]) -> String {
+        Devices::from_records(SerialTarget::Null, records)
+            .unwrap_err()
+            .to_string()
+    }
+
+    #[test]
+    fn records_that_are_not_ours_are_refused_by_name() {
+        let good = encode(SERIAL_KIND, SERIAL_VERSION, &SerialState::default()).unwrap();
+        assert!(refused(&[]).contains("lacks the device \"serial\""));
+        assert!(refused(&[record("rtc", 1, vec![])]).contains("device \"rtc\" that this machine"));
+        let other = record(SERIAL_KIND, SERIAL_VERSION + 1, good.body.clone());
+        assert!(refused(&[other]).contains("has version 2, this build reads 1"));
+        assert!(refused(&[good.clone(), good.clone()]).contains("there twice"));
+        let mut long = good.clone();
+        long.body.push(0);
+        assert!(refused(&[long]).contains("1 bytes too many"));
+        for length in 0..good.body.len() {
+            let mut short = good.clone();
+            short.body.truncate(length);
+            assert!(refused(&[short]).contains("damaged"), "{length}");
+        }
+    }
+}
