@@ -98,7 +98,7 @@ impl Pager<Idle> {
     /// guests that tell the two apart, and to see what older kernels do.
     #[must_use]
     pub fn with_poison_method(mut self, method: PoisonMethod) -> Self {
-        self.state.health = Health::new(method);
+        self.state.health = self.state.health.with_method(method);
         self
     }
 
