@@ -110,6 +110,10 @@ fn new_machine(
 ) -> Result<Machine<Paused>, MachineError> {
     let devices = Devices::new(serial)?;
     let shell = Shell::make(spec, ram, devices, &mut timer)?;
+    shell
+        .vm
+        .mask_pics()
+        .map_err(MachineError::vm("cannot set up the interrupt chips"))?;
     shell.connect_devices()?;
     let cpus = spec.cpus().get();
     let supported = shell
