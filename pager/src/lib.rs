@@ -1,17 +1,53 @@
-//! The pager: serves the pages of a template image on fault.
+//! The pager: serves the pages of a template's memory to clones, on fault.
+//!
+//! ```text
+//!  vCPU touches a page          pager thread                                template file
+//!  ------------------>  fault message -> residency -> zero?  ZEROPAGE
+//!        sleeps                              |
+//!                                            +-> data: queue -> source ---> READ (io_uring)
+//!        woken   <----  COPY  <- verify <- buffer <-------------------------'
+//!                       POISON <- error, checksum, deadline
+//! ```
+//! The pager speaks pages of an image, never guest physical addresses. Three things stay apart:
+//! where bytes come from ([`source`]), how a page is put in place (`install`, the only errno
+//! ladder), and who is waiting (`queue`, `serve`). A clone's memory has no way to write the
+//! template: its file is open read-only, and nothing hands it out.
+//!
+//! Nothing that the pager thread does touches served memory: it would wait for itself.
 
-/// Anonymous memory of a clone, filled by the pager.
-#[derive(Debug)]
-pub struct CloneMemory(());
+mod budget;
+mod counts;
+mod error;
+mod fault;
+mod handle;
+mod health;
+pub mod image;
+mod install;
+mod memory;
+pub mod metrics;
+mod options;
+mod page;
+mod port;
+mod prefetch;
+mod probe;
+mod queue;
+mod region;
+mod residency;
+mod retry;
+mod serve;
+pub mod source;
+mod sys;
+mod thread;
+mod token;
 
-impl CloneMemory {
-    /// First address in this process.
-    pub fn host_address(&self) -> *mut u8 {
-        std::ptr::null_mut()
-    }
-
-    /// Length in bytes.
-    pub fn bytes(&self) -> u64 {
-        0
-    }
-}
+pub use budget::Budget;
+pub use counts::Counts;
+pub use error::PagerError;
+pub use handle::{Idle, Pager, Serving};
+pub use health::{Health, PoisonMethod, PoisonReason, PoisonedPage};
+pub use image::{Image, ImageError};
+pub use memory::CloneMemory;
+pub use options::{IoMode, PagerOptions, Verify};
+pub use page::{ByteOffset, PAGE_BYTES, PageCount, PageIndex, PageRange};
+pub use port::IoPath;
+pub use probe::{HostFacts, Refusal, UffdAccess, UffdFacts, UffdFeatures, probe};

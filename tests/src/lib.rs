@@ -1,1 +1,5 @@
-//! x
+//! Tests of Pando as a whole. The library holds what tests share; the tests are in `tests/tests`.
+
+pub mod command;
+pub mod rig;
+pub mod style;

@@ -1,3 +1,8 @@
+#![forbid(unsafe_code)]
 //! The `pando` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ExitCode::from(pando_vmm::cli::main())
+}

@@ -24,6 +24,15 @@ impl MachineState {
     pub fn cpuid(&self) -> Vec<CpuidEntry> {
         self.cpus.first().map(VcpuState::cpuid).unwrap_or_default()
     }
+
+    /// Numbers of the model specific registers of the boot processor: what another host must be
+    /// able to set.
+    pub fn msr_numbers(&self) -> Vec<u32> {
+        self.cpus
+            .first()
+            .map(|cpu| cpu.msrs.iter().map(|(number, _)| *number).collect())
+            .unwrap_or_default()
+    }
 }
 
 /// State that the vCPUs of a VM share, as the kernel's bytes.

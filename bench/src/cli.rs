@@ -1,0 +1,82 @@
+#![forbid(unsafe_code)]
+//! The command line, as words.
+
+use std::num::NonZeroU32;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+
+/// Measures what Pando promises, each figure beside its baseline in the same run.
+#[derive(Debug, Parser)]
+#[command(name = "pando-bench", version, about)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// One question each.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// What the kernel alone asks for a clone: fork, KVM VM, ten pages, with nothing of Pando.
+    Floor(FloorArgs),
+}
+
+/// Options of `pando-bench floor`.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct FloorArgs {
+    /// Clones started one after the other.
+    #[arg(long, default_value = "200")]
+    pub(crate) count: NonZeroU32,
+    /// Clones started together, all alive at once.
+    #[arg(long, default_value = "500")]
+    pub(crate) parallel: NonZeroU32,
+    /// How often both are done; the rounds alternate.
+    #[arg(long, default_value = "3")]
+    pub(crate) rounds: NonZeroU32,
+    /// Guest memory of the root, for example 128M.
+    #[arg(long, default_value = "128M", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// Leave the root in 4 KiB pages instead of collapsing it to huge ones.
+    #[arg(long)]
+    pub(crate) small_pages: bool,
+    /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Reads a size such as `128M`: bytes, or with a suffix of K, M or G in powers of 1024.
+pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| format!("{text:?} is no size: write bytes, or a number with K, M or G"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_their_suffix() {
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        assert_eq!(parse_bytes("64K"), Ok(65536));
+        assert_eq!(parse_bytes("128M"), Ok(128 << 20));
+        assert_eq!(parse_bytes("5g"), Ok(5 << 30));
+        for bad in ["", "M", "12X", "-1", "1.5G", "99999999999G"] {
+            let error = parse_bytes(bad).unwrap_err();
+            assert!(error.contains(&format!("{bad:?}")), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Args::command().debug_assert();
+    }
+}

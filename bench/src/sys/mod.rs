@@ -1,0 +1,6 @@
+//! What the benchmarks need of the kernel by hand: memory of a given shape, a VM of the smallest
+//! kind, processes.
+
+pub(crate) mod guest;
+pub(crate) mod memory;
+pub(crate) mod process;

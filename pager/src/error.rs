@@ -1,0 +1,64 @@
+#![forbid(unsafe_code)]
+//! Errors of the crate's edge.
+
+use std::io;
+
+use thiserror::Error;
+
+/// Why a pager could not be made, or ended.
+#[derive(Debug, Error)]
+pub enum PagerError {
+    /// No userfaultfd for this process.
+    #[error(
+        "userfaultfd is refused; give this user access to /dev/userfaultfd, CAP_SYS_PTRACE, or set vm.unprivileged_userfaultfd=1"
+    )]
+    Userfaultfd(#[source] io::Error),
+    /// io_uring was demanded and cannot be had.
+    #[error(
+        "io_uring is refused; see kernel.io_uring_disabled and the container's seccomp profile, or use pread"
+    )]
+    Uring(#[source] io::Error),
+    /// Memory of a clone could not be mapped.
+    #[error("cannot map {bytes} bytes for memory {image}")]
+    Map {
+        /// Id of the image.
+        image: String,
+        /// Its size.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// Memory of a clone could not be registered.
+    #[error("cannot register {bytes} bytes of memory {image} with userfaultfd")]
+    Register {
+        /// Id of the image.
+        image: String,
+        /// Its size.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: userfaultfd::Error,
+    },
+    /// An image without a page.
+    #[error("memory {image} is empty")]
+    Empty {
+        /// Id of the image.
+        image: String,
+    },
+    /// Buffers, descriptors or threads could not be made.
+    #[error("cannot set up the pager: {what}")]
+    Setup {
+        /// What could not be made.
+        what: &'static str,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The pager ended by itself.
+    #[error("the pager failed: {reason}")]
+    Failed {
+        /// Why, as in `Health::failure`.
+        reason: String,
+    },
+}

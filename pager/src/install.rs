@@ -1,0 +1,149 @@
+#![forbid(unsafe_code)]
+//! Putting pages in place: the only errno ladder of the crate.
+//!
+//! | the kernel says | what it means | what is done |
+//! |---|---|---|
+//! | all bytes done | installed, waiters woken | nothing more |
+//! | fewer bytes done (with or without EAGAIN) | the prefix is installed and woken | go on behind it |
+//! | EEXIST | the first page is there already; *nobody was woken* | wake it, go on behind it |
+//! | EAGAIN, nothing done | the address space is changing, or an event is unread | drain messages, try again, at most [`AGAIN_LIMIT`] times |
+//! | ENOMEM | no memory, or the cgroup's limit | try again, at most [`NO_MEMORY_LIMIT`] times |
+//! | ENOENT | no longer one registered mapping | stop, quietly |
+//! | ESRCH | the address space is gone | stop, quietly |
+//! | EFAULT | the source bytes could not be read | stop: an error of the page |
+//! | anything else | a bug, or a kernel that does not know the ioctl | stop: an error of the page |
+
+use rustix::io::Errno;
+
+use crate::page::{PAGE_BYTES, PageCount, PageRange};
+use crate::sys::userfaultfd::Answer;
+
+/// How often one install is tried again because the address space is changing.
+pub(crate) const AGAIN_LIMIT: u32 = 64;
+/// How often one install is tried again because there is no memory.
+pub(crate) const NO_MEMORY_LIMIT: u32 = 3;
+
+/// What the ladder needs of the kernel; the tests answer in its place.
+pub(crate) trait PageOps {
+    /// One COPY of `source` to `pages`.
+    fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer;
+    /// One ZEROPAGE.
+    fn zero(&mut self, pages: PageRange) -> Answer;
+    /// One POISON.
+    fn poison(&mut self, pages: PageRange) -> Answer;
+    /// Wakes who waits for `pages`.
+    fn wake(&mut self, pages: PageRange);
+    /// Takes unread messages off the userfaultfd, so that it can go on.
+    fn drain(&mut self);
+}
+
+/// What to put at the pages.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Content<'a> {
+    /// These bytes, one page after the other; what is behind the last page is not used.
+    Bytes(&'a [u8]),
+    /// The zero page.
+    Zero,
+    /// A mark that makes every access an error.
+    Poison,
+}
+
+/// Why an install ended before its last page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// The memory or its process is gone: nobody waits.
+    Gone,
+    /// Still changing after [`AGAIN_LIMIT`] tries.
+    Changing,
+    /// Still no memory after [`NO_MEMORY_LIMIT`] tries.
+    NoMemory,
+    /// The kernel refused for another reason.
+    Refused(Errno),
+}
+
+/// What an install did, from its first page on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Installed {
+    /// Pages that this install filled.
+    pub(crate) fresh: u64,
+    /// Pages that were there already; their waiters were woken.
+    pub(crate) present: u64,
+    /// Tries repeated because of EAGAIN or a short copy.
+    pub(crate) again: u32,
+    /// Tries repeated because of ENOMEM.
+    pub(crate) no_memory: u32,
+    /// Why the rest was not done.
+    pub(crate) stopped: Option<Stopped>,
+}
+
+impl Installed {
+    /// The pages that are done for, either way.
+    pub(crate) fn done(&self) -> u64 {
+        self.fresh + self.present
+    }
+}
+
+/// Puts `content` at `pages`, whatever it takes, within the limits above.
+pub(crate) fn install(ops: &mut dyn PageOps, pages: PageRange, content: Content<'_>) -> Installed {
+    let mut report = Installed::default();
+    while report.done() < pages.count().get() {
+        let done = report.done();
+        let rest = PageRange::between(pages.start().plus(done), pages.end());
+        let answer = match content {
+            Content::Bytes(bytes) => {
+                let at = usize::try_from(done * PAGE_BYTES).unwrap_or(usize::MAX);
+                let length = usize::try_from(rest.bytes()).unwrap_or(usize::MAX);
+                let end = at.saturating_add(length);
+                ops.copy(rest, bytes.get(at..end).unwrap_or(&[]))
+            }
+            Content::Zero => ops.zero(rest),
+            Content::Poison => ops.poison(rest),
+        };
+        if let Some(stopped) = step(ops, rest, answer, &mut report) {
+            report.stopped = Some(stopped);
+            break;
+        }
+    }
+    report
+}
+
+/// One rung: what `answer` to an install of `rest` means.
+fn step(
+    ops: &mut dyn PageOps,
+    rest: PageRange,
+    answer: Answer,
+    report: &mut Installed,
+) -> Option<Stopped> {
+    let filled = u64::try_from(answer.done_bytes).unwrap_or(0) / PAGE_BYTES;
+    let filled = filled.min(rest.count().get());
+    if filled > 0 {
+        report.fresh += filled;
+        report.again += u32::from(filled < rest.count().get());
+        return None;
+    }
+    match answer.errno {
+        // A success that did nothing would loop for ever: treated as the kernel's EAGAIN.
+        None | Some(Errno::AGAIN) => {
+            report.again += 1;
+            if report.again > AGAIN_LIMIT {
+                return Some(Stopped::Changing);
+            }
+            ops.drain();
+            None
+        }
+        Some(Errno::EXIST) => {
+            ops.wake(PageRange::new(rest.start(), PageCount::new(1)));
+            report.present += 1;
+            None
+        }
+        Some(Errno::NOMEM) => {
+            report.no_memory += 1;
+            (report.no_memory > NO_MEMORY_LIMIT).then_some(Stopped::NoMemory)
+        }
+        Some(Errno::NOENT | Errno::SRCH) => Some(Stopped::Gone),
+        Some(errno) => Some(Stopped::Refused(errno)),
+    }
+}
+
+#[cfg(test)]
+mod tests;

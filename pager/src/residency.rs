@@ -1,0 +1,158 @@
+#![forbid(unsafe_code)]
+//! What the pager knows about each page of a clone. Pure.
+//!
+//! ```text
+//!            start             installed
+//!   Absent ---------> Reading -----------> Present
+//!     |  ^ <---------    |                   (end)
+//!     |      give up     | cannot be read
+//!     |                  v
+//!     +-------------> Poisoned (end)
+//! ```
+//! Present and Poisoned are final: a page is filled from the template once, and a page that was
+//! removed afterwards is never filled again.
+
+use crate::page::{PageCount, PageIndex, PageRange};
+
+const PAGES_PER_WORD: u64 = 32;
+
+/// State of one page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum PageState {
+    /// Nobody asked for it yet.
+    Absent,
+    /// Some read will bring it.
+    Reading,
+    /// It was installed.
+    Present,
+    /// It cannot be had; touching it is an error.
+    Poisoned,
+}
+
+impl PageState {
+    const fn code(self) -> u64 {
+        match self {
+            Self::Absent => 0,
+            Self::Reading => 1,
+            Self::Present => 2,
+            Self::Poisoned => 3,
+        }
+    }
+
+    /// Whether the pager may move a page from this state to `next`.
+    pub(crate) const fn may_become(self, next: Self) -> bool {
+        match self {
+            Self::Absent => matches!(next, Self::Reading | Self::Present | Self::Poisoned),
+            Self::Reading => matches!(next, Self::Absent | Self::Present | Self::Poisoned),
+            Self::Present | Self::Poisoned => false,
+        }
+    }
+}
+
+/// State of every page of one clone's memory, two bits each.
+#[derive(Debug)]
+pub(crate) struct Residency {
+    pages: PageCount,
+    words: Vec<u64>,
+}
+
+impl Residency {
+    /// All pages absent.
+    pub(crate) fn new(pages: PageCount) -> Self {
+        let words = pages.get().div_ceil(PAGES_PER_WORD);
+        Self {
+            pages,
+            words: vec![0; usize::try_from(words).unwrap_or(usize::MAX)],
+        }
+    }
+
+    fn place(&self, page: PageIndex) -> Option<(usize, u64)> {
+        if page.get() >= self.pages.get() {
+            return None;
+        }
+        let word = usize::try_from(page.get() / PAGES_PER_WORD).ok()?;
+        Some((word, 2 * (page.get() % PAGES_PER_WORD)))
+    }
+
+    /// State of `page`. A page behind the end is poisoned: there is nothing to be had.
+    pub(crate) fn get(&self, page: PageIndex) -> PageState {
+        let Some((word, shift)) = self.place(page) else {
+            return PageState::Poisoned;
+        };
+        match self.words[word] >> shift & 3 {
+            0 => PageState::Absent,
+            1 => PageState::Reading,
+            2 => PageState::Present,
+            _ => PageState::Poisoned,
+        }
+    }
+
+    /// Moves `page` to `next`; false, and nothing happens, where that is no legal step.
+    pub(crate) fn set(&mut self, page: PageIndex, next: PageState) -> bool {
+        let Some((word, shift)) = self.place(page) else {
+            return false;
+        };
+        if !self.get(page).may_become(next) {
+            return false;
+        }
+        self.words[word] = self.words[word] & !(3 << shift) | next.code() << shift;
+        true
+    }
+
+    /// Moves every page of `pages` that legally can to `next`.
+    pub(crate) fn set_all(&mut self, pages: PageRange, next: PageState) {
+        for page in pages.iter() {
+            self.set(page, next);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const STATES: [PageState; 4] = [
+        PageState::Absent,
+        PageState::Reading,
+        PageState::Present,
+        PageState::Poisoned,
+    ];
+
+    proptest! {
+        #[test]
+        fn it_behaves_as_a_plain_list_of_states(
+            steps in prop::collection::vec((0u64..80, 0usize..4), 0..200),
+        ) {
+            let mut model = vec![PageState::Absent; 70];
+            let mut residency = Residency::new(PageCount::new(70));
+            for (page, next) in steps {
+                let next = STATES[next];
+                let place = model.get_mut(usize::try_from(page).unwrap());
+                let legal = place.as_ref().is_some_and(|state| match (**state, next) {
+                    (PageState::Present | PageState::Poisoned, _) => false,
+                    (from, to) => from != to,
+                });
+                if let Some(state) = place.filter(|_| legal) {
+                    *state = next;
+                }
+                prop_assert_eq!(residency.set(PageIndex::new(page), next), legal);
+            }
+            for (page, state) in (0..).zip(&model) {
+                prop_assert_eq!(residency.get(PageIndex::new(page)), *state);
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_can_be_had_behind_the_end() {
+        let mut residency = Residency::new(PageCount::new(3));
+        assert_eq!(residency.get(PageIndex::new(3)), PageState::Poisoned);
+        assert!(!residency.set(PageIndex::new(3), PageState::Present));
+        residency.set_all(
+            PageRange::new(PageIndex::new(0), PageCount::new(9)),
+            PageState::Present,
+        );
+        assert_eq!(residency.get(PageIndex::new(2)), PageState::Present);
+    }
+}

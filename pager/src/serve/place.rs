@@ -1,0 +1,132 @@
+#![forbid(unsafe_code)]
+//! The real kernel below the install ladder.
+
+use std::os::fd::AsFd;
+
+use userfaultfd::Uffd;
+
+use crate::install::PageOps;
+use crate::page::PageRange;
+use crate::port::Inbox;
+use crate::sys::mmap::ServedMapping;
+use crate::sys::userfaultfd::{self as sys, Answer};
+
+/// Messages that an install may take off the userfaultfd to get it going again.
+const DRAIN_ROOM: usize = 1024;
+
+/// One clone's memory, held mapped while something is installed in it.
+pub(super) struct Place<'a> {
+    pub(super) uffd: &'a Uffd,
+    pub(super) mapping: &'a ServedMapping,
+    pub(super) inbox: &'a mut Inbox,
+}
+
+impl PageOps for Place<'_> {
+    fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer {
+        sys::copy(self.uffd.as_fd(), self.mapping, pages, source)
+    }
+
+    fn zero(&mut self, pages: PageRange) -> Answer {
+        sys::zero(self.uffd.as_fd(), self.mapping, pages)
+    }
+
+    fn poison(&mut self, pages: PageRange) -> Answer {
+        sys::poison(self.uffd.as_fd(), self.mapping, pages)
+    }
+
+    fn wake(&mut self, pages: PageRange) {
+        sys::wake(self.uffd, self.mapping, pages);
+    }
+
+    fn drain(&mut self) {
+        let room = DRAIN_ROOM.saturating_sub(self.inbox.messages.len());
+        if let Err(error) = self.inbox.drain(self.uffd, room) {
+            tracing::warn!(%error, "cannot read the userfaultfd");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::install::{Content, Installed, Stopped, install};
+    use crate::page::{PageCount, PageIndex};
+
+    fn pages(start: u64, count: u64) -> PageRange {
+        PageRange::new(PageIndex::new(start), PageCount::new(count))
+    }
+
+    /// Eight pages of real memory; `registered` with the userfaultfd or not.
+    fn with_memory(registered: bool, test: impl FnOnce(&mut Place<'_>)) {
+        let (uffd, _) = sys::open().unwrap();
+        let mapping = ServedMapping::new(8 * 4096).unwrap();
+        if registered {
+            sys::register(&uffd, &mapping).unwrap();
+        }
+        let mut inbox = Inbox::new();
+        test(&mut Place {
+            uffd: &uffd,
+            mapping: &mapping,
+            inbox: &mut inbox,
+        });
+    }
+
+    /// First byte of each page, without a fault: present pages only.
+    fn first_bytes(mapping: &ServedMapping, count: u64) -> Vec<u8> {
+        let memory = File::open("/proc/self/mem").unwrap();
+        (0..count)
+            .map(|page| {
+                let mut byte = [0];
+                let address = mapping.address_of(pages(page, 1)).unwrap();
+                memory.read_exact_at(&mut byte, address).unwrap();
+                byte[0]
+            })
+            .collect()
+    }
+
+    #[test]
+    fn present_pages_cut_real_installs_short_and_are_passed() {
+        with_memory(true, |place| {
+            let bytes: Vec<u8> = (1..=8u8).flat_map(|page| [page; 4096]).collect();
+            assert_eq!(install(place, pages(0, 1), Content::Zero).fresh, 1);
+            assert_eq!(install(place, pages(4, 2), Content::Zero).fresh, 2);
+            let report = install(place, pages(0, 8), Content::Bytes(&bytes));
+            let expected = Installed {
+                fresh: 5,
+                present: 3,
+                // The kernel stopped before page 4, with EAGAIN and a count.
+                again: 1,
+                ..Installed::default()
+            };
+            assert_eq!(report, expected);
+            assert_eq!(first_bytes(place.mapping, 8), [0, 2, 3, 4, 0, 0, 7, 8]);
+            // The other contents meet the same ladder.
+            assert_eq!(install(place, pages(0, 8), Content::Zero).present, 8);
+            assert_eq!(install(place, pages(0, 8), Content::Poison).present, 8);
+        });
+    }
+
+    #[test]
+    fn memory_that_is_not_served_any_more_is_gone() {
+        with_memory(false, |place| {
+            let report = install(place, pages(0, 1), Content::Bytes(&[0; 4096]));
+            assert_eq!((report.fresh, report.stopped), (0, Some(Stopped::Gone)));
+            let report = install(place, pages(0, 1), Content::Zero);
+            assert_eq!(report.stopped, Some(Stopped::Gone));
+        });
+    }
+
+    #[test]
+    fn pages_outside_the_memory_are_refused_before_the_kernel_sees_them() {
+        with_memory(true, |place| {
+            for content in [Content::Bytes(&[0; 8192]), Content::Zero, Content::Poison] {
+                let report = install(place, pages(7, 2), content);
+                let refused = Stopped::Refused(rustix::io::Errno::INVAL);
+                assert_eq!(report.stopped, Some(refused));
+            }
+        });
+    }
+}

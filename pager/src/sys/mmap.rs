@@ -1,0 +1,88 @@
+// UNSAFETY: protects single pages of a mapping by raw address, which memmap2 has no call for.
+#![expect(unsafe_code, reason = "mprotect of one page of a mapping")]
+//! The memory of a clone: anonymous, private, never a huge page unless somebody asks later.
+
+use std::io;
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use rustix::mm::{MprotectFlags, mprotect};
+
+use crate::page::PageRange;
+
+/// Anonymous memory that a pager fills. It stays mapped while anybody holds it, so that an
+/// install can never hit what was mapped at the same address later.
+#[derive(Debug)]
+pub(crate) struct ServedMapping {
+    memory: MmapRaw,
+}
+
+impl ServedMapping {
+    /// Maps `bytes` of untouched memory. Nothing is allocated.
+    pub(crate) fn new(bytes: u64) -> io::Result<Self> {
+        let length =
+            usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        let memory = MmapOptions::new()
+            .len(length)
+            .no_reserve_swap()
+            .map_anon()?;
+        // With THP each first fault of 2 MiB would clear 2 MiB. EINVAL: a kernel without THP.
+        match memory.advise(Advice::NoHugePage) {
+            Err(error) if error.raw_os_error() != Some(libc::EINVAL) => return Err(error),
+            _ => {}
+        }
+        // A forked child is not registered with the uffd: its missing pages would read as zero.
+        // Without the mapping it faults loudly instead.
+        memory.advise(Advice::DontFork)?;
+        Ok(Self {
+            memory: MmapRaw::from(memory),
+        })
+    }
+
+    /// First address.
+    pub(crate) fn address(&self) -> *mut u8 {
+        self.memory.as_mut_ptr()
+    }
+
+    /// Length in bytes.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    /// The address of the first byte of `pages`, when they all lie inside.
+    pub(crate) fn address_of(&self, pages: PageRange) -> Option<u64> {
+        let end = pages.offset().get().checked_add(pages.bytes())?;
+        (end <= self.bytes()).then(|| self.address() as u64 + pages.offset().get())
+    }
+
+    /// Takes every right to `pages` away: what touches them gets SIGSEGV, or EFAULT in KVM.
+    pub(crate) fn forbid(&self, pages: PageRange) -> io::Result<()> {
+        let address = self
+            .address_of(pages)
+            .ok_or(io::Error::from(io::ErrorKind::InvalidInput))?;
+        let length = usize::try_from(pages.bytes())
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: `address_of` proved that the range lies in this mapping, which is mapped as
+        // long as `self`. No reference into it exists: all access is by raw address, and losing
+        // the right to it is what the caller wants to happen.
+        unsafe { mprotect(address as *mut _, length, MprotectFlags::empty()) }?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::page::{PageCount, PageIndex};
+
+    #[test]
+    fn addresses_stay_inside() {
+        let mapping = ServedMapping::new(8192).unwrap();
+        let pages = |start, count| PageRange::new(PageIndex::new(start), PageCount::new(count));
+        let base = mapping.address() as u64;
+        assert_eq!(mapping.address_of(pages(1, 1)), Some(base + 4096));
+        assert_eq!(mapping.address_of(pages(1, 2)), None);
+        assert_eq!(mapping.address_of(pages(u64::MAX, 1)), None);
+        assert!(mapping.forbid(pages(2, 1)).is_err());
+        mapping.forbid(pages(0, 2)).unwrap();
+    }
+}

@@ -1,0 +1,6 @@
+//! The kernel's interfaces, each behind a type that cannot be misused: the only unsafe code here.
+
+pub(crate) mod buffers;
+pub(crate) mod mmap;
+pub(crate) mod uring;
+pub(crate) mod userfaultfd;

@@ -1,0 +1,299 @@
+// UNSAFETY: ioctls of userfaultfd that the `userfaultfd` crate has not (POISON, probing) or whose
+// errno it loses (COPY), and the mapping's address handed to the crate's calls. Every address
+// given to the kernel comes from a `ServedMapping` that is borrowed for the call.
+#![expect(unsafe_code, reason = "raw ioctls on the userfaultfd")]
+//! userfaultfd: made by the crate, filled through a typed binding that keeps every errno.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use rustix::io::Errno;
+use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
+
+use super::mmap::ServedMapping;
+use crate::page::PageRange;
+
+const DEVICE: &str = "/dev/userfaultfd";
+const API: u64 = 0xaa;
+
+#[repr(C)]
+struct ApiArgs {
+    api: u64,
+    features: u64,
+    ioctls: u64,
+}
+
+#[repr(C)]
+struct CopyArgs {
+    destination: u64,
+    source: u64,
+    bytes: u64,
+    mode: u64,
+    copied: i64,
+}
+
+/// ZEROPAGE and POISON share this shape.
+#[repr(C)]
+struct RangeArgs {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+    done: i64,
+}
+
+const fn ioctl_number(direction: u64, number: u64, size: usize) -> u64 {
+    direction << 30 | (size as u64) << 16 | 0xaa << 8 | number
+}
+
+const READ_WRITE: u64 = 3;
+const IOC_NEW: u64 = ioctl_number(0, 0x00, 0);
+const IOC_API: u64 = ioctl_number(READ_WRITE, 0x3f, size_of::<ApiArgs>());
+const IOC_COPY: u64 = ioctl_number(READ_WRITE, 0x03, size_of::<CopyArgs>());
+const IOC_ZEROPAGE: u64 = ioctl_number(READ_WRITE, 0x04, size_of::<RangeArgs>());
+const IOC_POISON: u64 = ioctl_number(READ_WRITE, 0x08, size_of::<RangeArgs>());
+
+const _: () = assert!(size_of::<ApiArgs>() == 24);
+const _: () = assert!(size_of::<CopyArgs>() == 40);
+const _: () = assert!(size_of::<RangeArgs>() == 32);
+const _: () = assert!(IOC_NEW == 0xaa00);
+const _: () = assert!(IOC_API == 0xc018_aa3f);
+const _: () = assert!(IOC_COPY == 0xc028_aa03);
+const _: () = assert!(IOC_ZEROPAGE == 0xc020_aa04);
+const _: () = assert!(IOC_POISON == 0xc020_aa08);
+
+/// Feature bits of `UFFDIO_API`, as the kernel reports them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UffdFeatures(u64);
+
+impl UffdFeatures {
+    const MOVE: u64 = 1 << 16;
+    const WP_ASYNC: u64 = 1 << 15;
+    const POISON: u64 = 1 << 14;
+    const EXACT_ADDRESS: u64 = 1 << 11;
+    const MINOR_SHMEM: u64 = 1 << 10;
+    const THREAD_ID: u64 = 1 << 8;
+
+    /// All bits.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// UFFDIO_POISON: an unreadable page raises SIGBUS.
+    pub fn poison(self) -> bool {
+        self.0 & Self::POISON != 0
+    }
+
+    /// UFFDIO_MOVE.
+    pub fn move_pages(self) -> bool {
+        self.0 & Self::MOVE != 0
+    }
+
+    /// Asynchronous write protection, to find written pages without messages.
+    pub fn wp_async(self) -> bool {
+        self.0 & Self::WP_ASYNC != 0
+    }
+
+    /// Minor faults on shared memory, for CONTINUE.
+    pub fn minor_shmem(self) -> bool {
+        self.0 & Self::MINOR_SHMEM != 0
+    }
+
+    /// Fault messages can carry the exact address.
+    pub fn exact_address(self) -> bool {
+        self.0 & Self::EXACT_ADDRESS != 0
+    }
+
+    /// Fault messages can carry the faulting thread.
+    pub fn thread_id(self) -> bool {
+        self.0 & Self::THREAD_ID != 0
+    }
+}
+
+/// How the kernel let this process have a userfaultfd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UffdAccess {
+    /// Through `/dev/userfaultfd`: file permission is all that it takes.
+    Device,
+    /// Through the system call: a capability, or `vm.unprivileged_userfaultfd`.
+    Syscall,
+}
+
+/// What an install ioctl said: how many bytes it handled, and the errno if it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) done_bytes: i64,
+    pub(crate) errno: Option<Errno>,
+}
+
+/// Which features the kernel offers and how one gets a userfaultfd: asked of a throw-away one.
+/// Kernel faults must be served too (KVM raises them), so user-mode-only is never asked for.
+pub(crate) fn probe() -> io::Result<(UffdAccess, UffdFeatures)> {
+    let (access, fd) = open_raw()?;
+    Ok((access, handshake(&fd, 0)?))
+}
+
+/// A non-blocking, close-on-exec userfaultfd that sends no event but faults, and whether it can
+/// POISON. Non-blocking even for a ring: io_uring waits for the fd instead, and poll() on a
+/// blocking one gives POLLERR.
+pub(crate) fn open() -> io::Result<(Uffd, bool)> {
+    let make = |features: u64| {
+        UffdBuilder::new()
+            .close_on_exec(true)
+            .non_blocking(true)
+            .user_mode_only(false)
+            .require_features(FeatureFlags::from_bits_retain(features))
+            .create()
+    };
+    // The handshake refuses a feature that the kernel has not: asking for it is the probe.
+    if let Ok(uffd) = make(UffdFeatures::POISON) {
+        return Ok((uffd, true));
+    }
+    if let Ok(uffd) = make(0) {
+        return Ok((uffd, false));
+    }
+    // The crate does not try the system call when the device exists and may not be opened.
+    let poison = probe()?.1.poison();
+    let (_, fd) = open_raw()?;
+    handshake(&fd, if poison { UffdFeatures::POISON } else { 0 })?;
+    Ok((uffd_from(fd), poison))
+}
+
+/// A second descriptor of the same userfaultfd.
+pub(crate) fn duplicate(uffd: &Uffd) -> io::Result<OwnedFd> {
+    uffd.as_fd().try_clone_to_owned()
+}
+
+/// Registers all of `mapping` for missing faults; whether every ioctl the pager needs works on it.
+pub(crate) fn register(uffd: &Uffd, mapping: &ServedMapping) -> Result<(), userfaultfd::Error> {
+    let length = usize::try_from(mapping.bytes()).unwrap_or(usize::MAX);
+    uffd.register(mapping.address().cast(), length).map(drop)
+}
+
+fn uffd_from(fd: OwnedFd) -> Uffd {
+    use std::os::fd::IntoRawFd;
+    // SAFETY: the descriptor is a userfaultfd, owned, and given away here.
+    unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) }
+}
+
+fn open_raw() -> io::Result<(UffdAccess, OwnedFd)> {
+    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+    let device = OpenOptions::new().read(true).write(true).open(DEVICE);
+    if let Ok(device) = device {
+        // SAFETY: USERFAULTFD_IOC_NEW takes flags by value and returns a new descriptor.
+        let fd = unsafe { libc::ioctl(device.as_raw_fd(), IOC_NEW, flags) };
+        if fd >= 0 {
+            return Ok((UffdAccess::Device, owned(fd)));
+        }
+    }
+    // SAFETY: userfaultfd(2) takes flags by value and returns a new descriptor.
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
+    let fd = RawFd::try_from(fd).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok((UffdAccess::Syscall, owned(fd)))
+}
+
+fn owned(fd: RawFd) -> OwnedFd {
+    // SAFETY: the kernel just returned this descriptor to us; nobody else knows it.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+fn handshake(fd: &OwnedFd, features: u64) -> io::Result<UffdFeatures> {
+    let mut args = ApiArgs {
+        api: API,
+        features,
+        ioctls: 0,
+    };
+    // SAFETY: `args` has the layout of `struct uffdio_api` (asserted above) and lives through the
+    // call; UFFDIO_API writes only to it.
+    let result = unsafe { libc::ioctl(fd.as_raw_fd(), IOC_API, &raw mut args) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(UffdFeatures(args.features))
+}
+
+/// What is wrong with a range that does not lie in the mapping: as the kernel would say it.
+const OUTSIDE: Answer = Answer {
+    done_bytes: 0,
+    errno: Some(Errno::INVAL),
+};
+
+/// Copies `source` into missing `pages` and wakes who waits for them.
+pub(crate) fn copy(
+    uffd: BorrowedFd<'_>,
+    mapping: &ServedMapping,
+    pages: PageRange,
+    source: &[u8],
+) -> Answer {
+    let address = mapping.address_of(pages);
+    let (Some(destination), true) = (address, source.len() as u64 == pages.bytes()) else {
+        return OUTSIDE;
+    };
+    // `copied` starts at 0: kernels before 6.15 leave it untouched on some failures.
+    let mut args = CopyArgs {
+        destination,
+        source: source.as_ptr() as u64,
+        bytes: pages.bytes(),
+        mode: 0,
+        copied: 0,
+    };
+    // SAFETY: `args` has the layout of `struct uffdio_copy` (asserted above). The kernel reads
+    // `source`, borrowed here with exactly that length, and fills only missing pages of the
+    // destination, which lies in `mapping`.
+    let result = unsafe { libc::ioctl(uffd.as_raw_fd(), IOC_COPY, &raw mut args) };
+    answer(result, args.copied)
+}
+
+/// Maps the zero page at missing `pages` and wakes who waits for them.
+pub(crate) fn zero(uffd: BorrowedFd<'_>, mapping: &ServedMapping, pages: PageRange) -> Answer {
+    range_ioctl(uffd, mapping, pages, IOC_ZEROPAGE)
+}
+
+/// Marks missing `pages` as unreadable and wakes who waits for them: SIGBUS.
+pub(crate) fn poison(uffd: BorrowedFd<'_>, mapping: &ServedMapping, pages: PageRange) -> Answer {
+    range_ioctl(uffd, mapping, pages, IOC_POISON)
+}
+
+fn range_ioctl(
+    uffd: BorrowedFd<'_>,
+    mapping: &ServedMapping,
+    pages: PageRange,
+    number: u64,
+) -> Answer {
+    let Some(start) = mapping.address_of(pages) else {
+        return OUTSIDE;
+    };
+    let mut args = RangeArgs {
+        start,
+        bytes: pages.bytes(),
+        mode: 0,
+        done: 0,
+    };
+    // SAFETY: `args` has the layout of `struct uffdio_zeropage` and `struct uffdio_poison`
+    // (asserted above); both fill only missing pages of a range that lies in `mapping`.
+    let result = unsafe { libc::ioctl(uffd.as_raw_fd(), number, &raw mut args) };
+    answer(result, args.done)
+}
+
+fn answer(result: libc::c_int, done_bytes: i64) -> Answer {
+    let errno = (result < 0).then(|| {
+        let code = io::Error::last_os_error().raw_os_error().unwrap_or(0);
+        Errno::from_raw_os_error(code)
+    });
+    Answer { done_bytes, errno }
+}
+
+/// Wakes who waits for `pages`; they look again.
+pub(crate) fn wake(uffd: &Uffd, mapping: &ServedMapping, pages: PageRange) {
+    let Some(start) = mapping.address_of(pages) else {
+        return;
+    };
+    let length = usize::try_from(pages.bytes()).unwrap_or(0);
+    if let Err(error) = uffd.wake(start as *mut _, length) {
+        // Only a range that is no longer registered can fail, and then nobody waits there.
+        tracing::debug!(%pages, %error, "nobody to wake");
+    }
+}

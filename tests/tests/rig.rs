@@ -1,0 +1,34 @@
+#![forbid(unsafe_code)]
+//! Linux guests: Debian's kernels as host and as guest, in the nested rig.
+
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+use pando_tests::rig::{L1, Series, built_program};
+
+const SCENARIO: &str = include_str!("../rig/linux-clones.sh");
+/// The guest above the gap has 5 GiB, of which it touches little.
+const MEMORY_MIB: u32 = 7168;
+const LIMIT: Duration = Duration::from_secs(900);
+
+fn linux(series: Series) -> Result<()> {
+    let report = L1::new(&format!("linux-{series}"), series)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .memory_mib(MEMORY_MIB)
+        .limit(LIMIT)
+        .run(SCENARIO)?;
+    report.record(series.name())?;
+    ensure!(report.passed(), "Linux {series}:\n{report}");
+    Ok(())
+}
+
+#[test]
+fn linux_6_1_is_frozen_and_cloned() -> Result<()> {
+    linux(Series::Linux6_1)
+}
+
+#[test]
+fn linux_6_12_is_frozen_and_cloned() -> Result<()> {
+    linux(Series::Linux6_12)
+}

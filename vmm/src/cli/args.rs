@@ -1,0 +1,301 @@
+#![forbid(unsafe_code)]
+//! What can be typed. Pure: nothing here looks at the host or opens a file.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap_complete::Shell;
+
+use super::size::Size;
+use crate::clone::Engine;
+use crate::clone::control::Io;
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  all went well
+  1  something failed; the message says what
+  2  the command line is wrong
+  3  this host cannot do it (see `pando doctor`)
+  4  the template is damaged, changed, too new, or made for another host
+  5  guest memory could not be read from the template
+
+Log level: -v, -vv, -vvv, or PANDO_LOG=pando_pager=debug.";
+
+/// One template VM, any number of clones: a virtual machine monitor whose pager serves template
+/// memory on fault.
+#[derive(Debug, Parser)]
+#[command(name = "pando", version, after_help = EXIT_CODES, max_term_width = 100)]
+pub struct Args {
+    /// Log more to standard error; repeat for more
+    #[arg(short, long, action = clap::ArgAction::Count, global = true)]
+    pub verbose: u8,
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a template of the built-in guest, start clones, prove that they are right, show costs
+    Demo(DemoArgs),
+    /// Say what this host can do, and the fix for what it cannot
+    Doctor(DoctorArgs),
+    /// Make, look at and check templates
+    Template(TemplateArgs),
+    /// Start clones of a template and watch over them until they end
+    Clone(CloneArgs),
+    /// Run one VM that is neither template nor clone
+    Run(RunArgs),
+    /// Print a completion script for a shell
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
+    /// The process of one clone; started by `pando clone`
+    #[command(hide = true, name = "clone-worker")]
+    CloneWorker,
+}
+
+/// `pando demo`
+#[derive(Debug, ClapArgs)]
+pub struct DemoArgs {
+    /// How many clones to start
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub clones: u32,
+    /// RAM of the template VM
+    #[arg(long, default_value = "128M", value_name = "SIZE")]
+    pub memory: Size,
+    /// Where clone memory comes from: copy (the pager) or kernel (a private mapping)
+    #[arg(long, default_value_t = Engine::Copy)]
+    pub engine: Engine,
+    /// How many clones may be starting at once [default: one per processor]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub parallel: Option<u32>,
+    /// Keep the template in this directory, which must not exist [default: a temporary one]
+    #[arg(long, value_name = "DIR")]
+    pub template: Option<PathBuf>,
+    /// How the clones' pagers work.
+    #[command(flatten)]
+    pub pager: PagerArgs,
+    /// Serve Prometheus metrics at http://ADDR/metrics; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:0")]
+    pub metrics: SocketAddr,
+    /// Keep clones and metrics up when all is shown, until interrupted
+    #[arg(long)]
+    pub hold: bool,
+    /// Print one JSON document instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pando doctor`
+#[derive(Debug, ClapArgs)]
+pub struct DoctorArgs {
+    /// Print one JSON document instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pando template`
+#[derive(Debug, ClapArgs)]
+pub struct TemplateArgs {
+    /// What to do with a template.
+    #[command(subcommand)]
+    pub command: TemplateCommand,
+}
+
+/// The subcommands of `pando template`.
+#[derive(Debug, Subcommand)]
+pub enum TemplateCommand {
+    /// Boot a VM, wait until it is ready, freeze it, seal its files
+    Create(CreateArgs),
+    /// Show what a template holds, its RAM as a map of data, zero and hole
+    Inspect(InspectArgs),
+    /// Read all of a template and compare it with its checksums
+    Verify(VerifyArgs),
+}
+
+/// What a machine boots.
+#[derive(Debug, ClapArgs)]
+pub struct BootArgs {
+    /// A bzImage, or an ELF vmlinux (PVH or 64-bit entry); `embedded` is the built-in guest
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(
+        long,
+        default_value = "console=ttyS0 panic=-1",
+        allow_hyphen_values = true
+    )]
+    pub append: String,
+    /// RAM of the machine, in whole pages, at least 64M
+    #[arg(long, default_value = "512M", value_name = "SIZE")]
+    pub memory: Size,
+    /// Number of vCPUs, 1 to 8
+    #[arg(long, default_value_t = 1)]
+    pub cpus: u32,
+}
+
+/// `pando template create`
+#[derive(Debug, ClapArgs)]
+pub struct CreateArgs {
+    /// Directory of the new template; must not exist
+    pub out: PathBuf,
+    /// The machine.
+    #[command(flatten)]
+    pub boot: BootArgs,
+    /// When to freeze: serial:TEXT (COM1 has shown TEXT) or after:SECONDS
+    #[arg(long, value_name = "WHEN")]
+    pub ready: ReadyArg,
+    /// Give up when the guest is not ready after this many seconds
+    #[arg(long, default_value_t = 300.0, value_name = "SECONDS")]
+    pub timeout: f64,
+    /// Do not take disk for all RAM before the guest runs; a disk that fills then ends the create
+    #[arg(long)]
+    pub no_reserve: bool,
+    /// Print one JSON document about the finished template
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pando template inspect`
+#[derive(Debug, ClapArgs)]
+pub struct InspectArgs {
+    /// The template
+    pub dir: PathBuf,
+    /// Also write the map as an SVG picture
+    #[arg(long, value_name = "FILE")]
+    pub svg: Option<PathBuf>,
+    /// Print one JSON document instead
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pando template verify`
+#[derive(Debug, ClapArgs)]
+pub struct VerifyArgs {
+    /// The template
+    pub dir: PathBuf,
+    /// Seal the files as they are now, if every checksum is right (after copying a template)
+    #[arg(long)]
+    pub reseal: bool,
+}
+
+/// How a clone's pager works.
+#[derive(Debug, ClapArgs)]
+pub struct PagerArgs {
+    /// How template pages are read
+    #[arg(long, value_enum, default_value_t = Io::Auto)]
+    pub io: Io,
+    /// Do not compare the checksum of each chunk when it is first read
+    #[arg(long)]
+    pub no_verify: bool,
+    /// Give a page up that could not be read within this many seconds
+    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
+    pub fault_deadline: f64,
+}
+
+/// `pando clone`
+#[derive(Debug, ClapArgs)]
+pub struct CloneArgs {
+    /// The template
+    pub dir: PathBuf,
+    /// How many clones
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub count: u32,
+    /// Where clone memory comes from: copy (the pager) or kernel (a private mapping)
+    #[arg(long, default_value_t = Engine::Copy)]
+    pub engine: Engine,
+    /// Put the COM1 of clone K on a Unix socket, DIR/clone-K.sock [default: this terminal for one
+    /// clone, lines marked with the clone's number for several]
+    #[arg(long, value_name = "DIR")]
+    pub serial: Option<PathBuf>,
+    /// How the clones' pagers work.
+    #[command(flatten)]
+    pub pager: PagerArgs,
+    /// Serve Prometheus metrics at http://ADDR/metrics; port 0 takes a free one
+    #[arg(long, value_name = "ADDR")]
+    pub metrics: Option<SocketAddr>,
+    /// Print one JSON document when all clones have ended
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `pando run`
+#[derive(Debug, ClapArgs)]
+pub struct RunArgs {
+    /// The machine.
+    #[command(flatten)]
+    pub boot: BootArgs,
+    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH
+    #[arg(long, default_value = "stdio", value_name = "TARGET")]
+    pub serial: String,
+}
+
+/// When a template VM is frozen.
+#[derive(Debug, Clone, PartialEq)]
+pub enum ReadyArg {
+    /// COM1 has shown this text.
+    Serial(String),
+    /// This much time has passed.
+    After(Duration),
+}
+
+impl std::str::FromStr for ReadyArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("serial", "")) => {
+                Err("serial: wants the text to wait for, as serial:READY".into())
+            }
+            Some(("serial", text)) => Ok(Self::Serial(text.to_owned())),
+            Some(("after", seconds)) => seconds
+                .parse()
+                .ok()
+                .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+                .map(Self::After)
+                .ok_or_else(|| format!("'{seconds}' is no number of seconds, as in after:2.5")),
+            _ if text == "vsock" => {
+                Err("this version has no vsock device: use serial:TEXT or after:SECONDS".into())
+            }
+            _ => Err(format!("'{text}' is neither serial:TEXT nor after:SECONDS")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn ready_marks_are_read() {
+        assert_eq!("serial:a:b".parse(), Ok(ReadyArg::Serial("a:b".into())));
+        assert_eq!(
+            "after:0.5".parse(),
+            Ok(ReadyArg::After(Duration::from_millis(500)))
+        );
+        for wrong in [
+            "serial:",
+            "after:-1",
+            "after:nan",
+            "after:1e99",
+            "vsock",
+            "moon",
+        ] {
+            assert!(wrong.parse::<ReadyArg>().is_err(), "{wrong}");
+        }
+    }
+}

@@ -1,0 +1,211 @@
+#![forbid(unsafe_code)]
+//! `pando clone`: starts clones, passes their consoles on, watches over them until they end.
+
+use std::fs;
+use std::io::Write;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::args::{CloneArgs, PagerArgs};
+use super::fail::Failure;
+use super::size::human_us;
+use super::table::table;
+use crate::clone::control::{Ending, PagerConfig};
+use crate::clone::process::SerialPlan;
+use crate::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
+use crate::host::{self, raise_descriptor_limit};
+use crate::observe::metrics;
+use crate::observe::stats::Durations;
+use crate::report::{chain, exit};
+use crate::template::{Template, TemplateError, compat};
+
+/// Runs the clones.
+pub fn run(args: &CloneArgs) -> Result<u8, Failure> {
+    let pager = pager_config(&args.pager)?;
+    // Opened here once, so that what is wrong with it is said once and before anything starts.
+    let template = Template::open(&args.dir)?;
+    let offer = host::offer().map_err(|error| Failure::new(exit::HOST, chain(&error)))?;
+    compat::check(&args.dir, template.manifest(), &offer)?;
+    if let Some(address) = args.metrics {
+        let address = metrics::serve(address)?;
+        eprintln!("metrics: http://{address}/metrics");
+    }
+    raise_descriptor_limit();
+    if let Some(dir) = &args.serial {
+        fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
+    }
+    let program = std::env::current_exe().map_err(|error| Failure::of(&error))?;
+    let mut supervisor = Supervisor::new(CloneOptions {
+        program,
+        template: args.dir.clone(),
+        name: template.name(),
+        engine: args.engine,
+        pager,
+    })
+    .map_err(|error| Failure::of(&error))?;
+    drop(template);
+    supervise(args, &mut supervisor)?;
+    report(args, &supervisor)
+}
+
+/// How pagers work, as the flags say.
+pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
+    let fault_deadline = Duration::try_from_secs_f64(args.fault_deadline)
+        .ok()
+        .filter(|deadline| !deadline.is_zero())
+        .ok_or_else(|| {
+            Failure::usage(format!(
+                "--fault-deadline {} is no time above zero",
+                args.fault_deadline
+            ))
+        })?;
+    Ok(PagerConfig {
+        io: args.io,
+        verify: !args.no_verify,
+        fault_deadline,
+    })
+}
+
+fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<(), Failure> {
+    let failed = |error: crate::clone::supervise::SuperviseError| Failure::of(&error);
+    for number in 0..args.count {
+        let plan = match &args.serial {
+            Some(dir) => SerialPlan::Unix(dir.join(format!("clone-{number}.sock"))),
+            None if args.count == 1 => SerialPlan::Terminal,
+            None => SerialPlan::Supervisor,
+        };
+        supervisor.start(&plan, &[]).map_err(failed)?;
+    }
+    while supervisor.live() > 0 {
+        for event in supervisor.wait(Duration::from_secs(1)).map_err(failed)? {
+            match event {
+                Event::Started(clone) if args.count > 1 || args.serial.is_some() => {
+                    tracing::info!(clone, pid = supervisor.clones()[clone].pid, "runs");
+                }
+                Event::Started(_) => (),
+                Event::Output(clone) | Event::Ended(clone) => pass_on(supervisor, clone),
+                Event::Signal => supervisor.stop_all(STOP_GRACE).map_err(failed)?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Prints whole lines of a clone's console, marked with its number.
+fn pass_on(supervisor: &mut Supervisor, number: usize) {
+    let Some(clone) = supervisor.clone_mut(number) else {
+        return;
+    };
+    let ended = clone.process.is_none();
+    let Some(console) = clone.console.as_mut() else {
+        return;
+    };
+    let mut open = console.poll().unwrap_or(false);
+    while ended && open {
+        open = console.poll().unwrap_or(false);
+    }
+    let mut out = std::io::stdout().lock();
+    while let Some(line) = console.take_line() {
+        // Nobody reads any more: the clones go on.
+        let _ = writeln!(out, "[{number}] {line}");
+    }
+    let _ = out.flush();
+    if !open {
+        supervisor.forget_console(number);
+    }
+}
+
+fn report(args: &CloneArgs, supervisor: &Supervisor) -> Result<u8, Failure> {
+    let failed: Vec<(usize, &str)> = supervisor
+        .clones()
+        .iter()
+        .enumerate()
+        .filter_map(|(number, clone)| match &clone.ending {
+            Some(Ending::Failed { message, .. }) => Some((number, message.as_str())),
+            _ => None,
+        })
+        .collect();
+    if args.json {
+        println!("{:#}", document(args, supervisor));
+    } else if args.count > 1 {
+        print_table(supervisor);
+    }
+    for (number, message) in &failed {
+        eprintln!("pando: clone {number}: {message}");
+    }
+    let worst = supervisor
+        .clones()
+        .iter()
+        .filter_map(|clone| clone.ending.as_ref());
+    match worst.map(Ending::exit_code).max() {
+        Some(code) if code != exit::OK => {
+            let (all, bad) = (supervisor.clones().len(), failed.len());
+            Err(Failure::new(code, format!("{bad} of {all} clones failed")))
+        }
+        _ => Ok(exit::OK),
+    }
+}
+
+fn print_table(supervisor: &Supervisor) {
+    let mut durations = Durations::default();
+    supervisor
+        .clones()
+        .iter()
+        .filter_map(|c| c.running)
+        .for_each(|took| durations.record(took));
+    let p = durations.percentiles();
+    let mut rows = table(&["clones", "running p50", "p90", "p99", "max"]);
+    rows.add_row([
+        p.count.to_string(),
+        human_us(p.p50_us),
+        human_us(p.p90_us),
+        human_us(p.p99_us),
+        human_us(p.max_us),
+    ]);
+    println!("\n{rows}");
+    let mut faults = table(&["faults from", "count", "p50", "p99", "max"]);
+    for (source, durations) in &supervisor.pager_stats.fault_total {
+        let p = durations.percentiles();
+        faults.add_row([
+            source.clone(),
+            p.count.to_string(),
+            human_us(p.p50_us),
+            human_us(p.p99_us),
+            human_us(p.max_us),
+        ]);
+    }
+    if !supervisor.pager_stats.fault_total.is_empty() {
+        println!("\n{faults}");
+    }
+}
+
+fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
+    let clones: Vec<_> = supervisor
+        .clones()
+        .iter()
+        .enumerate()
+        .map(|(number, clone)| {
+            let us = |took: std::time::Duration| took.as_secs_f64() * 1e6;
+            let stages: serde_json::Map<_, _> = clone
+                .stages
+                .iter()
+                .map(|(name, took)| (name.clone(), json!(us(*took))))
+                .collect();
+            json!({
+                "clone": number,
+                "pid": clone.pid,
+                "io": clone.io,
+                "running_us": clone.running.map(us),
+                "stages_us": stages,
+                "ending": clone.ending,
+            })
+        })
+        .collect();
+    json!({
+        "template": args.dir,
+        "engine": args.engine,
+        "clones": clones,
+        "pager": super::demo::pager_document(&supervisor.pager_stats),
+    })
+}

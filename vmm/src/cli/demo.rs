@@ -1,0 +1,250 @@
+#![forbid(unsafe_code)]
+//! `pando demo`: a template of the built-in guest, clones, a table of what they cost.
+
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use super::args::DemoArgs;
+use super::clone::pager_config;
+use super::fail::Failure;
+use super::progress;
+use super::size::{human_bytes, human_us};
+use super::table::table;
+use crate::clone::supervise::{CloneOptions, Event};
+use crate::config::{self, EMBEDDED_KERNEL, MachineRequest};
+use crate::demo::drive::{Demo, Finished};
+use crate::demo::result::{DemoResult, PagerFacts};
+use crate::host::raise_descriptor_limit;
+use crate::observe::metrics;
+use crate::observe::stats::PagerStats;
+use crate::report::{chain, exit};
+
+/// Runs the demonstration.
+pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
+    let pager = pager_config(&args.pager)?;
+    let request = MachineRequest {
+        kernel: EMBEDDED_KERNEL.into(),
+        initrd: None,
+        append: String::new(),
+        memory_bytes: args.memory.0,
+        cpus: 1,
+    };
+    let (spec, _) = config::resolve(&request).map_err(|error| Failure::usage(chain(&error)))?;
+    let address = metrics::serve(args.metrics)?;
+    eprintln!("metrics: http://{address}/metrics");
+    raise_descriptor_limit();
+    // Removed when it goes out of scope, template and all.
+    let scratch = Scratch::new(args.template.clone())?;
+    let spinner = progress::spinner("template");
+    let start = Instant::now();
+    let template = Demo::make_template(&scratch.dir, &spec)?;
+    let create = start.elapsed();
+    spinner.finish_and_clear();
+    let demo = Demo {
+        options: CloneOptions {
+            program: std::env::current_exe().map_err(|error| Failure::of(&error))?,
+            template: scratch.dir.clone(),
+            name: template.name(),
+            engine: args.engine,
+            pager,
+        },
+        clones: usize::try_from(args.clones).unwrap_or(usize::MAX),
+        parallel: args.parallel.map_or_else(default_parallel, |n| n as usize),
+        metrics: address,
+    };
+    let bar = progress::bar(args.clones.into(), "clones verified").with_prefix("clones");
+    let finished = demo.run(template, create, &mut |done| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
+    if finished.interrupted {
+        finished.finish()?;
+        return Err(Failure::new(
+            exit::FAILED,
+            "interrupted: all clones were ended",
+        ));
+    }
+    let finished = if args.hold { hold(finished)? } else { finished };
+    show(args, &finished.finish()?)
+}
+
+fn default_parallel() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Keeps everything up until a signal comes.
+fn hold(mut finished: Finished) -> Result<Finished, Failure> {
+    eprintln!(
+        "{} clones verified; holding them and the metrics until interrupted",
+        finished.result.verified
+    );
+    loop {
+        let events = finished
+            .supervisor
+            .wait(Duration::from_secs(1))
+            .map_err(|error| Failure::of(&error))?;
+        if events.contains(&Event::Signal) {
+            return Ok(finished);
+        }
+    }
+}
+
+fn show(args: &DemoArgs, result: &DemoResult) -> Result<u8, Failure> {
+    if args.json {
+        let text = serde_json::to_string_pretty(result).map_err(|error| Failure::of(&error))?;
+        println!("{text}");
+    } else {
+        print_tables(args, result);
+    }
+    for failure in &result.failures {
+        eprintln!("pando: clone {}: {}", failure.clone, failure.message);
+    }
+    if !result.template.unchanged {
+        return Err(Failure::new(
+            exit::FAILED,
+            "the template's RAM changed while clones ran",
+        ));
+    }
+    if result.verified < result.clones || !result.failures.is_empty() {
+        let text = format!(
+            "{} of {} clones were verified",
+            result.verified, result.clones
+        );
+        return Err(Failure::new(exit::FAILED, text));
+    }
+    Ok(exit::OK)
+}
+
+fn print_tables(args: &DemoArgs, result: &DemoResult) {
+    let template = &result.template;
+    println!(
+        "template  {} of RAM, {} of data, made in {:.0} ms",
+        human_bytes(template.memory_bytes),
+        human_bytes(template.data_pages * 4096),
+        template.create_ms
+    );
+    println!(
+        "clones    {} of {} verified, engine {}, {} starting at once, pages read by {}, all in {:.0} ms",
+        result.verified,
+        result.clones,
+        result.engine,
+        result.parallel,
+        result.io,
+        result.all_verified_ms
+    );
+    let mut start = table(&["start, stage", "clones", "p50", "p90", "p99", "max"]);
+    for (stage, p) in &result.start {
+        let cells = [p.p50_us, p.p90_us, p.p99_us, p.max_us].map(human_us);
+        start.add_row([vec![stage.clone(), p.count.to_string()], cells.into()].concat());
+    }
+    println!("\n{start}");
+    if !result.pager.fault_us.is_empty() {
+        let header = [
+            "faults, served from",
+            "faults",
+            "p50",
+            "p90",
+            "p99",
+            "max",
+            "pages installed",
+        ];
+        let mut faults = table(&header);
+        for (source, p) in &result.pager.fault_us {
+            let pages = result
+                .pager
+                .installed_pages
+                .get(source)
+                .copied()
+                .unwrap_or(0);
+            let cells = [p.p50_us, p.p90_us, p.p99_us, p.max_us].map(human_us);
+            let row = [
+                vec![source.clone(), p.count.to_string()],
+                cells.into(),
+                vec![pages.to_string()],
+            ];
+            faults.add_row(row.concat());
+        }
+        println!("\n{faults}");
+    }
+    let memory = &result.memory;
+    let mut rows = table(&["memory of a clone, all alive", "bytes"]);
+    for (what, bytes) in [
+        ("private (median)", memory.private_bytes_p50),
+        ("proportional (median)", memory.proportional_bytes_p50),
+        ("resident (median)", memory.resident_bytes_p50),
+        (
+            "fall of MemAvailable, kernel included",
+            memory.available_fell_bytes,
+        ),
+    ] {
+        rows.add_row([what.to_owned(), human_bytes(bytes)]);
+    }
+    println!("\n{rows}");
+    let verdict = if template.unchanged {
+        "unchanged"
+    } else {
+        "CHANGED"
+    };
+    println!("template {verdict}: {}", template.digest_after.join(", "));
+    if args.template.is_some() {
+        println!("kept in {}", template.dir.display());
+    }
+    println!("metrics were served at http://{}/metrics", result.metrics);
+}
+
+/// What pagers did, as JSON.
+pub fn pager_document(stats: &PagerStats) -> serde_json::Value {
+    serde_json::to_value(PagerFacts::from(stats)).unwrap_or_default()
+}
+
+/// Where the demonstration's template lives.
+#[derive(Debug)]
+struct Scratch {
+    dir: PathBuf,
+    remove: Option<PathBuf>,
+}
+
+impl Scratch {
+    fn new(wanted: Option<PathBuf>) -> Result<Self, Failure> {
+        if let Some(dir) = wanted {
+            return Ok(Self { dir, remove: None });
+        }
+        let base = std::env::temp_dir();
+        sweep(&base);
+        let parent = base.join(format!("{SCRATCH_PREFIX}{}", std::process::id()));
+        std::fs::create_dir(&parent).map_err(|error| {
+            Failure::new(
+                exit::FAILED,
+                format!("cannot make {}: {error}", parent.display()),
+            )
+        })?;
+        Ok(Self {
+            dir: parent.join("demo"),
+            remove: Some(parent),
+        })
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Some(dir) = &self.remove {
+            // Nothing more can be done about what cannot be removed; the next run tries again.
+            let _ = std::fs::remove_dir_all(dir);
+        }
+    }
+}
+
+const SCRATCH_PREFIX: &str = "pando-demo-";
+
+/// Removes what demonstrations left that were killed.
+fn sweep(base: &std::path::Path) {
+    for entry in std::fs::read_dir(base).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        let pid = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(SCRATCH_PREFIX));
+        if let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok())
+            && !std::path::Path::new(&format!("/proc/{pid}")).exists()
+        {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
+}

@@ -1,0 +1,58 @@
+//! The command line: each subcommand is a file that parses nothing and decides little. [`args`]
+//! says what can be typed, the rest calls the library and prints.
+
+pub mod args;
+pub mod clone;
+pub mod demo;
+pub mod doctor;
+pub mod fail;
+pub mod progress;
+pub mod run;
+pub mod size;
+pub mod table;
+pub mod template;
+
+use clap::{CommandFactory, Parser};
+
+use crate::report::exit;
+use args::{Args, Command};
+use fail::Failure;
+
+/// Runs the program and returns its exit code.
+pub fn main() -> u8 {
+    let args = match Args::try_parse() {
+        Ok(args) => args,
+        Err(error) => {
+            // Help and version come this way too; clap knows where each belongs.
+            let _ = error.print();
+            return if error.use_stderr() {
+                exit::USAGE
+            } else {
+                exit::OK
+            };
+        }
+    };
+    crate::observe::log::start(args.verbose);
+    match dispatch(args.command) {
+        Ok(code) => code,
+        Err(failure) => {
+            eprintln!("pando: {}", failure.text());
+            failure.code()
+        }
+    }
+}
+
+fn dispatch(command: Command) -> Result<u8, Failure> {
+    match command {
+        Command::Demo(args) => demo::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Template(args) => template::run(args),
+        Command::Clone(args) => clone::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Args::command(), "pando", &mut std::io::stdout());
+            Ok(exit::OK)
+        }
+        Command::CloneWorker => Ok(crate::clone::worker::run()),
+    }
+}

@@ -1,0 +1,111 @@
+#![forbid(unsafe_code)]
+//! A template and memory joined to a machine: the order of the steps is the order of the calls.
+
+use std::time::{Duration, Instant};
+
+use pando_pager::{IoMode, Pager, PagerError, PagerOptions, Serving, Verify};
+use thiserror::Error;
+
+use super::Engine;
+use super::control::{Io, PagerConfig};
+use crate::device::legacy::console::SerialTarget;
+use crate::machine::{Machine, MachineError, Paused};
+use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::template::{Template, TemplateError};
+
+/// Why a clone could not be made.
+#[derive(Debug, Error)]
+pub enum CloneError {
+    /// The template.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// The pager.
+    #[error("the clone's pager cannot start")]
+    Pager(#[from] PagerError),
+    /// The clone's memory.
+    #[error("cannot give the clone its memory")]
+    Memory(#[from] GuestMemoryError),
+    /// The machine.
+    #[error("the clone's machine cannot be restored")]
+    Machine(#[from] MachineError),
+}
+
+/// A clone that is ready to run.
+#[derive(Debug)]
+pub struct Instance {
+    /// Its machine, at the point of the freeze.
+    pub machine: Machine<Paused>,
+    /// Its pager; engine `kernel` has none. It is stopped after the machine.
+    pub pager: Option<Pager<Serving>>,
+    /// How long each step took, in order.
+    pub stages: Vec<(String, Duration)>,
+}
+
+/// Makes a clone of `template`. The pager serves before the machine is restored, because restoring
+/// may touch the guest's memory.
+pub fn instantiate(
+    template: &Template,
+    engine: Engine,
+    pager: &PagerConfig,
+    serial: SerialTarget,
+) -> Result<Instance, CloneError> {
+    let start = Instant::now();
+    let (backings, pager) = match engine {
+        Engine::Copy => {
+            let (backings, pager) = paged(template, pager)?;
+            (backings, Some(pager))
+        }
+        Engine::Kernel => (mapped(template)?, None),
+    };
+    let ram = GuestRam::new(template.spec().layout(), backings)?;
+    let memory = start.elapsed();
+    let machine = Machine::restore(template.spec(), ram, template.state(), serial)?;
+    let mut stages = vec![("memory".to_owned(), memory)];
+    stages.extend(
+        machine
+            .stages()
+            .iter()
+            .map(|(name, took)| (name.to_owned(), took)),
+    );
+    Ok(Instance {
+        machine,
+        pager,
+        stages,
+    })
+}
+
+fn paged(
+    template: &Template,
+    config: &PagerConfig,
+) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
+    let mut pager = Pager::new(PagerOptions {
+        template: template.name(),
+        io: match config.io {
+            Io::Auto => IoMode::Auto,
+            Io::Uring => IoMode::Uring,
+            Io::Pread => IoMode::Pread,
+        },
+        verify: if config.verify {
+            Verify::OnRead
+        } else {
+            Verify::Off
+        },
+        fault_deadline: config.fault_deadline,
+        ..PagerOptions::default()
+    })?;
+    let backings = template
+        .images()?
+        .into_iter()
+        .map(|image| Ok(RamBacking::Paged(pager.attach(image)?)))
+        .collect::<Result<_, PagerError>>()?;
+    Ok((backings, pager.serve()?))
+}
+
+fn mapped(template: &Template) -> Result<Vec<RamBacking>, CloneError> {
+    template
+        .ram_files()
+        .iter()
+        .zip(template.spec().backends())
+        .map(|(file, backend)| Ok(RamBacking::private(file, backend.bytes())?))
+        .collect()
+}

@@ -1,0 +1,65 @@
+//! Clones: a template and fresh memory joined to a machine that runs, each in a process of its own.
+//!
+//! ```text
+//! supervisor (one process)                     worker (one process a clone)
+//!   Supervisor::start --- Start, serial fd --->  Template::open
+//!                                                pager serving, GuestRam
+//!                                                Machine::restore, resume
+//!   Event::Started   <--- Started, stages -----
+//!   PagerStats       <--- Metrics, each second -
+//!   Event::Ended     <--- Ended ---------------  power-off, reset, stop or failure
+//! ```
+//!
+//! A clone whose supervisor dies ends with it, and one that dies takes nobody along.
+
+pub mod control;
+pub mod instantiate;
+pub mod process;
+pub mod supervise;
+pub mod worker;
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// Where a clone's memory comes from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// Anonymous memory; the pager installs every page. Nothing is shared with other clones.
+    #[default]
+    Copy,
+    /// A private mapping of the file: no pager. The baseline.
+    Kernel,
+}
+
+impl Engine {
+    /// All engines, the default first.
+    pub const ALL: [Self; 2] = [Self::Copy, Self::Kernel];
+
+    /// Its name on the command line and in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Copy => "copy",
+            Self::Kernel => "kernel",
+        }
+    }
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Engine {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|engine| engine.name() == text)
+            .ok_or_else(|| format!("'{text}' is no engine: this version has copy and kernel"))
+    }
+}

@@ -1,0 +1,424 @@
+#![forbid(unsafe_code)]
+//! The supervisor: starts clones, hears what they report, ends them in order.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use thiserror::Error;
+
+use super::Engine;
+use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
+use super::process::{CloneProcess, SerialPlan, SpawnError};
+use crate::console::GuestConsole;
+use crate::observe::metrics;
+use crate::observe::relay::{Change, Delta, Series, replay};
+use crate::observe::stats::PagerStats;
+
+/// How long clones that were asked to stop may take before they are killed.
+pub const STOP_GRACE: Duration = Duration::from_secs(10);
+/// Events taken from the kernel at once.
+const EVENTS: usize = 64;
+const SIGNAL_TOKEN: u64 = u64::MAX;
+
+/// Why the supervisor cannot work.
+#[derive(Debug, Error)]
+pub enum SuperviseError {
+    /// The system refused something that supervising needs.
+    #[error("cannot {action}")]
+    System {
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A worker could not be started.
+    #[error("clone {clone} cannot start")]
+    Spawn {
+        /// Its number.
+        clone: usize,
+        /// Why.
+        #[source]
+        source: SpawnError,
+    },
+}
+
+/// What clones have in common.
+#[derive(Debug, Clone)]
+pub struct CloneOptions {
+    /// The `pando` program.
+    pub program: PathBuf,
+    /// The template's directory.
+    pub template: PathBuf,
+    /// The template's name in metrics.
+    pub name: String,
+    /// Where memory comes from.
+    pub engine: Engine,
+    /// How pagers work.
+    pub pager: PagerConfig,
+}
+
+/// What happened to a clone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// It runs.
+    Started(usize),
+    /// Its console, which the supervisor holds, has something to read or is closed.
+    Output(usize),
+    /// It ended; its [`Clone::ending`] says how.
+    Ended(usize),
+    /// SIGINT or SIGTERM came.
+    Signal,
+}
+
+/// One clone.
+#[derive(Debug)]
+pub struct Clone {
+    /// Its process, until it ended.
+    pub process: Option<CloneProcess>,
+    /// Its COM1, if the supervisor holds it; outlives the process by what it said last.
+    pub console: Option<GuestConsole>,
+    /// Its process number, also after it ended.
+    pub pid: u32,
+    /// From the request until the guest ran.
+    pub running: Option<Duration>,
+    /// From the request until the guest's first output, where the supervisor holds the console.
+    pub first_output: Option<Duration>,
+    /// Duration of each stage of the start.
+    pub stages: Vec<(String, Duration)>,
+    /// How its pager reads.
+    pub io: String,
+    /// How it ended.
+    pub ending: Option<Ending>,
+    gauges: HashMap<Series, f64>,
+}
+
+/// All clones of one template.
+#[derive(Debug)]
+pub struct Supervisor {
+    options: CloneOptions,
+    epoll: OwnedFd,
+    signals: UnixStream,
+    clones: Vec<Clone>,
+    /// What all pagers did.
+    pub pager_stats: PagerStats,
+}
+
+impl Supervisor {
+    /// A supervisor without clones. Takes SIGINT and SIGTERM for itself.
+    pub fn new(options: CloneOptions) -> Result<Self, SuperviseError> {
+        let system = |action| move |source| SuperviseError::System { action, source };
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
+            .map_err(|errno| system("watch clones")(errno.into()))?;
+        let (signals, end) = UnixStream::pair().map_err(system("watch for signals"))?;
+        for signal in [SIGINT, SIGTERM] {
+            end.try_clone()
+                .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
+                .map_err(system("watch for signals"))?;
+        }
+        let supervisor = Self {
+            options,
+            epoll,
+            signals,
+            clones: Vec::new(),
+            pager_stats: PagerStats::default(),
+        };
+        supervisor.watch(supervisor.signals.as_fd(), SIGNAL_TOKEN)?;
+        Ok(supervisor)
+    }
+
+    /// All clones, in the order in which they were asked for.
+    pub fn clones(&self) -> &[Clone] {
+        &self.clones
+    }
+
+    /// One clone.
+    pub fn clone_mut(&mut self, clone: usize) -> Option<&mut Clone> {
+        self.clones.get_mut(clone)
+    }
+
+    /// How many clones have not ended.
+    pub fn live(&self) -> usize {
+        self.clones
+            .iter()
+            .filter(|clone| clone.process.is_some())
+            .count()
+    }
+
+    /// Starts a clone and returns its number; `input` waits on its console before it runs.
+    pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> Result<usize, SuperviseError> {
+        let number = self.clones.len();
+        let config = WorkerConfig {
+            template: self.options.template.clone(),
+            engine: self.options.engine,
+            serial: Serial::Null,
+            pager: self.options.pager.clone(),
+            supervisor_pid: std::process::id(),
+        };
+        let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)
+            .map_err(|source| SuperviseError::Spawn {
+                clone: number,
+                source,
+            })?;
+        for (kind, fd) in [
+            (Kind::Control, process.channel.as_fd()),
+            (Kind::Process, process.pidfd()),
+        ] {
+            self.watch(fd, token(number, kind))?;
+        }
+        if let Some(console) = &console {
+            self.watch(console.as_fd(), token(number, Kind::Console))?;
+        }
+        self.clones.push(Clone {
+            pid: process.pid(),
+            running: None,
+            first_output: None,
+            stages: vec![("spawn".to_owned(), process.spawn)],
+            io: String::new(),
+            ending: None,
+            gauges: HashMap::new(),
+            process: Some(process),
+            console,
+        });
+        self.publish_counts();
+        Ok(number)
+    }
+
+    /// Waits for something to happen, at most until `timeout`.
+    pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
+        let mut ready = Vec::with_capacity(EVENTS);
+        let timespec = rustix::event::Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        };
+        match epoll::wait(
+            &self.epoll,
+            rustix::buffer::spare_capacity(&mut ready),
+            Some(&timespec),
+        ) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => (),
+            Err(errno) => {
+                return Err(SuperviseError::System {
+                    action: "watch clones",
+                    source: errno.into(),
+                });
+            }
+        }
+        let mut events = Vec::new();
+        for event in &ready {
+            let data = event.data.u64();
+            if data == SIGNAL_TOKEN {
+                let mut byte = [0];
+                let _ = io::Read::read(&mut &self.signals, &mut byte);
+                events.push(Event::Signal);
+            } else if let Some((clone, kind)) = parse_token(data) {
+                events.extend(self.attend(clone, kind));
+            }
+        }
+        Ok(events)
+    }
+
+    /// Asks every clone to stop, waits, and kills those that take longer than `grace`.
+    pub fn stop_all(&mut self, grace: Duration) -> Result<(), SuperviseError> {
+        let deadline = Instant::now() + grace;
+        for process in self
+            .clones
+            .iter()
+            .filter_map(|clone| clone.process.as_ref())
+        {
+            process.ask_to_stop();
+        }
+        let mut killed = false;
+        while self.live() > 0 {
+            self.wait(Duration::from_millis(100))?;
+            if Instant::now() > deadline && !killed {
+                tracing::warn!(
+                    clones = self.live(),
+                    "clones did not stop in time: killing them"
+                );
+                self.clones
+                    .iter()
+                    .filter_map(|clone| clone.process.as_ref())
+                    .for_each(CloneProcess::kill);
+                killed = true;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the console of a clone out of the supervisor's watch, once it is closed.
+    pub fn forget_console(&mut self, clone: usize) {
+        if let Some(console) = self
+            .clones
+            .get_mut(clone)
+            .and_then(|clone| clone.console.take())
+        {
+            let _ = epoll::delete(&self.epoll, console.as_fd());
+        }
+    }
+
+    fn attend(&mut self, number: usize, kind: Kind) -> Option<Event> {
+        let clone = self.clones.get_mut(number)?;
+        if kind == Kind::Console {
+            if let Some(process) = &clone.process
+                && clone.first_output.is_none()
+            {
+                let took = process.requested.elapsed();
+                clone.first_output = Some(took);
+                metrics::record_start(
+                    &self.options.name,
+                    self.options.engine.name(),
+                    "total",
+                    took,
+                );
+            }
+            return Some(Event::Output(number));
+        }
+        let process = clone.process.as_mut()?;
+        match kind {
+            Kind::Console => None,
+            Kind::Control => match process.channel.receive::<FromWorker>() {
+                Ok(Some((message, _))) => self.hear(number, message),
+                Ok(None) => {
+                    // The process is ending; its pidfd will say so.
+                    let _ = epoll::delete(&self.epoll, process.channel.as_fd());
+                    None
+                }
+                Err(error) => {
+                    tracing::error!(clone = number, "{}", crate::report::chain(&error));
+                    process.kill();
+                    None
+                }
+            },
+            Kind::Process => Some(self.bury(number)),
+        }
+    }
+
+    fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
+        let clone = self.clones.get_mut(number)?;
+        match message {
+            FromWorker::Started { stages, io } => {
+                clone.running = clone
+                    .process
+                    .as_ref()
+                    .map(|process| process.requested.elapsed());
+                clone.io = io;
+                clone.stages.extend(stages);
+                for (stage, took) in &clone.stages {
+                    let engine = self.options.engine.name();
+                    metrics::record_start(&self.options.name, engine, stage, *took);
+                }
+                self.publish_counts();
+                Some(Event::Started(number))
+            }
+            FromWorker::Metrics(delta) => {
+                self.pager_stats.add(&delta);
+                replay(&delta, |series, value| {
+                    clone.gauges.insert(series.clone(), value).unwrap_or(0.0)
+                });
+                None
+            }
+            FromWorker::Ended(ending) => {
+                clone.ending = Some(ending);
+                None
+            }
+        }
+    }
+
+    /// Takes leave of a clone whose process ended: what it said last, its exit, its gauges.
+    fn bury(&mut self, number: usize) -> Event {
+        while let Some(process) = self.clones[number].process.as_ref()
+            && let Ok(Some((message, _))) = process.channel.receive::<FromWorker>()
+        {
+            self.hear(number, message);
+        }
+        let clone = &mut self.clones[number];
+        if let Some(mut process) = clone.process.take() {
+            let unsaid = process.reap();
+            let ending = clone.ending.get_or_insert(unsaid);
+            if ending.exit_code() != 0 {
+                metrics::count_failure(&self.options.name);
+            }
+        }
+        let zeros: Delta = clone
+            .gauges
+            .keys()
+            .map(|series| (series.clone(), Change::Gauge(0.0)))
+            .collect();
+        replay(&zeros, |series, _| {
+            clone.gauges.get(series).copied().unwrap_or(0.0)
+        });
+        clone.gauges.clear();
+        self.publish_counts();
+        Event::Ended(number)
+    }
+
+    fn publish_counts(&self) {
+        let count = |state: fn(&Clone) -> bool| self.clones.iter().filter(|c| state(c)).count();
+        let name = &self.options.name;
+        metrics::set_clones(
+            name,
+            "starting",
+            count(|c| c.process.is_some() && c.running.is_none()),
+        );
+        metrics::set_clones(
+            name,
+            "running",
+            count(|c| c.process.is_some() && c.running.is_some()),
+        );
+        metrics::set_clones(name, "ended", count(|c| c.process.is_none()));
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), SuperviseError> {
+        epoll::add(
+            &self.epoll,
+            fd,
+            epoll::EventData::new_u64(token),
+            epoll::EventFlags::IN,
+        )
+        .map_err(|errno| SuperviseError::System {
+            action: "watch a clone",
+            source: errno.into(),
+        })
+    }
+}
+
+/// Which descriptor of a clone has something to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Control,
+    Process,
+    Console,
+}
+
+fn token(clone: usize, kind: Kind) -> u64 {
+    (clone as u64) << 2 | kind as u64
+}
+
+fn parse_token(token: u64) -> Option<(usize, Kind)> {
+    let kind = [Kind::Control, Kind::Process, Kind::Console]
+        .into_iter()
+        .find(|kind| *kind as u64 == token & 3)?;
+    Some((usize::try_from(token >> 2).ok()?, kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_go_there_and_back() {
+        for clone in [0, 1, 77, 1 << 40] {
+            for kind in [Kind::Control, Kind::Process, Kind::Console] {
+                assert_eq!(parse_token(token(clone, kind)), Some((clone, kind)));
+            }
+        }
+        assert_eq!(parse_token(3), None);
+    }
+}

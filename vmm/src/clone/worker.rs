@@ -1,0 +1,237 @@
+#![forbid(unsafe_code)]
+//! The process of one clone: takes its orders from the supervisor, runs the machine, reports.
+
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail};
+use pando_pager::{Health, Pager, Serving};
+use rustix::event::{PollFd, PollFlags};
+use rustix::process::Signal;
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig};
+use super::instantiate::{CloneError, Instance, instantiate};
+use crate::device::legacy::console::SerialTarget;
+use crate::host;
+use crate::machine::{MachineHandle, Outcome};
+use crate::observe::relay::Relay;
+use crate::report::{chain, exit};
+use crate::template::Template;
+
+/// How often metrics go to the supervisor.
+const METRICS_PERIOD: Duration = Duration::from_secs(1);
+
+/// Runs a clone whose control socket is standard input. Returns the process's exit code.
+pub fn run() -> u8 {
+    let start = Instant::now();
+    let channel = match take_channel() {
+        Ok(channel) => channel,
+        Err(error) => {
+            tracing::error!("{}", chain(error.as_ref()));
+            return exit::USAGE;
+        }
+    };
+    let relay = Relay::install();
+    let ending = work(&channel, relay.as_ref(), start).unwrap_or_else(|error| Ending::Failed {
+        code: exit_code(&error),
+        message: chain(error.as_ref()),
+    });
+    let code = ending.exit_code();
+    if let Some(relay) = &relay {
+        send(&channel, &FromWorker::Metrics(relay.take()));
+    }
+    send(&channel, &FromWorker::Ended(ending));
+    code
+}
+
+fn work(channel: &Channel, relay: Option<&Relay>, start: Instant) -> anyhow::Result<Ending> {
+    let (config, descriptors) = match channel.receive::<ToWorker>()? {
+        Some((ToWorker::Start(config), descriptors)) => (config, descriptors),
+        Some((ToWorker::Stop, _)) | None => return Ok(Ending::Stopped),
+    };
+    die_with(config.supervisor_pid)?;
+    let serial = serial_target(&config.serial, descriptors)?;
+    let (signals, signal_end) = UnixStream::pair().context("cannot watch for signals")?;
+    for signal in [SIGINT, SIGTERM] {
+        let end = signal_end.try_clone().context("cannot watch for signals")?;
+        signal_hook::low_level::pipe::register(signal, end).context("cannot watch for signals")?;
+    }
+    let mut stages = vec![("orders".to_owned(), start.elapsed())];
+    let template_start = Instant::now();
+    let template = Template::open(&config.template).map_err(CloneError::from)?;
+    stages.push(("template".to_owned(), template_start.elapsed()));
+    run_instance(channel, relay, &config, &template, serial, stages, &signals)
+}
+
+fn run_instance(
+    channel: &Channel,
+    relay: Option<&Relay>,
+    config: &WorkerConfig,
+    template: &Template,
+    serial: SerialTarget,
+    mut stages: Vec<(String, Duration)>,
+    signals: &UnixStream,
+) -> anyhow::Result<Ending> {
+    let Instance {
+        machine,
+        pager,
+        stages: more,
+    } = instantiate(template, config.engine, &config.pager, serial)?;
+    stages.extend(more);
+    let health = pager.as_ref().map(Pager::<Serving>::health);
+    let io = pager
+        .as_ref()
+        .map_or("none", |pager| pager.io().name())
+        .to_owned();
+    let resume_start = Instant::now();
+    let machine = machine.resume().map_err(CloneError::from)?;
+    let handle = machine.handle();
+    if let Some(health) = &health {
+        let (on_poison, on_failure) = (handle.clone(), handle.clone());
+        health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
+        health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
+    }
+    stages.push(("resume".to_owned(), resume_start.elapsed()));
+    send(channel, &FromWorker::Started { stages, io });
+    let outcome = thread::scope(|scope| {
+        let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
+        scope.spawn(|| attend(channel, relay, &handle, signals, ended));
+        let outcome = machine.wait();
+        drop(ended_end);
+        anyhow::Ok(outcome)
+    })?;
+    if let Some(pager) = pager {
+        pager.stop().map_err(CloneError::from)?;
+    }
+    Ok(ending(outcome, health.as_ref()))
+}
+
+/// Sends metrics each second and stops the machine when the supervisor says so, dies, or a signal
+/// comes; returns when the other end of `ended` is closed.
+fn attend(
+    channel: &Channel,
+    relay: Option<&Relay>,
+    handle: &MachineHandle,
+    signals: &UnixStream,
+    ended: UnixStream,
+) {
+    let mut stopping = false;
+    loop {
+        let mut fds = vec![PollFd::new(&ended, PollFlags::IN)];
+        if !stopping {
+            fds.push(PollFd::new(channel, PollFlags::IN));
+            fds.push(PollFd::new(signals, PollFlags::IN));
+        }
+        let timeout = rustix::event::Timespec {
+            tv_sec: i64::try_from(METRICS_PERIOD.as_secs()).unwrap_or(1),
+            tv_nsec: 0,
+        };
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        if ready[0] {
+            return;
+        }
+        if let Some(relay) = relay {
+            send(channel, &FromWorker::Metrics(relay.take()));
+        }
+        if ready.get(1) == Some(&true) {
+            // Whatever it says or fails to say: there is no other order than to stop.
+            let _ = channel.receive::<ToWorker>();
+            handle.stop("the supervisor asked for it");
+            stopping = true;
+        }
+        if ready.get(2) == Some(&true) {
+            let mut signals = signals;
+            let _ = signals.read(&mut [0]);
+            handle.stop("a signal asked for it");
+            stopping = true;
+        }
+    }
+}
+
+fn ending(outcome: Outcome, health: Option<&Health>) -> Ending {
+    if let Some(page) = health.and_then(|health| health.poisoned().into_iter().next()) {
+        return Ending::Failed {
+            code: exit::MEMORY,
+            message: format!("guest memory could not be read: {page}"),
+        };
+    }
+    if let Some(why) = health.and_then(Health::failure) {
+        let message = format!("the clone's pager failed: {why}");
+        return Ending::Failed {
+            code: exit::MEMORY,
+            message,
+        };
+    }
+    match outcome {
+        Outcome::PowerOff => Ending::PowerOff,
+        Outcome::Reset => Ending::Reset,
+        Outcome::Stopped => Ending::Stopped,
+        Outcome::Failed(failure) => Ending::Failed {
+            code: exit::FAILED,
+            message: failure.to_string(),
+        },
+    }
+}
+
+/// The exit code for an error that kept a clone from running.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    match error.downcast_ref::<CloneError>() {
+        Some(CloneError::Template(_)) => exit::TEMPLATE,
+        Some(error) if host::is_lacking(error) => exit::HOST,
+        _ => exit::FAILED,
+    }
+}
+
+/// Keeps the control socket and gives standard input back to nobody.
+fn take_channel() -> anyhow::Result<Channel> {
+    let stdin = rustix::stdio::stdin();
+    if !rustix::net::sockopt::socket_type(stdin)
+        .is_ok_and(|kind| kind == rustix::net::SocketType::SEQPACKET)
+    {
+        bail!("this command is started by `pando clone` and is of no use by itself");
+    }
+    let channel = rustix::io::fcntl_dupfd_cloexec(stdin, 3).map_err(io::Error::from)?;
+    let null = std::fs::File::open("/dev/null").context("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(&null).map_err(io::Error::from)?;
+    Ok(Channel::new(channel))
+}
+
+/// Has the kernel end this process when its parent ends, and checks that it has not already.
+fn die_with(supervisor_pid: u32) -> anyhow::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
+        .map_err(io::Error::from)
+        .context("cannot tie the clone to its supervisor")?;
+    let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
+    if u32::try_from(parent) != Ok(supervisor_pid) {
+        bail!("the supervisor, process {supervisor_pid}, is gone");
+    }
+    Ok(())
+}
+
+fn serial_target(serial: &Serial, descriptors: Vec<OwnedFd>) -> anyhow::Result<SerialTarget> {
+    let mut descriptors = descriptors.into_iter();
+    Ok(match serial {
+        Serial::Null => SerialTarget::Null,
+        Serial::Unix(path) => SerialTarget::Unix(path.clone()),
+        Serial::Passed => SerialTarget::Fd(descriptors.next().context("no serial socket came")?),
+        Serial::Terminal => {
+            let input = descriptors.next().context("no terminal came")?;
+            let output = descriptors.next().context("no terminal came")?;
+            rustix::stdio::dup2_stdin(&input).map_err(io::Error::from)?;
+            rustix::stdio::dup2_stdout(&output).map_err(io::Error::from)?;
+            SerialTarget::Stdio
+        }
+    })
+}
+
+fn send(channel: &Channel, message: &FromWorker) {
+    // A supervisor that is gone takes this process along; there is nobody else to tell.
+    if let Err(error) = channel.send(message, &[]) {
+        tracing::debug!("{}", chain(&error));
+    }
+}

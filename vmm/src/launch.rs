@@ -1,0 +1,63 @@
+#![forbid(unsafe_code)]
+//! A VM that is neither template nor clone: boot, run, end.
+
+use std::io::{self, Read};
+use std::os::unix::net::UnixStream;
+use std::thread;
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+use thiserror::Error;
+
+use crate::arch::x86_64::boot::BootSource;
+use crate::device::legacy::console::{ParseTargetError, SerialTarget};
+use crate::machine::{Failure, Machine, MachineError, Outcome};
+use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::spec::MachineSpec;
+
+/// Why a VM did not run or did not end well.
+#[derive(Debug, Error)]
+pub enum LaunchError {
+    /// Where COM1 was to go.
+    #[error("--serial cannot be used")]
+    Serial(#[from] ParseTargetError),
+    /// The guest's RAM.
+    #[error("cannot give the VM its memory")]
+    Memory(#[from] GuestMemoryError),
+    /// The machine.
+    #[error("the VM cannot start")]
+    Machine(#[from] MachineError),
+    /// Signals cannot be watched.
+    #[error("cannot watch for signals")]
+    Signals(#[from] io::Error),
+    /// The guest failed.
+    #[error("the VM failed: {0}")]
+    Failed(Failure),
+}
+
+/// Boots a machine on anonymous memory and runs it until its guest powers off, asks for a reset,
+/// fails, or a signal comes.
+pub fn run(spec: &MachineSpec, boot: &BootSource, serial: &str) -> Result<Outcome, LaunchError> {
+    let serial: SerialTarget = serial.parse()?;
+    let backings = spec
+        .backends()
+        .iter()
+        .map(|backend| RamBacking::anonymous(backend.bytes()))
+        .collect::<Result<_, _>>()?;
+    let ram = GuestRam::new(spec.layout(), backings)?;
+    let machine = Machine::boot(spec, ram, boot, serial)?.resume()?;
+    let handle = machine.handle();
+    let (mut signals, end) = UnixStream::pair()?;
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::low_level::pipe::register(signal, end.try_clone()?)?;
+    }
+    // Ends with the process: it waits for a signal, which need never come.
+    thread::spawn(move || {
+        if signals.read(&mut [0]).is_ok() {
+            handle.stop("a signal asked for it");
+        }
+    });
+    match machine.wait() {
+        Outcome::Failed(failure) => Err(LaunchError::Failed(failure)),
+        outcome => Ok(outcome),
+    }
+}

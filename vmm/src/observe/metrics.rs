@@ -1,0 +1,101 @@
+#![forbid(unsafe_code)]
+//! The Prometheus exporter and the families that the VMM itself records (the pager's are its own).
+
+use std::net::{SocketAddr, TcpListener};
+use std::time::Duration;
+
+use metrics::{
+    Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
+use thiserror::Error;
+
+/// Histogram buckets for durations, in seconds: from 1 us, each 1-2-5 step to 10 s.
+pub const BUCKETS_SECONDS: [f64; 22] = [
+    1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1,
+    0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
+];
+
+/// Why metrics cannot be served.
+#[derive(Debug, Error)]
+pub enum MetricsError {
+    /// The address is taken or not ours.
+    #[error("cannot serve metrics on {address}: choose another address for --metrics")]
+    Listen {
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the exporter or the system said.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// Installs the exporter and serves `http://ADDRESS/metrics`; port 0 takes a free one. Returns the
+/// address that is served.
+pub fn serve(address: SocketAddr) -> Result<SocketAddr, MetricsError> {
+    let listen = |source| MetricsError::Listen { address, source };
+    // The exporter does not tell which port it got, so a free one is found before.
+    let bound = TcpListener::bind(address)
+        .and_then(|listener| listener.local_addr())
+        .map_err(|error| listen(error.into()))?;
+    PrometheusBuilder::new()
+        .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS_SECONDS)
+        .map(|builder| builder.with_http_listener(bound))
+        .and_then(PrometheusBuilder::install)
+        .map_err(|error: BuildError| listen(error.into()))?;
+    describe();
+    pando_pager::metrics::describe();
+    gauge!("pando_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    Ok(bound)
+}
+
+fn describe() {
+    describe_gauge!(
+        "pando_build_info",
+        "Always 1; the label says which version runs"
+    );
+    describe_gauge!("pando_clones", "Clones by template and state");
+    describe_histogram!(
+        "pando_clone_start_seconds",
+        Unit::Seconds,
+        "Time of one stage of starting a clone; stage total is from the request to the guest's first output"
+    );
+    describe_gauge!(
+        "pando_clone_memory_bytes",
+        Unit::Bytes,
+        "Memory of all clones of a template by class, as last measured"
+    );
+    describe_counter!(
+        "pando_clone_failures_total",
+        "Clones that ended otherwise than asked"
+    );
+}
+
+/// Says how many clones of a template are in a state.
+pub fn set_clones(template: &str, state: &'static str, clones: usize) {
+    let clones = u32::try_from(clones).unwrap_or(u32::MAX);
+    gauge!("pando_clones", "template" => template.to_owned(), "state" => state).set(clones);
+}
+
+/// Records one stage of a clone's start.
+pub fn record_start(template: &str, engine: &str, stage: &str, duration: Duration) {
+    histogram!(
+        "pando_clone_start_seconds",
+        "template" => template.to_owned(),
+        "engine" => engine.to_owned(),
+        "stage" => stage.to_owned(),
+    )
+    .record(duration.as_secs_f64());
+}
+
+/// Says how much memory all clones of a template take in a class.
+#[expect(clippy::cast_precision_loss, reason = "a gauge is a float")]
+pub fn set_memory(template: &str, class: &'static str, bytes: u64) {
+    gauge!("pando_clone_memory_bytes", "template" => template.to_owned(), "class" => class)
+        .set(bytes as f64);
+}
+
+/// Counts a clone that ended otherwise than asked.
+pub fn count_failure(template: &str) {
+    counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(1);
+}

@@ -1,0 +1,48 @@
+#![forbid(unsafe_code)]
+//! How errors reach a person: the whole chain, and what the process exits with.
+
+use std::error::Error;
+use std::fmt::Write;
+
+/// Exit codes of `pando`.
+pub mod exit {
+    /// All went well.
+    pub const OK: u8 = 0;
+    /// Something failed; the message says what.
+    pub const FAILED: u8 = 1;
+    /// The command line is wrong.
+    pub const USAGE: u8 = 2;
+    /// This host cannot do it; `pando doctor` says why.
+    pub const HOST: u8 = 3;
+    /// The template is damaged, changed, of a newer format, or needs another host.
+    pub const TEMPLATE: u8 = 4;
+    /// Guest memory could not be read from the template.
+    pub const MEMORY: u8 = 5;
+}
+
+/// An error and its causes, one below the other.
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, "\n  because: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_chain_names_each_cause_once() {
+        let error = anyhow::anyhow!("EIO")
+            .context("cannot read ram0.mem")
+            .context("clone failed");
+        assert_eq!(
+            chain(error.as_ref()),
+            "clone failed\n  because: cannot read ram0.mem\n  because: EIO"
+        );
+    }
+}

@@ -1,0 +1,325 @@
+#![forbid(unsafe_code)]
+//! `manifest.json`: what the template is, in a form that people and programs read.
+//!
+//! [`ManifestFile`] is what the JSON says and proves nothing; [`Manifest`] is one whose format,
+//! checksum and every field were checked.
+
+use std::path::{Component, Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::digest;
+use super::error::TemplateError;
+use super::seal::Seal;
+use crate::arch::x86_64::cpuid::CpuidEntry;
+use crate::spec::{BackendSpec, CpuCount, MachineSpec};
+
+/// The format that this version writes, and the newest that it reads.
+pub const FORMAT: u32 = 1;
+
+/// The JSON document, field by field, unproven.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ManifestFile {
+    /// Version of this document; read first and by itself.
+    pub format: u32,
+    /// Name and version of the program that made the template.
+    pub tool: String,
+    /// When it was made, in seconds since 1970.
+    pub created_unix_s: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// Memory backends in the machine's order.
+    pub backends: Vec<BackendEntry>,
+    /// `state.bin`.
+    pub state: FileEntry,
+    /// `pages.idx`.
+    pub index: FileEntry,
+    /// What a host must offer.
+    pub host: HostEntry,
+    /// SHA-256 of this document in compact form with this field empty.
+    pub checksum: String,
+}
+
+/// One memory backend.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BackendEntry {
+    /// Its name, unique in the machine.
+    pub id: String,
+    /// Its RAM file, a plain name inside the template.
+    pub file: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Where the guest sees its first byte.
+    pub guest_address: u64,
+    /// Sparse digest of the RAM file.
+    pub digest: String,
+    /// Identity of the RAM file.
+    pub seal: Seal,
+}
+
+/// A file other than RAM.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FileEntry {
+    /// A plain name inside the template.
+    pub file: String,
+    /// SHA-256 of all its bytes.
+    pub digest: String,
+    /// Identity of the file.
+    pub seal: Seal,
+}
+
+/// What the host must offer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HostEntry {
+    /// CPUID as vCPU 0 sees it: function, index, flags, eax, ebx, ecx, edx.
+    pub cpuid: Vec<[u32; 7]>,
+    /// Numbers of the model-specific registers in the state.
+    pub msrs: Vec<u32>,
+    /// Frequency of the guest's time stamp counter in kHz, if the host had a stable one.
+    pub tsc_khz: Option<u32>,
+}
+
+/// Just the version, so that a later format is named as such whatever else it holds.
+#[derive(Deserialize)]
+struct FormatOnly {
+    format: u32,
+}
+
+/// A manifest that was proven: format known, checksum right, names plain, machine valid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Manifest {
+    file: ManifestFile,
+    spec: MachineSpec,
+}
+
+impl Manifest {
+    /// Parses and proves the bytes of `path`.
+    pub fn parse(path: &Path, bytes: &[u8]) -> Result<Self, TemplateError> {
+        let damaged = |error: serde_json::Error| TemplateError::damaged(path, error.to_string());
+        let FormatOnly { format } = serde_json::from_slice(bytes).map_err(damaged)?;
+        if format > FORMAT {
+            return Err(TemplateError::NewerFormat {
+                path: path.to_owned(),
+                found: format,
+                supported: FORMAT,
+            });
+        }
+        let file: ManifestFile = serde_json::from_slice(bytes).map_err(damaged)?;
+        let expected = checksum(&file);
+        if file.checksum != expected {
+            return Err(TemplateError::damaged(
+                path,
+                format!(
+                    "its checksum is {}, its content gives {expected}",
+                    file.checksum
+                ),
+            ));
+        }
+        Self::prove(path, file)
+    }
+
+    /// Fills in the checksum of a new document and proves it.
+    pub fn seal(path: &Path, mut file: ManifestFile) -> Result<Self, TemplateError> {
+        file.checksum = checksum(&file);
+        Self::prove(path, file)
+    }
+
+    fn prove(path: &Path, file: ManifestFile) -> Result<Self, TemplateError> {
+        let damaged = |reason: String| TemplateError::damaged(path, reason);
+        let names = file.backends.iter().map(|backend| &backend.file);
+        for name in names.chain([&file.state.file, &file.index.file]) {
+            if !is_plain_name(name) {
+                return Err(damaged(format!("'{name}' is not a plain file name")));
+            }
+        }
+        let cpus = CpuCount::new(file.cpus.into()).map_err(|error| damaged(error.to_string()))?;
+        let backends = file
+            .backends
+            .iter()
+            .map(|backend| BackendSpec::new(&*backend.id, backend.bytes))
+            .collect::<Result<_, _>>()
+            .map_err(|error| damaged(error.to_string()))?;
+        let spec = MachineSpec::new(cpus, backends).map_err(|error| damaged(error.to_string()))?;
+        for (position, entry) in file.backends.iter().enumerate() {
+            let placed = spec
+                .layout()
+                .segments()
+                .iter()
+                .find(|segment| segment.backend == position)
+                .map(|segment| segment.guest_address);
+            if placed != Some(entry.guest_address) {
+                return Err(damaged(format!(
+                    "backend {} is at {:#x}, the machine has it at {placed:#x?}",
+                    entry.id, entry.guest_address
+                )));
+            }
+            if entry.seal.bytes != entry.bytes {
+                return Err(damaged(format!(
+                    "backend {} has {} bytes, its sealed file has {}",
+                    entry.id, entry.bytes, entry.seal.bytes
+                )));
+            }
+        }
+        Ok(Self { file, spec })
+    }
+
+    /// The document, for reading.
+    pub fn file(&self) -> &ManifestFile {
+        &self.file
+    }
+
+    /// The machine that the template holds.
+    pub fn spec(&self) -> &MachineSpec {
+        &self.spec
+    }
+
+    /// The document as it is written: indented JSON and a line end.
+    pub fn to_json(&self) -> Vec<u8> {
+        let mut bytes = serde_json::to_vec_pretty(&self.file).unwrap_or_default();
+        bytes.push(b'\n');
+        bytes
+    }
+
+    /// CPUID that the host must offer.
+    pub fn cpuid(&self) -> Vec<CpuidEntry> {
+        self.file
+            .host
+            .cpuid
+            .iter()
+            .map(|&[function, index, flags, eax, ebx, ecx, edx]| CpuidEntry {
+                function,
+                index,
+                flags,
+                eax,
+                ebx,
+                ecx,
+                edx,
+            })
+            .collect()
+    }
+}
+
+fn is_plain_name(name: &str) -> bool {
+    let mut components = Path::new(name).components();
+    matches!(
+        (components.next(), components.next()),
+        (Some(Component::Normal(_)), None)
+    ) && !name.ends_with('/')
+}
+
+fn checksum(file: &ManifestFile) -> String {
+    let blank = ManifestFile {
+        checksum: String::new(),
+        ..file.clone()
+    };
+    // Serialising integers, strings and lists of them into memory has no way to fail.
+    digest::of_bytes(&serde_json::to_vec(&blank).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn example() -> ManifestFile {
+        let seal = Seal {
+            inode: 7,
+            bytes: 64 << 20,
+            mtime_s: 1,
+            mtime_ns: 2,
+        };
+        let entry = |name: &str| FileEntry {
+            file: name.into(),
+            digest: "sha256:00".into(),
+            seal: Seal { bytes: 10, ..seal },
+        };
+        ManifestFile {
+            format: FORMAT,
+            tool: "pando 0.1.0".into(),
+            created_unix_s: 1_700_000_000,
+            cpus: 2,
+            backends: vec![BackendEntry {
+                id: "ram0".into(),
+                file: "ram0.mem".into(),
+                bytes: 64 << 20,
+                guest_address: 0,
+                digest: "sha256-sparse:00".into(),
+                seal,
+            }],
+            state: entry("state.bin"),
+            index: entry("pages.idx"),
+            host: HostEntry {
+                cpuid: vec![[1, 0, 0, 2, 3, 4, 5]],
+                msrs: vec![0x10],
+                tsc_khz: Some(2_000_000),
+            },
+            checksum: String::new(),
+        }
+    }
+
+    fn path() -> &'static Path {
+        Path::new("t/manifest.json")
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let manifest = Manifest::seal(path(), example()).unwrap();
+        assert_eq!(
+            Manifest::parse(path(), &manifest.to_json()).unwrap(),
+            manifest
+        );
+    }
+
+    #[test]
+    fn a_newer_format_is_named_even_with_fields_unknown_here() {
+        let error = Manifest::parse(path(), br#"{"format": 9, "moon": true}"#).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .contains("has format 9, and this pando reads formats up to 1")
+        );
+    }
+
+    #[test]
+    fn names_that_leave_the_directory_are_refused() {
+        for name in ["../ram0.mem", "/etc/passwd", "", "a/b", ".", "..", "a/"] {
+            let mut file = example();
+            file.backends[0].file = name.into();
+            let error = Manifest::seal(path(), file).unwrap_err().to_string();
+            assert!(
+                error.contains("is not a plain file name"),
+                "{name}: {error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_backend_at_the_wrong_address_is_refused() {
+        let mut file = example();
+        file.backends[0].guest_address = 4096;
+        let error = Manifest::seal(path(), file).unwrap_err().to_string();
+        assert!(error.contains("backend ram0 is at 0x1000"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_refused_without_a_panic(bytes: Vec<u8>) {
+            prop_assert!(Manifest::parse(path(), &bytes).is_err());
+        }
+
+        #[test]
+        fn any_changed_byte_is_noticed_or_means_the_same(at in 0_usize..1000, bit in 0_u8..8) {
+            let manifest = Manifest::seal(path(), example()).unwrap();
+            let mut json = manifest.to_json();
+            let at = at % json.len();
+            json[at] ^= 1 << bit;
+            if let Ok(read) = Manifest::parse(path(), &json) {
+                prop_assert_eq!(read, manifest);
+            }
+        }
+    }
+}
