@@ -246,3 +246,25 @@ fn a_tsc_rate_that_this_host_cannot_give_is_refused_or_given() {
         }
     }
 }
+
+#[test]
+fn the_time_of_a_clone_goes_on_while_its_state_lay_on_disk() {
+    const HOUR_NS: u64 = 3_600_000_000_000;
+    let (_machine, mut state, ram) = saved(1);
+    let khz = u64::from(state.tsc_khz.expect("a host with a stable TSC"));
+    let tsc = |state: &MachineState| {
+        let msrs = &state.cpus[0].msrs;
+        msrs.iter().find(|(index, _)| *index == MSR_TSC).unwrap().1
+    };
+    *state.vm.realtime_ns.as_mut().unwrap() -= HOUR_NS;
+    let (clone, _wire) = restore(1, copy_ram(&ram), &state).unwrap();
+    let after = clone.save().unwrap();
+    assert!(after.vm.clock_ns - state.vm.clock_ns >= HOUR_NS);
+    assert!(tsc(&after) - tsc(&state) >= 3600 * 1000 * khz);
+    // Without the time of the save both go on from where they stopped.
+    state.vm.realtime_ns = None;
+    let (clone, _wire) = restore(1, ram, &state).unwrap();
+    let after = clone.save().unwrap();
+    assert!(after.vm.clock_ns - state.vm.clock_ns < HOUR_NS);
+    assert!(tsc(&after) - tsc(&state) < 3600 * 1000 * khz);
+}
