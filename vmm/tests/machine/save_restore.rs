@@ -56,7 +56,8 @@ fn assert_same(before: &MachineState, after: &MachineState) {
         assert_eq!(before.sections, after.sections);
         for (before, after) in before.msrs.iter().zip(&after.msrs) {
             if before.0 == MSR_TSC {
-                assert!(after.1 > before.1, "the counter went back");
+                // A second or two of room: the counters of an emulated host are not in step.
+                assert!(after.1 + (1 << 32) > before.1, "the counter went back");
             } else {
                 assert_eq!(before, after, "msr {:#x}", before.0);
             }
