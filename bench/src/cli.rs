@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! The command line, as words.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
@@ -23,6 +23,8 @@ pub(crate) enum Command {
     Floor(FloorArgs),
     /// What a clone takes: to its first output, to touch memory, and many at once.
     Clone(CloneArgs),
+    /// What a page that is touched takes: the pager alone, without KVM.
+    Fault(FaultArgs),
 }
 
 /// Options of `pando-bench floor`.
@@ -85,6 +87,35 @@ pub(crate) struct CloneArgs {
     #[arg(long)]
     pub(crate) pando: Option<PathBuf>,
     /// Where the template is made, and removed again; the folder for temporary files if not given.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// Print JSON instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `pando-bench fault`.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct FaultArgs {
+    /// Size of the image, half of it data and half a hole, for example 64M.
+    #[arg(long, default_value = "64M", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// Pages touched in a round; at most half of the image.
+    #[arg(long, default_value = "4096")]
+    pub(crate) pages: NonZeroU64,
+    /// How often everything is done; variants take turns in each round.
+    #[arg(long, default_value = "10")]
+    pub(crate) rounds: NonZeroU32,
+    /// Numbers of threads that touch one memory, with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,8,32")]
+    pub(crate) threads: Vec<NonZeroU32>,
+    /// Clones that one pager serves at once.
+    #[arg(long, default_value = "100")]
+    pub(crate) clones: NonZeroU32,
+    /// How long a spinning pager looks for the next fault before it sleeps, in microseconds.
+    #[arg(long, default_value = "50")]
+    pub(crate) spin_us: u64,
+    /// Where the image is written, and removed again; the folder for temporary files if not given.
     #[arg(long)]
     pub(crate) dir: Option<PathBuf>,
     /// Print JSON instead of tables.

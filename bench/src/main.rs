@@ -3,6 +3,7 @@
 
 mod cli;
 mod clone;
+mod fault;
 mod floor;
 mod host;
 mod page_cache;
@@ -17,5 +18,6 @@ fn main() -> anyhow::Result<()> {
     match cli::Args::parse().command {
         cli::Command::Floor(args) => floor::run(&args),
         cli::Command::Clone(args) => clone::run(&args),
+        cli::Command::Fault(args) => fault::run(&args),
     }
 }
