@@ -1,128 +1,39 @@
 #![forbid(unsafe_code)]
 //! A pager from the outside: made, given images, set to serve, stopped.
 
-use std::fs::File;
-use std::io;
 use std::os::fd::OwnedFd;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
-use crossbeam::channel::{Sender, bounded};
+use crossbeam::channel::bounded;
 use rustix::event::{EventfdFlags, eventfd};
 use userfaultfd::Uffd;
 
-use crate::budget::Budget;
 use crate::counts::{Counts, Tally};
 use crate::error::PagerError;
 use crate::health::{Health, PoisonMethod};
 use crate::image::Image;
+use crate::memory::CloneMemory;
 use crate::metrics::Metrics;
-use crate::page::{PageCount, PageIndex, PageRange};
-use crate::port::{IoPath, Poller, Port};
+use crate::options::PagerOptions;
+use crate::port::IoPath;
 use crate::region::Region;
-use crate::serve::{Parts, Served, Server};
-use crate::source::{FileSource, PageSource, PreadSource};
-use crate::sys::buffers::BufferPool;
+use crate::serve::Served;
+use crate::source::PageSource;
 use crate::sys::mmap::ServedMapping;
-use crate::sys::uring::{Ring, UffdWait};
 use crate::sys::userfaultfd as uffd_sys;
-
-/// How a pager reads its files.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum IoMode {
-    /// io_uring, or pread where that is refused.
-    #[default]
-    Auto,
-    /// io_uring, or an error.
-    Uring,
-    /// io_uring, but as on a kernel whose ring cannot wait for messages of a userfaultfd: it polls
-    /// and read(2) takes them. Or an error.
-    UringPoll,
-    /// pread with a few threads.
-    Pread,
-}
-
-/// Whether bytes are compared with the index before they are used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Verify {
-    /// Each chunk when it is read for the first time.
-    #[default]
-    OnRead,
-    /// Never: the file is known to be good (fs-verity, or checked by the caller).
-    Off,
-}
-
-/// How a pager is to work.
-#[derive(Clone, Debug)]
-pub struct PagerOptions {
-    /// Value of the `template` label of its metrics.
-    pub template: String,
-    /// How to read.
-    pub io: IoMode,
-    /// Whether to verify.
-    pub verify: Verify,
-    /// How long a fault may wait before its page is poisoned.
-    pub fault_deadline: Duration,
-    /// What may be used.
-    pub budget: Budget,
-    /// The CPU to pin the pager thread to: best the one where the faults are raised.
-    pub cpu: Option<usize>,
-    /// How long the pager thread looks for the next fault before it sleeps. Worth it only with a
-    /// CPU to spare for it: a sleeping thread is slow to wake on another CPU. Zero: sleep at once.
-    pub spin: Duration,
-}
-
-impl Default for PagerOptions {
-    fn default() -> Self {
-        Self {
-            template: "unnamed".to_owned(),
-            io: IoMode::default(),
-            verify: Verify::default(),
-            fault_deadline: Duration::from_secs(10),
-            budget: Budget::default(),
-            cpu: None,
-            spin: Duration::ZERO,
-        }
-    }
-}
-
-/// Anonymous memory of a clone that its pager fills. It has no way to reach the template's file.
-///
-/// The memory is unmapped when this is dropped, and only then (or when the pager is done with the
-/// page it is just installing). It holds a descriptor of the userfaultfd of its own: a pager that
-/// ends leaves missing pages missing, never zero.
-#[derive(Debug)]
-pub struct CloneMemory {
-    // Before the descriptor: with the last descriptor closed, missing pages would read as zero.
-    mapping: Arc<ServedMapping>,
-    _uffd: OwnedFd,
-}
-
-impl CloneMemory {
-    /// First address in this process; page aligned.
-    pub fn host_address(&self) -> *mut u8 {
-        self.mapping.address()
-    }
-
-    /// Length in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.mapping.bytes()
-    }
-}
 
 type Decorate = Box<dyn FnOnce(Box<dyn PageSource>) -> Box<dyn PageSource> + Send>;
 
 /// State of a pager that does not serve yet.
 pub struct Idle {
-    options: PagerOptions,
-    uffd: Arc<Uffd>,
-    images: Vec<Served>,
-    mappings: Vec<Region>,
-    health: Health,
-    metrics: Arc<Metrics>,
-    decorate: Option<Decorate>,
+    pub(crate) options: PagerOptions,
+    pub(crate) uffd: Arc<Uffd>,
+    pub(crate) images: Vec<Served>,
+    pub(crate) mappings: Vec<Region>,
+    pub(crate) health: Health,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) decorate: Option<Decorate>,
 }
 
 impl std::fmt::Debug for Idle {
@@ -187,7 +98,7 @@ impl Pager<Idle> {
     /// guests that tell the two apart, and to see what older kernels do.
     #[must_use]
     pub fn with_poison_method(mut self, method: PoisonMethod) -> Self {
-        self.state.health = Health::new(method);
+        self.state.health = self.state.health.with_method(method);
         self
     }
 
@@ -214,10 +125,7 @@ impl Pager<Idle> {
         self.state.mappings.push(Region::new(&mapping));
         let served = Served::new(image, Region::new(&mapping));
         self.state.images.push(served);
-        Ok(CloneMemory {
-            mapping,
-            _uffd: own,
-        })
+        Ok(CloneMemory::new(mapping, own))
     }
 
     /// What goes wrong later, to be listened to before it does.
@@ -243,7 +151,7 @@ impl Pager<Idle> {
         let (thread_stop, thread_tally) = (Arc::clone(&stop), Arc::clone(&tally));
         let thread = std::thread::Builder::new()
             .name("pando-pager".to_owned())
-            .spawn(move || thread_main(idle, thread_stop, thread_tally, &ready))
+            .spawn(move || crate::thread::main(idle, thread_stop, thread_tally, &ready))
             .map_err(|source| PagerError::Setup {
                 what: "pager thread",
                 source,
@@ -308,143 +216,4 @@ impl Drop for Serving {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-/// The pager thread: sets up, says how that went, serves, and sees to it that its end by a bug
-/// or an error leaves neither sleepers nor zeros.
-fn thread_main(
-    mut idle: Idle,
-    stop: Arc<OwnedFd>,
-    tally: Arc<Tally>,
-    ready: &Sender<Result<IoPath, PagerError>>,
-) {
-    let regions = std::mem::take(&mut idle.mappings);
-    let (uffd, health) = (Arc::clone(&idle.uffd), idle.health.clone());
-    let metrics = Arc::clone(&idle.metrics);
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let mut server = match set_up(idle, stop, tally) {
-            Ok(server) => server,
-            Err(error) => {
-                let _caller_gone = ready.send(Err(error));
-                return Ok(());
-            }
-        };
-        let path = server.path();
-        metrics.serving(path.name(), true);
-        let _caller_gone = ready.send(Ok(path));
-        let result = server.run();
-        metrics.serving(path.name(), false);
-        result
-    }));
-    let reason = match outcome {
-        Ok(Ok(())) => return,
-        Ok(Err(error)) => format!("waiting for faults failed: {error}"),
-        Err(panic) => {
-            let text = panic
-                .downcast_ref::<&str>()
-                .map(|text| (*text).to_owned())
-                .or_else(|| panic.downcast_ref::<String>().cloned());
-            format!("panic: {}", text.unwrap_or_default())
-        }
-    };
-    tracing::error!(
-        reason,
-        "the pager ended; its clones' memory is made inaccessible"
-    );
-    health.fail(&reason);
-    for mapping in regions.iter().filter_map(Region::pin) {
-        let pages = PageCount::from_bytes(mapping.bytes()).unwrap_or_default();
-        let whole = PageRange::new(PageIndex::default(), pages);
-        if let Err(error) = mapping.forbid(whole) {
-            tracing::error!(%error, "memory without a pager cannot be protected");
-        }
-        uffd_sys::wake(&uffd, &mapping, whole);
-    }
-}
-
-fn set_up(idle: Idle, stop: Arc<OwnedFd>, tally: Arc<Tally>) -> Result<Server, PagerError> {
-    if let Some(cpu) = idle.options.cpu {
-        let mut set = rustix::thread::CpuSet::new();
-        if cpu < rustix::thread::CpuSet::MAX_CPU {
-            set.set(cpu);
-        }
-        rustix::thread::sched_setaffinity(None, &set).map_err(|errno| PagerError::Setup {
-            what: "the CPU to pin the pager to",
-            source: errno.into(),
-        })?;
-    }
-    let options = idle.options;
-    let pool = BufferPool::new(options.budget.read_chunks).map_err(|source| PagerError::Setup {
-        what: "read buffers",
-        source,
-    })?;
-    let files: Vec<Arc<File>> = idle
-        .images
-        .iter()
-        .map(|served| Arc::clone(served.image().file()))
-        .collect();
-    let (port, source) = connect(&options, files, &pool, &idle.uffd, stop)?;
-    let source = match idle.decorate {
-        Some(decorate) => decorate(source),
-        None => source,
-    };
-    Ok(Server::new(Parts {
-        uffd: idle.uffd,
-        port,
-        source,
-        pool,
-        images: idle.images,
-        verify: options.verify == Verify::OnRead,
-        fault_deadline: options.fault_deadline,
-        spin: options.spin,
-        budget: options.budget,
-        health: idle.health,
-        metrics: idle.metrics,
-        tally,
-    }))
-}
-
-/// Chooses the way: a ring if it may and can be had, else poll and pread.
-fn connect(
-    options: &PagerOptions,
-    files: Vec<Arc<File>>,
-    pool: &BufferPool,
-    uffd: &Arc<Uffd>,
-    stop: Arc<OwnedFd>,
-) -> Result<(Port, Box<dyn PageSource>), PagerError> {
-    if options.io != IoMode::Pread {
-        let wait = match options.io {
-            IoMode::UringPoll => UffdWait::Poll,
-            _ => UffdWait::Read,
-        };
-        match Ring::new(
-            files.clone(),
-            pool,
-            Arc::clone(uffd),
-            Arc::clone(&stop),
-            wait,
-        ) {
-            Ok(ring) => return Ok((Port::Ring(Box::new(ring)), Box::new(FileSource))),
-            Err(error) if options.io != IoMode::Auto => return Err(PagerError::Uring(error)),
-            Err(error) => tracing::info!(%error, "io_uring is refused, reading with pread"),
-        }
-    }
-    let setup = |source: io::Error| PagerError::Setup {
-        what: "reading threads",
-        source,
-    };
-    let signal = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-    let signal = Arc::new(signal.map_err(|errno| setup(errno.into()))?);
-    let budget = &options.budget;
-    let source =
-        PreadSource::new(files, budget.read_threads, pool.capacity(), &signal).map_err(setup)?;
-    Ok((Port::Poll(Poller::new(stop, signal)), Box::new(source)))
-}
-
-/// The path that a pager would take here; `Err` when io_uring is refused.
-pub(crate) fn uring_path() -> io::Result<IoPath> {
-    Ok(match crate::sys::uring::probe()? {
-        UffdWait::Read => IoPath::UringRead,
-        UffdWait::Poll => IoPath::UringPoll,
-    })
 }

@@ -134,6 +134,13 @@ impl Health {
         }
     }
 
+    pub(crate) fn with_method(&self, method: PoisonMethod) -> Self {
+        Self {
+            method,
+            state: Arc::clone(&self.state),
+        }
+    }
+
     /// Nothing in here can be left half-changed, so a panic elsewhere does not spoil it.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)

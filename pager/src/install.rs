@@ -40,7 +40,7 @@ pub(crate) trait PageOps {
 /// What to put at the pages.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Content<'a> {
-    /// These bytes, one page after the other.
+    /// These bytes, one page after the other; what is behind the last page is not used.
     Bytes(&'a [u8]),
     /// The zero page.
     Zero,
@@ -92,7 +92,9 @@ pub(crate) fn install(ops: &mut dyn PageOps, pages: PageRange, content: Content<
         let answer = match content {
             Content::Bytes(bytes) => {
                 let at = usize::try_from(done * PAGE_BYTES).unwrap_or(usize::MAX);
-                ops.copy(rest, bytes.get(at..).unwrap_or(&[]))
+                let length = usize::try_from(rest.bytes()).unwrap_or(usize::MAX);
+                let end = at.saturating_add(length);
+                ops.copy(rest, bytes.get(at..end).unwrap_or(&[]))
             }
             Content::Zero => ops.zero(rest),
             Content::Poison => ops.poison(rest),

@@ -3,9 +3,9 @@
 
 use std::io;
 
-use crate::handle::uring_path;
 use crate::health::PoisonMethod;
 use crate::port::IoPath;
+use crate::sys::uring::{self, UffdWait};
 pub use crate::sys::userfaultfd::{UffdAccess, UffdFeatures};
 
 /// What userfaultfd offers.
@@ -50,7 +50,12 @@ pub fn probe() -> HostFacts {
             },
         })
         .map_err(|error| refusal(error, "vm.unprivileged_userfaultfd"));
-    let io_uring = uring_path().map_err(|error| refusal(error, "kernel.io_uring_disabled"));
+    let io_uring = uring::probe()
+        .map(|wait| match wait {
+            UffdWait::Read => IoPath::UringRead,
+            UffdWait::Poll => IoPath::UringPoll,
+        })
+        .map_err(|error| refusal(error, "kernel.io_uring_disabled"));
     HostFacts {
         userfaultfd,
         io_uring,

@@ -160,6 +160,25 @@ fn a_walk_is_answered_in_windows_and_random_faults_page_by_page() {
 }
 
 #[test]
+fn zero_pages_can_be_written_first() {
+    let template = Template::new(512, |page| page.is_multiple_of(100));
+    for mode in MODES {
+        let (pager, memory) = template.serve(options(mode), FaultPlan::default());
+        for page in (0..256).chain((256..512).rev()) {
+            write_word(&memory, page, page + 1);
+        }
+        for page in 0..512 {
+            let mut expected = template.expected(page);
+            expected[..8].copy_from_slice(&(page + 1).to_le_bytes());
+            assert_eq!(read_page(&memory, page), expected, "page {page}");
+        }
+        let counts = pager.stop().unwrap();
+        assert_eq!(counts.pages_zero, 506, "{counts:?}");
+        assert!(counts.faults_zero < 80, "{counts:?}");
+    }
+}
+
+#[test]
 fn a_proven_chunk_is_not_read_whole_again() {
     let template = Template::new(4, all);
     for mode in MODES {

@@ -21,7 +21,11 @@ children() {
 fewer() { [ "$(children "$1")" -lt "$2" ]; }
 
 # after A B: true when the decimal number A is not less than B.
-after() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a != "" && b != "" && a + 0 >= b + 0) }'; }
+after() {
+    awk -v a="$1" -v b="$2" 'BEGIN { exit !(a != "" && b != "" && a + 0 >= b + 0) }' && return
+    echo "$1 s is not after $2 s"
+    return 1
+}
 
 # ends_in NUMBER COMMAND NAME: a command that ends the clone, after its answer is out; the clone's
 # process ends too.

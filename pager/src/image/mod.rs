@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 //! Template memory on disk: which pages a RAM file holds, what they must hash to, and a handle
 //! that can read it and nothing else.
 

@@ -21,6 +21,10 @@ use crate::retry::RetryReason;
 /// Far more than threads can send for one page while it is installed.
 const STALE_LIMIT: u32 = 4096;
 
+/// Pages of zeros to copy from.
+const ZERO_PAGES: u64 = 16;
+static ZEROS: [u8; 16 * 4096] = [0; 16 * 4096];
+
 impl Server {
     /// Handles all messages of the inbox. All of them were taken off the userfaultfd before.
     pub(super) fn handle_messages(&mut self) {
@@ -33,7 +37,7 @@ impl Server {
         while let Some(&message) = self.inbox.messages.get(at) {
             at += 1;
             match message {
-                Message::Fault { address, .. } => self.admit(address, arrived),
+                Message::Fault { address, write } => self.admit(address, write, arrived),
                 Message::Unexpected { event } => {
                     tracing::error!(
                         event,
@@ -45,7 +49,7 @@ impl Server {
         self.inbox.messages.clear();
     }
 
-    fn admit(&mut self, address: u64, arrived: Instant) {
+    fn admit(&mut self, address: u64, write: bool, arrived: Instant) {
         add(&self.parts.tally.faults, 1);
         let mut images = self.parts.images.iter().enumerate();
         let place =
@@ -63,7 +67,14 @@ impl Server {
             }
             PageState::Absent => match self.parts.images[image].image.index().kind(page) {
                 PageKind::Data => self.admit_data(image, page, arrived),
-                PageKind::Zero | PageKind::Hole => self.admit_zero(image, page, arrived),
+                PageKind::Zero | PageKind::Hole if write => {
+                    let limit = self.parts.budget.data_window_pages.min(ZERO_PAGES);
+                    self.admit_zero(image, page, arrived, Content::Bytes(&ZEROS), limit);
+                }
+                PageKind::Zero | PageKind::Hole => {
+                    let limit = self.parts.budget.zero_window_pages;
+                    self.admit_zero(image, page, arrived, Content::Zero, limit);
+                }
             },
         }
     }
@@ -108,14 +119,22 @@ impl Server {
         self.queue.push(waiter);
     }
 
-    fn admit_zero(&mut self, image: usize, page: PageIndex, arrived: Instant) {
+    /// A page without data. Who reads it gets the kernel's zero page; who writes it gets a page
+    /// of zeros of its own at once, as the kernel would have to make one right behind.
+    fn admit_zero(
+        &mut self,
+        image: usize,
+        page: PageIndex,
+        arrived: Instant,
+        content: Content<'_>,
+        limit: u64,
+    ) {
         self.count(FaultKind::Zero);
-        let limit = self.parts.budget.zero_window_pages;
         let window = self.plan(image, page, limit);
         let run = self.run_of(image, page, window, |kind| kind != PageKind::Data);
         self.parts.images[image].streams.chosen(window.stream, run);
         let started = Instant::now();
-        let report = self.install(image, run, Content::Zero, Origin::Zero);
+        let report = self.install(image, run, content, Origin::Zero);
         if report.done() > 0 || report.stopped == Some(Stopped::Gone) {
             // Backward windows end with the page asked for: a partial one answers it later.
             if PageRange::between(run.start(), run.start().plus(report.done())).contains(page) {

@@ -154,6 +154,10 @@ impl Server {
         for page in read.covers.iter().filter(|&page| read.wants(page)) {
             residency.set(page, PageState::Absent);
         }
+        if self.queue.first_of(done.slot).is_none() {
+            // Everybody who asked was told already that it took too long.
+            return;
+        }
         if read.ahead {
             self.queue.narrow(done.slot);
             self.retried(failure.reason(), 1);

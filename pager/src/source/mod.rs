@@ -1,3 +1,4 @@
+#![forbid(unsafe_code)]
 //! Where the bytes of a page come from.
 //!
 //! A source starts reads and says when they are done; it knows files and offsets, never pages of

@@ -10,12 +10,15 @@ use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender, TryRecvError, bounded};
 use rustix::io::{Errno, ReadWriteFlags, pread, preadv2};
 
 use super::{PageRead, PageSource, ReadDone, ReadPort, Started};
+
+/// How long the end of a pager waits for its reading threads.
+const JOIN_LIMIT: Duration = Duration::from_secs(2);
 
 /// Reads with a bounded pool of threads; `signal` becomes readable when one of them is done.
 #[derive(Debug)]
@@ -134,10 +137,15 @@ impl PageSource for PreadSource {
 impl Drop for PreadSource {
     fn drop(&mut self) {
         self.jobs = None;
-        for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                tracing::error!("a reading thread of the pager panicked");
+        let started = Instant::now();
+        while self.threads.iter().any(|thread| !thread.is_finished()) {
+            if started.elapsed() > JOIN_LIMIT {
+                // It sits in a read that the file system does not end; it owns its buffer, and
+                // ends by itself when the read does.
+                tracing::warn!("a reading thread does not come back from its file system");
+                return;
             }
+            std::thread::sleep(Duration::from_micros(200));
         }
     }
 }

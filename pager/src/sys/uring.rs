@@ -25,6 +25,9 @@ use crate::token::{ReadSlot, Token};
 /// Messages that one read of the userfaultfd takes.
 pub(crate) const MESSAGES_PER_READ: usize = 64;
 const MESSAGE_BUFFER_BYTES: usize = MESSAGES_PER_READ * MESSAGE_BYTES;
+/// Reads after which the buffers are registered: pinning them costs a tenth of a millisecond and
+/// their memory, and a clone that reads little should pay neither.
+const REGISTER_AFTER_READS: u32 = 64;
 /// How long `drop` waits for the kernel to give buffers back before it leaks them.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 
@@ -35,6 +38,17 @@ pub(crate) enum UffdWait {
     Read,
     /// A POLL says when there are some; read(2) gets them.
     Poll,
+}
+
+/// Whether the kernel holds the read buffers pinned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Buffers {
+    /// Not yet.
+    Later,
+    /// They are.
+    Registered,
+    /// It refused (memlock): reads name them by address.
+    Unregistered,
 }
 
 /// What the ring reports.
@@ -59,7 +73,9 @@ pub(crate) struct Ring {
     ring: IoUring,
     files: Vec<Arc<File>>,
     files_registered: bool,
-    buffers_registered: bool,
+    buffers: Buffers,
+    arena: libc::iovec,
+    reads: u32,
     uffd: Arc<Uffd>,
     stop: Arc<OwnedFd>,
     wait: UffdWait,
@@ -77,7 +93,7 @@ impl fmt::Debug for Ring {
         f.debug_struct("Ring")
             .field("wait", &self.wait)
             .field("files_registered", &self.files_registered)
-            .field("buffers_registered", &self.buffers_registered)
+            .field("buffers", &self.buffers)
             .field("in_flight", &self.in_flight.iter().flatten().count())
             .finish_non_exhaustive()
     }
@@ -85,13 +101,15 @@ impl fmt::Debug for Ring {
 
 /// A ring of the best kind that this kernel makes; errors only when it makes none that can be
 /// waited on with a time limit.
-fn build(entries: u32) -> io::Result<IoUring> {
-    let modern = IoUring::builder()
+/// The flag says whether it defers its work to the waiting thread (kernels from 6.1).
+fn build(entries: u32) -> io::Result<(IoUring, bool)> {
+    let deferred = IoUring::builder()
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag()
         .build(entries);
-    let ring = modern
+    let is_deferred = deferred.is_ok();
+    let ring = deferred
         .or_else(|_| {
             let mut builder = IoUring::builder();
             builder.setup_coop_taskrun().setup_taskrun_flag();
@@ -101,7 +119,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
     if !ring.params().is_feature_ext_arg() {
         return Err(io::Error::from(io::ErrorKind::Unsupported));
     }
-    Ok(ring)
+    Ok((ring, is_deferred))
 }
 
 /// Whether a READ of a userfaultfd without messages stays pending, as it must; else it would
@@ -110,7 +128,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
 /// The userfaultfd is non-blocking: a kernel that can wait for it natively arms a poll and tries
 /// again when that fires, one that cannot says EAGAIN at once.
 pub(crate) fn probe() -> io::Result<UffdWait> {
-    let mut ring = build(4)?;
+    let (mut ring, _) = build(4)?;
     let (uffd, _) = uffd_sys::open()?;
     let mut buffer = [0u8; MESSAGE_BYTES];
     let length = u32::try_from(buffer.len()).unwrap_or(0);
@@ -146,20 +164,16 @@ impl Ring {
         let reads = pool.capacity();
         // Every read, the two waits and a cancel fit at once: a push never fails.
         let entries = u32::try_from(reads + 4).unwrap_or(u32::MAX);
-        let ring = build(entries.next_power_of_two())?;
+        let (ring, deferred) = build(entries.next_power_of_two())?;
         let fds: Vec<_> = files.iter().map(|file| file.as_raw_fd()).collect();
         let files_registered = !fds.is_empty() && ring.submitter().register_files(&fds).is_ok();
-        // SAFETY: the arena stays mapped while a lease of it exists, and reads into it are only
-        // submitted together with a lease, which `in_flight` keeps. Registration itself pins it.
-        let registered = unsafe { ring.submitter().register_buffers(&[pool.iovec()]) };
-        if let Err(error) = &registered {
-            tracing::debug!(%error, "read buffers are not registered with the ring");
-        }
         let mut ring = Self {
             ring,
             files,
             files_registered,
-            buffers_registered: registered.is_ok(),
+            buffers: Buffers::Later,
+            arena: pool.iovec(),
+            reads: 0,
             uffd,
             stop,
             wait,
@@ -170,8 +184,26 @@ impl Ring {
             early: None,
             unsubmitted_reads: 0,
         };
+        // Kernels without deferred task work (before 6.1) may wait for all requests to end before
+        // they register anything: there it must happen before the first.
+        if !deferred {
+            ring.register_buffers();
+        }
         ring.settle_wait()?;
         Ok(ring)
+    }
+
+    fn register_buffers(&mut self) {
+        // SAFETY: registration pins the arena, and reads into it are only submitted together with
+        // a lease, which `in_flight` keeps and which keeps the arena mapped.
+        let registered = unsafe { self.ring.submitter().register_buffers(&[self.arena]) };
+        self.buffers = match registered {
+            Ok(()) => Buffers::Registered,
+            Err(error) => {
+                tracing::debug!(%error, "read buffers are not registered with the ring");
+                Buffers::Unregistered
+            }
+        };
     }
 
     /// Arms the first wait for messages. A READ that says EAGAIN at once (see [`probe`]) is not
@@ -229,7 +261,12 @@ impl Ring {
         };
         let address = lease.address();
         let index = u32::try_from(file).unwrap_or(u32::MAX);
-        let entry = match (self.files_registered, self.buffers_registered) {
+        self.reads = self.reads.saturating_add(1);
+        if self.buffers == Buffers::Later && self.reads > REGISTER_AFTER_READS {
+            self.register_buffers();
+        }
+        let registered = self.buffers == Buffers::Registered;
+        let entry = match (self.files_registered, registered) {
             (true, true) => opcode::ReadFixed::new(Fixed(index), address, length, 0)
                 .offset(offset)
                 .build(),

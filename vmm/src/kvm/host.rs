@@ -9,6 +9,7 @@ use kvm_ioctls::{Cap, Kvm};
 
 use super::{KvmError, ioctl};
 use crate::arch::x86_64::cpuid::{CpuidEntry, offer_tsc_deadline};
+use crate::arch::x86_64::msr;
 
 /// Without these no machine can run, be paused or be saved. All are older than Linux 5.10.
 const REQUIRED: &[(Cap, &str)] = &[
@@ -50,9 +51,10 @@ pub fn host_cpuid() -> Result<Vec<CpuidEntry>, KvmError> {
     supported_cpuid(&open()?)
 }
 
-/// The numbers of the model specific registers that this host's KVM can save and restore.
+/// The numbers of the model specific registers that this host's KVM can save and restore, those
+/// included that every KVM has and older ones do not list.
 pub fn host_msrs() -> Result<Vec<u32>, KvmError> {
-    msr_list(&open()?)
+    Ok(msr::to_save(&msr_list(&open()?)?))
 }
 
 /// `KVM_GET_SUPPORTED_CPUID`, asked once per process: the host does not change, and where the host

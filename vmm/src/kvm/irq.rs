@@ -1,9 +1,11 @@
 #![forbid(unsafe_code)]
 //! Interrupt chips, timer and clock of a VM: their saved form, and interrupt lines into them.
 
+use std::mem::offset_of;
+
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    kvm_clock_data, kvm_irqchip, kvm_pit_state2,
+    kvm_clock_data, kvm_irqchip, kvm_pic_state, kvm_pit_state2,
 };
 use kvm_ioctls::Cap;
 use vmm_sys_util::eventfd::EventFd;
@@ -79,6 +81,18 @@ impl Vm {
         self.fd
             .set_irqchip(&state)
             .map_err(ioctl("KVM_SET_IRQCHIP"))
+    }
+
+    /// Masks every line of both 8259s, as firmware leaves them. They begin unmasked, and a guest
+    /// that only uses the I/O APIC would get each interrupt a second time, as an exception.
+    pub fn mask_pics(&self) -> Result<(), KvmError> {
+        let mask = offset_of!(kvm_irqchip, chip) + offset_of!(kvm_pic_state, imr);
+        for chip in [Chip::PicMaster, Chip::PicSlave] {
+            let mut bytes = self.chip(chip)?;
+            bytes[mask] = 0xff;
+            self.set_chip(chip, &bytes)?;
+        }
+        Ok(())
     }
 
     /// State of the timer, as the kernel's bytes.

@@ -39,6 +39,8 @@ impl Machine<Paused> {
         source: &BootSource,
         serial: SerialTarget,
     ) -> Result<Self, MachineError> {
+        // Before the first byte is written: RAM may be in a file whose disk is full.
+        sigbus::install().map_err(MachineError::Sigbus)?;
         let mut timer = StageTimer::start();
         let entry = boot::load(&ram, source, spec.cpus().get()).map_err(MachineError::Boot)?;
         timer.done("load");
@@ -110,6 +112,10 @@ fn new_machine(
 ) -> Result<Machine<Paused>, MachineError> {
     let devices = Devices::new(serial)?;
     let shell = Shell::make(spec, ram, devices, &mut timer)?;
+    shell
+        .vm
+        .mask_pics()
+        .map_err(MachineError::vm("cannot set up the interrupt chips"))?;
     shell.connect_devices()?;
     let cpus = spec.cpus().get();
     let supported = shell
@@ -219,7 +225,6 @@ impl Shell {
             vm: self.vm,
             msrs: msr::to_save(&listed),
             tsc_khz,
-            ram: Arc::clone(&self.ram),
         };
         let name = "machine".to_owned();
         let thread = thread::Builder::new()

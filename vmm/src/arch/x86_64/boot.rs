@@ -11,6 +11,7 @@ mod initrd;
 mod kernel;
 mod map;
 mod params;
+mod reset;
 mod tables;
 
 use std::fs::{self, File};
@@ -79,6 +80,7 @@ pub fn load(ram: &GuestRam, boot: &BootSource, cpus: u8) -> Result<BootEntry, Bo
         None => None,
     };
     ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, cpus))?;
+    reset::write_reset_vector(ram)?;
     let map = memory_map(ram.layout());
     let handover = Handover {
         map: &map,

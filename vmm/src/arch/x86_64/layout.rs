@@ -24,7 +24,9 @@ pub const COMMAND_LINE_ROOM_BYTES: u64 = 0x1_0000;
 pub const LOW_RAM_USABLE_END: u64 = 0x9_fc00;
 /// The ACPI tables; the root pointer comes first, where a guest that is not told also looks.
 pub const ACPI_ADDRESS: u64 = 0xe_0000;
-/// End of what is reserved for the ACPI tables, and of the first MiB.
-pub const ACPI_END: u64 = 0x10_0000;
+/// End of what is reserved for the ACPI tables.
+pub const ACPI_END: u64 = 0xf_0000;
+/// Where a CPU starts after a reset in the eyes of real-mode code: `ffff:0000`.
+pub const RESET_VECTOR_ADDRESS: u64 = 0xf_fff0;
 /// Where kernels are loaded: above the first MiB.
 pub const HIGH_MEMORY_ADDRESS: u64 = 0x10_0000;

@@ -1,0 +1,38 @@
+#![forbid(unsafe_code)]
+//! The memory of a clone.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use crate::sys::mmap::ServedMapping;
+
+/// Anonymous memory of a clone that its pager fills. It has no way to reach the template's file.
+///
+/// The memory is unmapped when this is dropped, and only then (or when the pager is done with the
+/// page it is just installing). It holds a descriptor of the userfaultfd of its own: a pager that
+/// ends leaves missing pages missing, never zero.
+#[derive(Debug)]
+pub struct CloneMemory {
+    // Before the descriptor: with the last descriptor closed, missing pages would read as zero.
+    mapping: Arc<ServedMapping>,
+    _uffd: OwnedFd,
+}
+
+impl CloneMemory {
+    pub(crate) fn new(mapping: Arc<ServedMapping>, uffd: OwnedFd) -> Self {
+        Self {
+            mapping,
+            _uffd: uffd,
+        }
+    }
+
+    /// First address in this process; page aligned.
+    pub fn host_address(&self) -> *mut u8 {
+        self.mapping.address()
+    }
+
+    /// Length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.mapping.bytes()
+    }
+}
