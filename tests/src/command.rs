@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::rig::built_program;
 
 /// Longest that anything here may take before it counts as hung.
-pub const HANG: Duration = Duration::from_secs(120);
+pub const HANG: Duration = Duration::from_secs(60);
 
 /// What a finished program left.
 #[derive(Debug)]

@@ -48,6 +48,14 @@ struct Args {
     /// After so many seconds save the machine and go on in a new one.
     #[arg(long, value_name = "SECONDS")]
     save_restore: Option<f64>,
+    /// Pretend that the saved machine was frozen for so long.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 0,
+        requires = "save_restore"
+    )]
+    frozen_for: u64,
 }
 
 fn main() -> anyhow::Result<ExitCode> {
@@ -108,7 +116,10 @@ fn rebuild(
         state.len(),
         begun.elapsed()
     );
-    let state: MachineState = postcard::from_bytes(&state)?;
+    let mut state: MachineState = postcard::from_bytes(&state)?;
+    if let Some(realtime_ns) = &mut state.vm.realtime_ns {
+        *realtime_ns = realtime_ns.saturating_sub(args.frozen_for.saturating_mul(1_000_000_000));
+    }
     let machine = Machine::restore(spec, ram, &state, target(args)?)?;
     report("restored", &machine);
     Ok(machine)

@@ -4,6 +4,7 @@
 use std::error::Error;
 
 use crate::clone::instantiate::CloneError;
+use crate::host;
 use crate::observe::metrics::MetricsError;
 use crate::report::{chain, exit};
 use crate::template::TemplateError;
@@ -32,7 +33,12 @@ impl Failure {
 
     /// Any error, with its causes.
     pub fn of(error: &(dyn Error + 'static)) -> Self {
-        Self::new(exit::FAILED, chain(error))
+        let code = if host::is_lacking(error) {
+            exit::HOST
+        } else {
+            exit::FAILED
+        };
+        Self::new(code, chain(error))
     }
 
     /// The exit code.

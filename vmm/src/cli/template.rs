@@ -2,10 +2,7 @@
 //! `pando template create|inspect|verify`.
 
 use std::fs;
-use std::io::IsTerminal;
 use std::time::Duration;
-
-use serde_json::json;
 
 use super::args::{CreateArgs, InspectArgs, ReadyArg, TemplateArgs, TemplateCommand, VerifyArgs};
 use super::fail::Failure;
@@ -16,13 +13,18 @@ use crate::config;
 use crate::report::{chain, exit};
 use crate::template::build::{Ready, TemplateVm};
 use crate::template::load::reseal;
-use crate::template::map::ImageMap;
+use crate::template::map::svg;
+use crate::template::summary::{BackendSummary, Summary, maps};
 use crate::template::{Template, TemplateError};
 
 /// Columns of the map on a terminal.
 const MAP_COLUMNS: usize = 64;
 /// Most rows of the map on a terminal.
 const MAP_ROWS: usize = 24;
+/// Columns of the map in a picture.
+const SVG_COLUMNS: usize = 64;
+/// Most rows of the map in a picture.
+const SVG_ROWS: usize = 64;
 
 /// Runs a subcommand.
 pub fn run(args: TemplateArgs) -> Result<u8, Failure> {
@@ -52,41 +54,45 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
     let bar = progress::byte_bar(total).with_prefix("seal");
     let template = vm.freeze(&mut |_, offset| bar.set_position(offset))?;
     bar.finish_and_clear();
+    let facts = Summary::of(&template);
     if args.json {
-        println!("{:#}", describe(&template));
-    } else {
-        summary(&template);
+        return print_json(&facts);
     }
+    print_summary(&facts);
+    println!("\ntry: pando clone {} --count 3", args.out.display());
     Ok(exit::OK)
 }
 
 fn inspect(args: &InspectArgs) -> Result<u8, Failure> {
     let template = Template::open(&args.dir)?;
+    let facts = Summary::of(&template);
     if let Some(path) = &args.svg {
-        let pictures: Vec<String> = template
-            .index()
-            .backends()
-            .iter()
-            .map(|(id, index)| {
-                let title = format!(
-                    "{}: {id}, {}",
-                    template.name(),
-                    human_bytes(index.pages().get() * 4096)
-                );
-                ImageMap::new(index, 64, 128).svg(&title)
-            })
-            .collect();
-        // One backend, one picture; a machine of several has its backends one below the other.
-        fs::write(path, pictures.concat()).map_err(TemplateError::io("write", path))?;
+        let title = |backend: &BackendSummary| {
+            format!(
+                "{}: {}, {}",
+                template.name(),
+                backend.id,
+                human_bytes(backend.bytes)
+            )
+        };
+        let maps = maps(&template, SVG_COLUMNS, SVG_ROWS);
+        let panels: Vec<_> = facts.backends.iter().map(title).zip(&maps).collect();
+        fs::write(path, svg(&panels)).map_err(TemplateError::io("write", path))?;
     }
     if args.json {
-        println!("{:#}", describe(&template));
-        return Ok(exit::OK);
+        return print_json(&facts);
     }
-    summary(&template);
-    for (id, index) in template.index().backends() {
-        let map = ImageMap::new(index, MAP_COLUMNS, MAP_ROWS);
-        println!("\n{id}: each cell {}", human_bytes(map.cell_pages * 4096));
+    print_summary(&facts);
+    for (backend, map) in facts
+        .backends
+        .iter()
+        .zip(maps(&template, MAP_COLUMNS, MAP_ROWS))
+    {
+        println!(
+            "\n{}, each cell {}:",
+            backend.id,
+            human_bytes(map.cell_bytes())
+        );
         print!("{}", map.text());
     }
     println!("\n█▓▒░ data, the darker the more   0 zero   · hole");
@@ -109,67 +115,30 @@ fn verify(args: &VerifyArgs) -> Result<u8, Failure> {
     Ok(exit::OK)
 }
 
-fn summary(template: &Template) {
-    let file = template.manifest().file();
+fn print_json(facts: &Summary) -> Result<u8, Failure> {
+    let text = serde_json::to_string_pretty(facts).map_err(|error| Failure::of(&error))?;
+    println!("{text}");
+    Ok(exit::OK)
+}
+
+fn print_summary(facts: &Summary) {
     println!(
         "template {}: {} vCPUs, {} of RAM, made by {}",
-        template.dir().display(),
-        file.cpus,
-        human_bytes(template.spec().layout().total_bytes()),
-        file.tool
+        facts.template.display(),
+        facts.cpus,
+        human_bytes(facts.memory_bytes),
+        facts.tool
     );
     let mut rows = table(&["backend", "size", "data", "zero", "hole", "at"]);
-    for (entry, (_, index)) in file.backends.iter().zip(template.index().backends()) {
-        let [data, zero, hole] = kinds(index);
+    for backend in &facts.backends {
         rows.add_row([
-            entry.id.clone(),
-            human_bytes(entry.bytes),
-            human_bytes(data * 4096),
-            human_bytes(zero * 4096),
-            human_bytes(hole * 4096),
-            format!("{:#x}", entry.guest_address),
+            backend.id.clone(),
+            human_bytes(backend.bytes),
+            human_bytes(backend.data_bytes),
+            human_bytes(backend.zero_bytes),
+            human_bytes(backend.hole_bytes),
+            format!("{:#x}", backend.guest_address),
         ]);
     }
     println!("\n{rows}");
-    if std::io::stdout().is_terminal() {
-        println!("try: pando clone {} --count 3", template.dir().display());
-    }
-}
-
-fn kinds(index: &pando_pager::image::BackendIndex) -> [u64; 3] {
-    use pando_pager::image::PageKind;
-    [PageKind::Data, PageKind::Zero, PageKind::Hole].map(|kind| index.count(kind).get())
-}
-
-fn describe(template: &Template) -> serde_json::Value {
-    let file = template.manifest().file();
-    let backends: Vec<_> = file
-        .backends
-        .iter()
-        .zip(template.index().backends())
-        .map(|(entry, (_, index))| {
-            let [data, zero, hole] = kinds(index);
-            json!({
-                "id": entry.id,
-                "file": template.dir().join(&entry.file),
-                "bytes": entry.bytes,
-                "guest_address": entry.guest_address,
-                "data_pages": data,
-                "zero_pages": zero,
-                "hole_pages": hole,
-                "digest": entry.digest,
-            })
-        })
-        .collect();
-    json!({
-        "template": template.dir(),
-        "format": file.format,
-        "tool": file.tool,
-        "created_unix_s": file.created_unix_s,
-        "cpus": file.cpus,
-        "memory_bytes": template.spec().layout().total_bytes(),
-        "state_bytes": file.state.seal.bytes,
-        "index_bytes": file.index.seal.bytes,
-        "backends": backends,
-    })
 }

@@ -16,6 +16,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig};
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
+use crate::host;
 use crate::machine::{MachineHandle, Outcome};
 use crate::observe::relay::Relay;
 use crate::report::{chain, exit};
@@ -181,6 +182,7 @@ fn ending(outcome: Outcome, health: Option<&Health>) -> Ending {
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<CloneError>() {
         Some(CloneError::Template(_)) => exit::TEMPLATE,
+        Some(error) if host::is_lacking(error) => exit::HOST,
         _ => exit::FAILED,
     }
 }

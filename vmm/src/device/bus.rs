@@ -8,6 +8,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use thiserror::Error;
@@ -73,12 +74,14 @@ pub enum BusError {
 #[derive(Default)]
 pub struct PioBus {
     ranges: Ranges<dyn PioDevice + Send>,
+    dropped: Dropped,
 }
 
 /// The device memory of a machine.
 #[derive(Default)]
 pub struct MmioBus {
     ranges: Ranges<dyn MmioDevice + Send>,
+    dropped: Dropped,
 }
 
 impl PioBus {
@@ -115,8 +118,17 @@ impl PioBus {
                 let offset = u16::try_from(offset).unwrap_or(u16::MAX);
                 lock(device).write(offset, &data[..length])
             }
-            None => DeviceEvent::None,
+            None => {
+                self.dropped.note("a port", u64::from(port));
+                DeviceEvent::None
+            }
         }
+    }
+
+    /// Writes so far that no device took.
+    #[must_use]
+    pub fn dropped_writes(&self) -> u64 {
+        self.dropped.count()
     }
 }
 
@@ -148,8 +160,39 @@ impl MmioBus {
     pub fn write(&self, address: u64, data: &[u8]) -> DeviceEvent {
         match self.ranges.find(address, data.len()) {
             Some((device, offset, length)) => lock(device).write(offset, &data[..length]),
-            None => DeviceEvent::None,
+            None => {
+                self.dropped.note("an address", address);
+                DeviceEvent::None
+            }
         }
+    }
+
+    /// Writes so far that no device took.
+    #[must_use]
+    pub fn dropped_writes(&self) -> u64 {
+        self.dropped.count()
+    }
+}
+
+/// Counts writes that nobody took. A guest decides how many there are, so that only the 1st, 2nd,
+/// 4th, 8th... of them makes a line in the log.
+#[derive(Debug, Default)]
+struct Dropped(AtomicU64);
+
+impl Dropped {
+    fn note(&self, what: &str, at: u64) {
+        let count = self.0.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            tracing::debug!(
+                at = format_args!("{at:#x}"),
+                count,
+                "a write to {what} without a device"
+            );
+        }
+    }
+
+    fn count(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -258,6 +301,7 @@ mod tests {
         bus.read(0xcfc, &mut data);
         assert_eq!(data, [0xff; 4]);
         assert_eq!(bus.write(0xcf8, &[1, 2, 3, 4]), DeviceEvent::None);
+        assert_eq!(bus.dropped_writes(), 1);
     }
 
     #[test]

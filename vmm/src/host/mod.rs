@@ -4,6 +4,10 @@ pub mod doctor;
 mod limits;
 mod paging;
 
+use std::error::Error;
+
+use pando_pager::PagerError;
+
 use crate::kvm::{self, KvmError};
 use crate::template::compat::HostOffer;
 
@@ -15,4 +19,17 @@ pub fn offer() -> Result<HostOffer, KvmError> {
         cpuid: kvm::host_cpuid()?,
         msrs: kvm::host_msrs()?,
     })
+}
+
+/// Whether an error comes, somewhere down its chain, from something that this host does not offer.
+pub fn is_lacking(error: &(dyn Error + 'static)) -> bool {
+    let lacks_kvm = matches!(
+        error.downcast_ref(),
+        Some(KvmError::Open(_) | KvmError::ApiVersion { .. } | KvmError::Missing { .. })
+    );
+    let lacks_paging = matches!(
+        error.downcast_ref(),
+        Some(PagerError::Userfaultfd(_) | PagerError::Uring(_))
+    );
+    lacks_kvm || lacks_paging || error.source().is_some_and(is_lacking)
 }

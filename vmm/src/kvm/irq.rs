@@ -2,6 +2,7 @@
 //! Interrupt chips, timer and clock of a VM: their saved form, and interrupt lines into them.
 
 use std::mem::offset_of;
+use std::time::SystemTime;
 
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -39,8 +40,24 @@ impl Chip {
 pub struct ClockReading {
     /// What the guest's clock shows, in nanoseconds.
     pub clock_ns: u64,
-    /// The host's wall-clock time at the same moment in nanoseconds since 1970, if KVM says.
+    /// The host's wall-clock time at the same moment in nanoseconds since 1970; `None` to go on
+    /// from `clock_ns` as if no time had passed.
     pub realtime_ns: Option<u64>,
+}
+
+impl ClockReading {
+    /// Wall-clock time since the reading in nanoseconds; zero when it is not known, or when the
+    /// host's clock is behind it.
+    pub fn elapsed_ns(&self) -> u64 {
+        self.realtime_ns
+            .map_or(0, |then| wall_clock_ns().saturating_sub(then))
+    }
+}
+
+fn wall_clock_ns() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
 }
 
 impl Vm {
@@ -112,14 +129,21 @@ impl Vm {
         let clock = self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))?;
         Ok(ClockReading {
             clock_ns: clock.clock,
-            realtime_ns: (clock.flags & KVM_CLOCK_REALTIME != 0).then_some(clock.realtime),
+            // KVM knows only where the host's clock is its TSC. The second look is later by less
+            // than anybody can tell a frozen guest.
+            realtime_ns: if clock.flags & KVM_CLOCK_REALTIME != 0 {
+                Some(clock.realtime)
+            } else {
+                Some(wall_clock_ns())
+            },
         })
     }
 
-    /// Sets the guest's clock. Where both the reading and this KVM know the wall-clock time, the
-    /// guest's clock also goes forward by the time that has passed since the reading was taken.
+    /// Sets the guest's clock to a reading and moves it forward by the wall-clock time that has
+    /// passed since then. It never goes back, whatever the host's clock says.
     pub fn set_clock(&self, reading: &ClockReading) -> Result<(), KvmError> {
         let data = match reading.realtime_ns {
+            // The kernel adds the time itself, at the moment of setting.
             Some(realtime) if self.clock_follows_realtime() => kvm_clock_data {
                 clock: reading.clock_ns,
                 flags: KVM_CLOCK_REALTIME,
@@ -127,7 +151,7 @@ impl Vm {
                 ..Default::default()
             },
             _ => kvm_clock_data {
-                clock: reading.clock_ns,
+                clock: reading.clock_ns.saturating_add(reading.elapsed_ns()),
                 ..Default::default()
             },
         };
@@ -135,8 +159,24 @@ impl Vm {
     }
 
     /// Whether `KVM_SET_CLOCK` can add the wall-clock time that has passed (Linux 5.16).
-    pub fn clock_follows_realtime(&self) -> bool {
+    fn clock_follows_realtime(&self) -> bool {
         let flags = self.fd.check_extension_int(Cap::AdjustClock);
         u32::try_from(flags).is_ok_and(|flags| flags & KVM_CLOCK_REALTIME != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_since_a_reading_is_never_negative() {
+        let at = |realtime_ns| ClockReading {
+            clock_ns: 5,
+            realtime_ns,
+        };
+        assert_eq!(at(None).elapsed_ns(), 0);
+        assert_eq!(at(Some(u64::MAX)).elapsed_ns(), 0);
+        assert!(at(Some(0)).elapsed_ns() > 1_700_000_000_000_000_000);
     }
 }

@@ -31,7 +31,10 @@ pub enum KvmError {
     )]
     Open(#[source] io::Error),
     /// The kernel speaks another KVM API.
-    #[error("/dev/kvm speaks API version {actual} where {expected} is needed")]
+    #[error(
+        "/dev/kvm speaks API version {actual} where {expected} is needed: it is not the device of \
+         this kernel's KVM"
+    )]
     ApiVersion {
         /// What the kernel said.
         actual: i32,

@@ -222,7 +222,10 @@ impl Vcpu {
 
     fn set_xsave(&self, bytes: &[u8]) -> Result<(), KvmError> {
         let what = "xsave area";
-        if bytes.len() < XSAVE_BYTES || bytes.len() > self.xsave_bytes || bytes.len() % 4 != 0 {
+        if bytes.len() < XSAVE_BYTES
+            || bytes.len() > self.xsave_bytes
+            || !bytes.len().is_multiple_of(4)
+        {
             return Err(KvmError::BadLength {
                 what,
                 expected: self.xsave_bytes,

@@ -104,12 +104,6 @@ impl Vm {
     pub fn msr_list(&self) -> Result<Vec<u32>, KvmError> {
         host::msr_list(&self.kvm)
     }
-
-    /// Whether nested virtualization state exists on this host. Asked before any attempt to read
-    /// it: some KVMs fail the read instead of giving an empty state.
-    pub fn has_nested_state(&self) -> bool {
-        self.kvm.check_extension_int(Cap::NestedState) > 0
-    }
 }
 
 /// `KVM_CREATE_VM` starts a kernel thread and gives up with EINTR when a signal comes meanwhile.

@@ -4,7 +4,6 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::SystemTime;
 
 use crossbeam::channel::{Sender, unbounded};
 
@@ -14,7 +13,7 @@ use crate::arch::x86_64::msr;
 use crate::arch::x86_64::regs::InitialRegisters;
 use crate::device::legacy::console::SerialTarget;
 use crate::kvm::KvmError;
-use crate::kvm::irq::{Chip, ClockReading};
+use crate::kvm::irq::Chip;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::memory::guest::GuestRam;
@@ -39,6 +38,8 @@ impl Machine<Paused> {
         source: &BootSource,
         serial: SerialTarget,
     ) -> Result<Self, MachineError> {
+        // Before the first byte is written: RAM may be in a file whose disk is full.
+        sigbus::install().map_err(MachineError::Sigbus)?;
         let mut timer = StageTimer::start();
         let entry = boot::load(&ram, source, spec.cpus().get()).map_err(MachineError::Boot)?;
         timer.done("load");
@@ -81,7 +82,7 @@ impl Machine<Paused> {
         let cpuids = state.cpus.iter().map(|cpu| cpu.cpuid()).collect();
         let vcpus = shell.make_vcpus(cpuids)?;
         timer.done("vcpus");
-        let shift = shift_since_save(&shell.vm, state);
+        let shift = shift_since_save(state);
         for (number, (vcpu, saved)) in (0_u8..).zip(vcpus.iter().zip(&state.cpus)) {
             restore_tsc_rate(&vcpu.vcpu, state.tsc_khz)
                 .and_then(|()| saved.restore(&vcpu.vcpu, shift))
@@ -223,7 +224,6 @@ impl Shell {
             vm: self.vm,
             msrs: msr::to_save(&listed),
             tsc_khz,
-            ram: Arc::clone(&self.ram),
         };
         let name = "machine".to_owned();
         let thread = thread::Builder::new()
@@ -279,28 +279,16 @@ fn restore_tsc_rate(vcpu: &Vcpu, khz: Option<u32>) -> Result<(), KvmError> {
     khz.map_or(Ok(()), |khz| vcpu.set_tsc_khz(khz))
 }
 
-/// How far the guest's counters must go forward to keep in step with its clock: as long as the
-/// state was on disk, where KVM moves the clock too; else both go on from where they stopped.
-fn shift_since_save(vm: &Vm, state: &MachineState) -> TscShift {
-    let (Some(saved_ns), Some(khz), true) = (
-        state.vm.realtime_ns,
-        state.tsc_khz,
-        vm.clock_follows_realtime(),
-    ) else {
-        return TscShift::default();
-    };
-    let now_ns = SystemTime::now()
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX));
-    // A host whose clock is behind: neither goes back.
-    TscShift::from_elapsed(now_ns.saturating_sub(saved_ns), khz)
+/// How far the guest's counters must go forward to keep in step with its clock: by the time that
+/// the state was on disk.
+fn shift_since_save(state: &MachineState) -> TscShift {
+    state.tsc_khz.map_or_else(TscShift::default, |khz| {
+        TscShift::from_elapsed(state.vm.clock().elapsed_ns(), khz)
+    })
 }
 
 fn restore_vm(vm: &Vm, state: &VmState) -> Result<(), KvmError> {
-    vm.set_clock(&ClockReading {
-        clock_ns: state.clock_ns,
-        realtime_ns: state.realtime_ns,
-    })?;
+    vm.set_clock(&state.clock())?;
     vm.set_chip(Chip::PicMaster, &state.pic_master)?;
     vm.set_chip(Chip::PicSlave, &state.pic_slave)?;
     vm.set_chip(Chip::IoApic, &state.io_apic)?;

@@ -9,14 +9,11 @@
 //!  any phase: Stop, or a vCPU whose guest ended -> tear down -> Outcome
 //! ```
 
-use std::sync::Arc;
-
 use crossbeam::channel::{Receiver, Sender};
 
 use crate::kvm::KvmError;
 use crate::kvm::irq::Chip;
 use crate::kvm::vm::Vm;
-use crate::memory::guest::GuestRam;
 use crate::vcpu::run::Stop;
 use crate::vcpu::thread::{Report, VcpuThread};
 
@@ -42,7 +39,7 @@ pub(super) enum Message {
 }
 
 /// A machine from the inside. Fields are dropped in this order: vCPUs stop before their devices go,
-/// and the VM is closed before its memory is unmapped.
+/// and the VM, which holds on to its memory until it is closed, goes last.
 #[derive(Debug)]
 pub(super) struct Driver {
     pub(super) vcpus: Vec<VcpuThread>,
@@ -51,7 +48,6 @@ pub(super) struct Driver {
     /// Registers to save, in the order in which to write them back.
     pub(super) msrs: Vec<u32>,
     pub(super) tsc_khz: Option<u32>,
-    pub(super) ram: Arc<GuestRam>,
 }
 
 /// What the machine is doing, with what belongs to it.

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::cpuid::CpuidEntry;
+use crate::kvm::irq::ClockReading;
 use crate::vcpu::state::VcpuState;
 
 /// Everything of a machine that is not RAM.
@@ -48,8 +49,19 @@ pub struct VmState {
     pub pit: Vec<u8>,
     /// What the guest's clock showed, in nanoseconds.
     pub clock_ns: u64,
-    /// The host's wall-clock time at that moment in nanoseconds since 1970, where KVM says.
+    /// The host's wall-clock time at that moment in nanoseconds since 1970. A restored guest's time
+    /// goes on from there; without it, from where it stopped.
     pub realtime_ns: Option<u64>,
+}
+
+impl VmState {
+    /// The guest's clock when it was saved.
+    pub(super) fn clock(&self) -> ClockReading {
+        ClockReading {
+            clock_ns: self.clock_ns,
+            realtime_ns: self.realtime_ns,
+        }
+    }
 }
 
 /// State of one device.

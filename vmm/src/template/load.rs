@@ -251,7 +251,10 @@ fn read_manifest(dir: &Path) -> Result<Manifest, TemplateError> {
 }
 
 fn open_read_only(path: &Path) -> Result<File, TemplateError> {
-    File::open(path).map_err(TemplateError::io("open", path))
+    File::open(path).map_err(|error| match error.kind() {
+        std::io::ErrorKind::NotFound => TemplateError::damaged(path, "it is missing"),
+        _ => TemplateError::io("open", path)(error),
+    })
 }
 
 fn open_ram(dir: &Path, manifest: &Manifest) -> Result<Vec<File>, TemplateError> {

@@ -80,65 +80,100 @@ impl ImageMap {
     pub fn text(&self) -> String {
         let mut text = String::new();
         for (row, cells) in self.cells.chunks(self.columns).enumerate() {
-            let mib = (row * self.columns) as u64 * self.cell_pages * 4 / 1024;
+            let mib = self.row_mib(row);
             let line: String = cells.iter().map(|cell| cell.glyph()).collect();
             let _ = writeln!(text, "{mib:>7} MiB  {line}");
         }
         text
     }
 
-    /// The map as a picture of its own, with a legend. `title` is shown above it.
-    pub fn svg(&self, title: &str) -> String {
-        const SIDE: usize = 10;
-        const LEFT: usize = 80;
-        const TOP: usize = 64;
-        let rows = self.cells.len().div_ceil(self.columns);
-        let width = (LEFT + self.columns * SIDE + 20).max(560);
-        let height = TOP + rows * SIDE + 20;
-        let mut svg = format!(
-            "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
-             font-family=\"sans-serif\" font-size=\"11\">\n\
-             <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n\
-             <text x=\"{LEFT}\" y=\"22\" font-size=\"15\" fill=\"#1f2933\">{}</text>\n",
-            escape(title)
+    /// Bytes of a cell.
+    pub fn cell_bytes(&self) -> u64 {
+        self.cell_pages * pando_pager::PAGE_BYTES
+    }
+
+    /// First byte of a row of cells, in MiB.
+    fn row_mib(&self, row: usize) -> u64 {
+        ((row * self.columns) as u64 * self.cell_bytes()) >> 20
+    }
+
+    fn rows(&self) -> usize {
+        self.cells.len().div_ceil(self.columns)
+    }
+}
+
+/// Side of a cell in a picture, in pixels.
+const SIDE: usize = 10;
+/// Room for the offsets on the left.
+const LEFT: usize = 80;
+/// Room for title and legend above a map.
+const TOP: usize = 64;
+
+/// Maps as one picture, one below the other, each with its title.
+pub fn svg(panels: &[(String, &ImageMap)]) -> String {
+    let height = |map: &ImageMap| TOP + map.rows() * SIDE + 20;
+    let width = panels
+        .iter()
+        .map(|(_, map)| LEFT + map.columns * SIDE + 20)
+        .max()
+        .unwrap_or(0);
+    let total: usize = panels.iter().map(|(_, map)| height(map)).sum();
+    let mut picture = format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{total}\" \
+         font-family=\"sans-serif\" font-size=\"11\">\n\
+         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
+    );
+    let mut top = 0;
+    for (title, map) in panels {
+        let _ = writeln!(picture, "<g transform=\"translate(0 {top})\">");
+        panel(&mut picture, title, map);
+        picture.push_str("</g>\n");
+        top += height(map);
+    }
+    picture.push_str("</svg>\n");
+    picture
+}
+
+fn panel(picture: &mut String, title: &str, map: &ImageMap) {
+    let _ = writeln!(
+        picture,
+        "<text x=\"{LEFT}\" y=\"22\" font-size=\"15\" fill=\"#1f2933\">{}</text>",
+        escape(title)
+    );
+    let legend = [
+        ("data", "#2f6b3c"),
+        ("some data", "#a9cfae"),
+        ("zero", "#e3c878"),
+        ("hole", "#eceff1"),
+    ];
+    for (place, (name, colour)) in legend.iter().enumerate() {
+        let x = LEFT + place * 90;
+        let _ = writeln!(
+            picture,
+            "<rect x=\"{x}\" y=\"34\" width=\"10\" height=\"10\" fill=\"{colour}\"/>\
+             <text x=\"{}\" y=\"43\" fill=\"#1f2933\">{name}</text>",
+            x + 15
         );
-        let legend = [
-            ("data", "#2f6b3c"),
-            ("some data", "#a9cfae"),
-            ("zero", "#e3c878"),
-            ("hole", "#eceff1"),
-        ];
-        for (place, (name, colour)) in legend.iter().enumerate() {
-            let x = LEFT + place * 90;
+    }
+    for (row, cells) in map.cells.chunks(map.columns).enumerate() {
+        let y = TOP + row * SIDE;
+        if row % 4 == 0 {
             let _ = writeln!(
-                svg,
-                "<rect x=\"{x}\" y=\"34\" width=\"10\" height=\"10\" fill=\"{colour}\"/>\
-                 <text x=\"{}\" y=\"43\" fill=\"#1f2933\">{name}</text>",
-                x + 15
+                picture,
+                "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"#52606d\">{} MiB</text>",
+                LEFT - 8,
+                y + 9,
+                map.row_mib(row)
             );
         }
-        for (row, cells) in self.cells.chunks(self.columns).enumerate() {
-            let y = TOP + row * SIDE;
-            if row % 4 == 0 {
-                let mib = (row * self.columns) as u64 * self.cell_pages * 4 / 1024;
-                let _ = writeln!(
-                    svg,
-                    "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"#52606d\">{mib} MiB</text>",
-                    LEFT - 8,
-                    y + 9
-                );
-            }
-            for (column, cell) in cells.iter().enumerate() {
-                let x = LEFT + column * SIDE;
-                let _ = writeln!(
-                    svg,
-                    "<rect x=\"{x}\" y=\"{y}\" width=\"9\" height=\"9\" fill=\"{}\"/>",
-                    colour(*cell)
-                );
-            }
+        for (column, cell) in cells.iter().enumerate() {
+            let x = LEFT + column * SIDE;
+            let fill = colour(*cell);
+            let _ = writeln!(
+                picture,
+                "<rect x=\"{x}\" y=\"{y}\" width=\"9\" height=\"9\" fill=\"{fill}\"/>"
+            );
         }
-        svg.push_str("</svg>\n");
-        svg
     }
 }
 
@@ -191,7 +226,8 @@ mod tests {
     fn text_and_picture_tell_data_zero_and_hole_apart() {
         let map = ImageMap::new(&index(), 4, 1);
         assert_eq!(map.text().trim(), "0 MiB  █0░·");
-        let svg = map.svg("a < b");
-        assert!(svg.contains("a &lt; b") && svg.contains("#2f6b3c") && svg.contains("#e3c878"));
+        let picture = svg(&[("a < b".to_owned(), &map), ("c".to_owned(), &map)]);
+        assert!(picture.contains("a &lt; b") && picture.contains("#2f6b3c"));
+        assert_eq!(picture.matches("<svg").count(), 1);
     }
 }

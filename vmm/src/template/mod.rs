@@ -17,6 +17,7 @@ pub mod map;
 pub mod seal;
 pub mod staging;
 pub mod state_file;
+pub mod summary;
 
 pub use error::TemplateError;
 pub use load::Template;

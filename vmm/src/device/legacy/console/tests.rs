@@ -356,7 +356,7 @@ fn a_terminal_is_raw_while_attached_and_the_escape_quits() {
     let console = Console::open(SerialTarget::Null).unwrap();
     let serial = Serial::new(IrqLine::new().unwrap(), console.output());
     let serial = Arc::new(Mutex::new(serial));
-    let (quit, on_quit) = mpsc::channel();
+    let (quit, on_quit) = mpsc::sync_channel(4);
     let feed = Feed::new(
         Source::Stdin(Arc::new(terminal.try_clone().unwrap())),
         console.output(),

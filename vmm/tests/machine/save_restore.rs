@@ -1,12 +1,12 @@
+#![forbid(unsafe_code)]
 //! Saving a machine and going on in a new one, on real KVM.
 
-mod support;
-
+use crate::program::STRING;
+use crate::support::{Wire, anonymous_ram, boot, chain, copy_ram, spec};
 use pando_vmm::kvm::host_cpuid;
 use pando_vmm::machine::{Machine, MachineError, MachineState, Outcome, Paused};
 use pando_vmm::memory::guest::GuestRam;
 use pando_vmm::vcpu::state::Section;
-use support::{Wire, anonymous_ram, boot, copy_ram, spec};
 
 const MSR_TSC: u32 = 0x10;
 
@@ -38,13 +38,7 @@ fn refused(cpus: u32, state: &MachineState) -> String {
     let error = restore(cpus, anonymous_ram(), state)
         .err()
         .expect("a refusal");
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(&error);
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
+    chain(&error)
 }
 
 /// Everything but clocks must come back exactly.
@@ -78,7 +72,7 @@ fn a_clone_goes_on_where_its_original_was_saved() {
         assert_same(&state, &clone.save().unwrap());
         let clone = clone.resume().unwrap();
         wire.ask(b'c', "C");
-        wire.ask(b'o', support::STRING);
+        wire.ask(b'o', STRING);
         wire.send(b'q');
         assert_eq!(clone.wait(), Outcome::PowerOff);
         // The original is not disturbed by any of this.
@@ -122,7 +116,7 @@ fn a_pause_in_the_middle_of_an_access_loses_nothing() {
             paused.save().unwrap();
         }
         machine = paused.resume().unwrap();
-        wire.expect(support::STRING);
+        wire.expect(STRING);
     }
 }
 
@@ -251,4 +245,26 @@ fn a_tsc_rate_that_this_host_cannot_give_is_refused_or_given() {
             );
         }
     }
+}
+
+#[test]
+fn the_time_of_a_clone_goes_on_while_its_state_lay_on_disk() {
+    const HOUR_NS: u64 = 3_600_000_000_000;
+    let (_machine, mut state, ram) = saved(1);
+    let khz = u64::from(state.tsc_khz.expect("a host with a stable TSC"));
+    let tsc = |state: &MachineState| {
+        let msrs = &state.cpus[0].msrs;
+        msrs.iter().find(|(index, _)| *index == MSR_TSC).unwrap().1
+    };
+    *state.vm.realtime_ns.as_mut().unwrap() -= HOUR_NS;
+    let (clone, _wire) = restore(1, copy_ram(&ram), &state).unwrap();
+    let after = clone.save().unwrap();
+    assert!(after.vm.clock_ns - state.vm.clock_ns >= HOUR_NS);
+    assert!(tsc(&after) - tsc(&state) >= 3600 * 1000 * khz);
+    // Without the time of the save both go on from where they stopped.
+    state.vm.realtime_ns = None;
+    let (clone, _wire) = restore(1, ram, &state).unwrap();
+    let after = clone.save().unwrap();
+    assert!(after.vm.clock_ns - state.vm.clock_ns < HOUR_NS);
+    assert!(tsc(&after) - tsc(&state) < 3600 * 1000 * khz);
 }

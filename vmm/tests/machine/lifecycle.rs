@@ -1,9 +1,9 @@
+#![forbid(unsafe_code)]
 //! A machine from boot to end, on real KVM, with a guest of a few hundred bytes.
 
-mod support;
-
+use crate::program::STRING;
+use crate::support::boot;
 use pando_vmm::machine::{Failure, MachineError, Outcome};
-use support::{STRING, boot};
 
 #[test]
 fn one_vcpu_prints_and_obeys() {
@@ -79,6 +79,27 @@ fn a_triple_fault_is_a_failure_that_says_where() {
         outcome.to_string().contains("vcpu 0 had a triple fault"),
         "{outcome}"
     );
+}
+
+#[test]
+fn an_instruction_that_cannot_be_run_is_a_failure_that_says_where() {
+    let (machine, mut wire) = boot(1);
+    let machine = machine.resume().unwrap();
+    wire.expect("R");
+    wire.send(b'i');
+    let outcome = machine.wait();
+    let Outcome::Failed(failure) = &outcome else {
+        panic!("{outcome:?}")
+    };
+    // The first where KVM emulates, the second where the guest runs on the processor.
+    match failure {
+        Failure::InternalError { suberror, .. } => {
+            assert_eq!(*suberror, 1, "{outcome}");
+            assert!(outcome.to_string().contains("cannot emulate"), "{outcome}");
+        }
+        Failure::TripleFault { .. } => {}
+        other => panic!("{other}"),
+    }
 }
 
 #[test]

@@ -1,0 +1,100 @@
+#![forbid(unsafe_code)]
+//! What a template is, in a form for tables and programs.
+
+use std::path::PathBuf;
+
+use pando_pager::image::PageKind;
+use serde::Serialize;
+
+use super::load::Template;
+use super::map::ImageMap;
+
+/// A template.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Summary {
+    /// Its directory.
+    pub template: PathBuf,
+    /// Format of its manifest.
+    pub format: u32,
+    /// Who made it.
+    pub tool: String,
+    /// When, in seconds since 1970.
+    pub created_unix_s: u64,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// RAM of all backends in bytes.
+    pub memory_bytes: u64,
+    /// Size of the saved state in bytes.
+    pub state_bytes: u64,
+    /// Size of the page index in bytes.
+    pub index_bytes: u64,
+    /// Memory backends in the machine's order.
+    pub backends: Vec<BackendSummary>,
+}
+
+/// One memory backend.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BackendSummary {
+    /// Its name.
+    pub id: String,
+    /// Its RAM file.
+    pub file: PathBuf,
+    /// Its size.
+    pub bytes: u64,
+    /// Where the guest sees its first byte.
+    pub guest_address: u64,
+    /// Bytes in pages that hold something.
+    pub data_bytes: u64,
+    /// Bytes in pages that are on disk and all zero.
+    pub zero_bytes: u64,
+    /// Bytes in pages that are not on disk.
+    pub hole_bytes: u64,
+    /// Digest of the RAM file.
+    pub digest: String,
+}
+
+impl Summary {
+    /// Sums up a template.
+    pub fn of(template: &Template) -> Self {
+        let file = template.manifest().file();
+        let backends = file
+            .backends
+            .iter()
+            .zip(template.index().backends())
+            .map(|(entry, (_, index))| {
+                let bytes = |kind| index.count(kind).get() * pando_pager::PAGE_BYTES;
+                BackendSummary {
+                    id: entry.id.clone(),
+                    file: template.dir().join(&entry.file),
+                    bytes: entry.bytes,
+                    guest_address: entry.guest_address,
+                    data_bytes: bytes(PageKind::Data),
+                    zero_bytes: bytes(PageKind::Zero),
+                    hole_bytes: bytes(PageKind::Hole),
+                    digest: entry.digest.clone(),
+                }
+            })
+            .collect();
+        Self {
+            template: template.dir().to_owned(),
+            format: file.format,
+            tool: file.tool.clone(),
+            created_unix_s: file.created_unix_s,
+            cpus: file.cpus,
+            memory_bytes: template.spec().layout().total_bytes(),
+            state_bytes: file.state.seal.bytes,
+            index_bytes: file.index.seal.bytes,
+            backends,
+        }
+    }
+}
+
+/// The image of each backend as a map of at most `columns` times `rows` cells.
+pub fn maps(template: &Template, columns: usize, rows: usize) -> Vec<ImageMap> {
+    template
+        .index()
+        .backends()
+        .iter()
+        .map(|(_, index)| ImageMap::new(index, columns, rows))
+        .collect()
+}

@@ -1,0 +1,12 @@
+//! Whole machines on real KVM, with a guest of a few hundred bytes ([`program`]).
+
+#[cfg(test)]
+mod lifecycle;
+#[cfg(test)]
+mod memory_error;
+#[cfg(test)]
+mod program;
+#[cfg(test)]
+mod save_restore;
+#[cfg(test)]
+mod support;
