@@ -2,7 +2,7 @@
 //! `pando clone`: starts clones, passes their consoles on, watches over them until they end.
 
 use std::fs;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use serde_json::json;
@@ -70,6 +70,9 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
 
 fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<(), Failure> {
     let failed = |error: crate::clone::supervise::SuperviseError| Failure::of(&error);
+    if args.count == 1 && args.serial.is_none() && std::io::stdin().is_terminal() {
+        note!("this terminal is the clone's COM1; Ctrl-A x ends it");
+    }
     for number in 0..args.count {
         let plan = match &args.serial {
             Some(dir) => SerialPlan::Unix(dir.join(format!("clone-{number}.sock"))),
