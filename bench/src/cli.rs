@@ -1,9 +1,12 @@
 #![forbid(unsafe_code)]
 //! The command line, as words.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
+use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use pando_vmm::clone::Engine;
+use pando_vmm::clone::control::Io;
 
 /// Measures what Pando promises, each figure beside its baseline in the same run.
 #[derive(Debug, Parser)]
@@ -18,6 +21,10 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// What the kernel alone asks for a clone: fork, KVM VM, ten pages, with nothing of Pando.
     Floor(FloorArgs),
+    /// What a clone takes: to its first output, to touch memory, and many at once.
+    Clone(CloneArgs),
+    /// What a page that is touched takes: the pager alone, without KVM.
+    Fault(FaultArgs),
 }
 
 /// Options of `pando-bench floor`.
@@ -39,6 +46,79 @@ pub(crate) struct FloorArgs {
     #[arg(long)]
     pub(crate) small_pages: bool,
     /// Print JSON instead of a table.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `pando-bench clone`.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct CloneArgs {
+    /// RAM of the template, for example 128M.
+    #[arg(long, default_value = "128M", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// How often everything is done; variants take turns in each round.
+    #[arg(long, default_value = "10")]
+    pub(crate) rounds: NonZeroU32,
+    /// Clones of each variant in a round, one at a time.
+    #[arg(long, default_value = "5")]
+    pub(crate) starts: NonZeroU32,
+    /// Engines to compare, with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "kernel,copy")]
+    pub(crate) engines: Vec<Engine>,
+    /// Ways to read the template, with commas between them; one variant of engine copy for each.
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
+    pub(crate) io: Vec<Io>,
+    /// Measure engine copy also without comparing checksums.
+    #[arg(long)]
+    pub(crate) no_verify: bool,
+    /// Drop the template's RAM from the page cache before each start.
+    #[arg(long)]
+    pub(crate) cold: bool,
+    /// Clones that are alive at once; 0 for none.
+    #[arg(long, default_value = "100")]
+    pub(crate) count: u32,
+    /// How many of them may be starting at once; as many as there are CPUs if not given.
+    #[arg(long)]
+    pub(crate) parallel: Option<NonZeroU32>,
+    /// How often that is done; variants take turns.
+    #[arg(long, default_value = "2")]
+    pub(crate) waves: u32,
+    /// The `pando` program; the one beside this program if not given.
+    #[arg(long)]
+    pub(crate) pando: Option<PathBuf>,
+    /// Where the template is made, and removed again; the folder for temporary files if not given.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// Print JSON instead of tables.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Options of `pando-bench fault`.
+#[derive(Debug, Clone, ClapArgs)]
+pub(crate) struct FaultArgs {
+    /// Size of the image, half of it data and half a hole, for example 64M.
+    #[arg(long, default_value = "64M", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+    /// Pages touched in a round; at most half of the image.
+    #[arg(long, default_value = "4096")]
+    pub(crate) pages: NonZeroU64,
+    /// How often everything is done; variants take turns in each round.
+    #[arg(long, default_value = "10")]
+    pub(crate) rounds: NonZeroU32,
+    /// Numbers of threads that touch one memory, with commas between them.
+    #[arg(long, value_delimiter = ',', default_value = "1,2,8,32")]
+    pub(crate) threads: Vec<NonZeroU32>,
+    /// Clones that one pager serves at once.
+    #[arg(long, default_value = "100")]
+    pub(crate) clones: NonZeroU32,
+    /// How long a spinning pager looks for the next fault before it sleeps, in microseconds.
+    #[arg(long, default_value = "50")]
+    pub(crate) spin_us: u64,
+    /// Where the image is written, and removed again; the folder for temporary files if not given.
+    #[arg(long)]
+    pub(crate) dir: Option<PathBuf>,
+    /// Print JSON instead of tables.
     #[arg(long)]
     pub(crate) json: bool,
 }

@@ -23,7 +23,7 @@ use crate::sys::memory::GuestMemory;
 use crate::sys::process::{Child, OneThread, fork, require_one_thread};
 
 /// Pages that each clone writes, one after the other, all in one 2 MiB range.
-const PAGES_WRITTEN: u32 = 10;
+pub(crate) const PAGES_WRITTEN: u32 = 10;
 /// The first of them, in bytes: behind the tables and the code.
 const FIRST_WRITTEN: u32 = 2 << 20;
 /// Guest memory has the tables, the code and the written pages.
@@ -32,7 +32,7 @@ const MIN_MEMORY_BYTES: u64 = 4 << 20;
 const FILL: u8 = 0xa5;
 /// After the clones of a wave have ended the kernel still frees what they held (deferred work);
 /// the next reading of available memory waits this long. Not on any clock.
-const SETTLE: Duration = Duration::from_millis(300);
+pub(crate) const SETTLE: Duration = Duration::from_millis(300);
 
 /// Clones that say nothing for this long are given up.
 const SILENCE: Timespec = Timespec {
@@ -55,12 +55,12 @@ struct Floor {
 
 /// Clones that were started together.
 #[derive(Debug, Clone, Copy, Serialize)]
-struct Wave {
+pub(crate) struct Wave {
     clones: u32,
     /// From before the first fork to the last clone's port write.
-    wall_ns: u64,
+    pub(crate) wall_ns: u64,
     /// Drop of `MemAvailable` while all are alive, divided by the clones.
-    memory_per_clone_bytes: f64,
+    pub(crate) memory_per_clone_bytes: f64,
 }
 
 /// Times of one clone's stages, over all clones.
@@ -175,7 +175,7 @@ fn report(host: Host, floor: Floor) -> Report<Floor> {
 
 /// The root process: this one.
 #[derive(Debug)]
-struct Root {
+pub(crate) struct Root {
     memory: GuestMemory,
     huge_page_bytes: u64,
     one_thread: OneThread,
@@ -183,19 +183,21 @@ struct Root {
 
 /// A clone that has run and ended.
 #[derive(Debug, Clone)]
-struct Started {
+pub(crate) struct Started {
     begun: u64,
     marks: Marks,
 }
 
 impl Started {
-    fn total(&self) -> Duration {
+    /// From before the fork to the guest's port write.
+    pub(crate) fn total(&self) -> Duration {
         Duration::from_nanos(self.marks.done - self.begun)
     }
 }
 
 impl Root {
-    fn new(bytes: u64, huge_pages: bool) -> Result<Self> {
+    /// Fills `bytes` of memory; in huge pages, if the kernel has them to give.
+    pub(crate) fn new(bytes: u64, huge_pages: bool) -> Result<Self> {
         let one_thread = require_one_thread()?;
         let mut memory = GuestMemory::new(bytes)?;
         memory.as_mut_slice().fill(FILL);
@@ -218,7 +220,7 @@ impl Root {
     }
 
     /// Starts one clone and waits until it is gone.
-    fn start_one(&self) -> Result<Started> {
+    pub(crate) fn start_one(&self) -> Result<Started> {
         let pipes = Pipes::new()?;
         let begun = now();
         let child = self.fork(&pipes)?;
@@ -230,7 +232,7 @@ impl Root {
     }
 
     /// Starts `clones` clones, all alive at once, and waits until they are gone.
-    fn start_wave(&self, clones: u32) -> Result<Wave> {
+    pub(crate) fn start_wave(&self, clones: u32) -> Result<Wave> {
         std::thread::sleep(SETTLE);
         let pipes = Pipes::new()?;
         let before = memory_bytes("MemAvailable")?;

@@ -151,6 +151,11 @@ pub(crate) fn size(bytes: f64) -> String {
     format!("{bytes:.0} B")
 }
 
+/// A ratio with two decimals.
+pub(crate) fn ratio(value: f64) -> String {
+    format!("{value:.2} x")
+}
+
 fn significant(value: f64, unit: &str) -> String {
     let decimals = match value.abs() {
         v if v >= 99.95 => 0,

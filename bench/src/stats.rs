@@ -184,6 +184,13 @@ impl Runner {
     }
 }
 
+impl Measured {
+    /// How this variant stands to another that was measured in the same run.
+    pub(crate) fn over(&self, other: &Self) -> Ratio {
+        Ratio::of(&self.round_p50_ns, &other.round_p50_ns)
+    }
+}
+
 impl Ratio {
     fn of(own: &[u64], baseline: &[u64]) -> Self {
         let mut ratios: Vec<f64> = own

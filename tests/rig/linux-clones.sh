@@ -54,11 +54,15 @@ linux_clones() {
     pando clone "$template" --count 3 --serial "$serials" --json \
         >"$folder/clones.json" 2>"$folder/clones.err" &
     supervisor=$!
-    check "$run-answer" ask 0 true || {
-        cat "$folder/clones.err"
-        kill "$supervisor"
-        return 1
-    }
+    for clone in 0 1 2; do
+        check "$run-$clone-answers" ask $clone true || {
+            cat "$folder/clones.err"
+            kill "$supervisor"
+            wait "$supervisor"
+            cat "$folder/clones.json"
+            return 1
+        }
+    done
     clones_are_the_template
     clones_are_apart
     clones_work
@@ -75,7 +79,7 @@ clones_are_the_template() {
         # Frozen, not booted again: the same boot, and its clock goes on from the freeze.
         same "$run-$clone-boot" "$boot" "$(ask $clone cat /proc/sys/kernel/random/boot_id)"
         ready=$(ask $clone cat /tmp/ready-uptime)
-        first=$(ask $clone cut -d' ' -f1 /proc/uptime)
+        first=$(ask $clone "cut -d' ' -f1 /proc/uptime")
         second=$(ask $clone "sleep 1; cut -d' ' -f1 /proc/uptime")
         check "$run-$clone-uptime-continues" after "$first" "$ready"
         check "$run-$clone-uptime-goes-on" after "$second" "$(echo "$first" | awk '{print $1 + 0.9}')"

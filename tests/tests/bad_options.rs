@@ -197,3 +197,24 @@ fn a_worker_started_by_hand_says_that_it_is_of_no_use() -> Result<()> {
         .expect_error(&["started by `pando clone`"])?;
     Ok(())
 }
+
+/// `pando doctor | true` and the like: whoever goes away early does not make it panic.
+#[test]
+fn a_reader_that_goes_away() -> Result<()> {
+    for args in [
+        "doctor",
+        "demo --clones 1 --memory 64M",
+        "--help",
+        "completions bash",
+    ] {
+        let mut command = std::process::Command::new("sh");
+        let pando = pando_tests::rig::built_program("pando")?;
+        command.args([
+            "-c",
+            &format!("\"$0\" {args} | true"),
+            pando.to_str().unwrap_or_default(),
+        ]);
+        finish(&mut command)?.expect_error(&[])?;
+    }
+    Ok(())
+}

@@ -1,6 +1,8 @@
 //! What the benchmarks need of the kernel by hand: memory of a given shape, a VM of the smallest
-//! kind, processes.
+//! kind, processes, memory that faults.
 
+pub(crate) mod bulk;
 pub(crate) mod guest;
 pub(crate) mod memory;
 pub(crate) mod process;
+pub(crate) mod touch;

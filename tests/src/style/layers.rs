@@ -239,7 +239,11 @@ const CRATES: &[(&str, &[&str], &str)] = &[
         &["vmm/src/kvm/", "bench/src/sys/"],
         "KVM's structures stay in one place",
     ),
-    ("userfaultfd", &["pager/"], "userfaultfd is the pager's"),
+    (
+        "userfaultfd",
+        &["pager/", "bench/src/sys/"],
+        "userfaultfd is the pager's",
+    ),
     (
         "anyhow",
         &[

@@ -2,13 +2,14 @@
 //! `pando clone`: starts clones, passes their consoles on, watches over them until they end.
 
 use std::fs;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::args::{CloneArgs, PagerArgs};
 use super::fail::Failure;
+use super::out::{note, say};
 use super::size::human_us;
 use super::table::table;
 use crate::clone::control::{Ending, PagerConfig};
@@ -29,7 +30,7 @@ pub fn run(args: &CloneArgs) -> Result<u8, Failure> {
     compat::check(&args.dir, template.manifest(), &offer)?;
     if let Some(address) = args.metrics {
         let address = metrics::serve(address)?;
-        eprintln!("metrics: http://{address}/metrics");
+        note!("metrics: http://{address}/metrics");
     }
     raise_descriptor_limit();
     if let Some(dir) = &args.serial {
@@ -69,6 +70,9 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
 
 fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<(), Failure> {
     let failed = |error: crate::clone::supervise::SuperviseError| Failure::of(&error);
+    if args.count == 1 && args.serial.is_none() && std::io::stdin().is_terminal() {
+        note!("this terminal is the clone's COM1; Ctrl-A x ends it");
+    }
     for number in 0..args.count {
         let plan = match &args.serial {
             Some(dir) => SerialPlan::Unix(dir.join(format!("clone-{number}.sock"))),
@@ -127,12 +131,12 @@ fn report(args: &CloneArgs, supervisor: &Supervisor) -> Result<u8, Failure> {
         })
         .collect();
     if args.json {
-        println!("{:#}", document(args, supervisor));
+        say!("{:#}", document(args, supervisor));
     } else if args.count > 1 {
         print_table(supervisor);
     }
     for (number, message) in &failed {
-        eprintln!("pando: clone {number}: {message}");
+        note!("pando: clone {number}: {message}");
     }
     let worst = supervisor
         .clones()
@@ -163,7 +167,7 @@ fn print_table(supervisor: &Supervisor) {
         human_us(p.p99_us),
         human_us(p.max_us),
     ]);
-    println!("\n{rows}");
+    say!("\n{rows}");
     let mut faults = table(&["faults from", "count", "p50", "p99", "max"]);
     for (source, durations) in &supervisor.pager_stats.fault_total {
         let p = durations.percentiles();
@@ -176,7 +180,7 @@ fn print_table(supervisor: &Supervisor) {
         ]);
     }
     if !supervisor.pager_stats.fault_total.is_empty() {
-        println!("\n{faults}");
+        say!("\n{faults}");
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::args::DemoArgs;
 use super::clone::pager_config;
 use super::fail::Failure;
+use super::out::{note, say};
 use super::progress;
 use super::size::{human_bytes, human_us};
 use super::table::table;
@@ -31,7 +32,7 @@ pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
     };
     let (spec, _) = config::resolve(&request).map_err(|error| Failure::usage(chain(&error)))?;
     let address = metrics::serve(args.metrics)?;
-    eprintln!("metrics: http://{address}/metrics");
+    note!("metrics: http://{address}/metrics");
     raise_descriptor_limit();
     // Removed when it goes out of scope, template and all.
     let scratch = Scratch::new(args.template.clone())?;
@@ -72,7 +73,7 @@ fn default_parallel() -> usize {
 
 /// Keeps everything up until a signal comes.
 fn hold(mut finished: Finished) -> Result<Finished, Failure> {
-    eprintln!(
+    note!(
         "{} clones verified; holding them and the metrics until interrupted",
         finished.result.verified
     );
@@ -90,12 +91,12 @@ fn hold(mut finished: Finished) -> Result<Finished, Failure> {
 fn show(args: &DemoArgs, result: &DemoResult) -> Result<u8, Failure> {
     if args.json {
         let text = serde_json::to_string_pretty(result).map_err(|error| Failure::of(&error))?;
-        println!("{text}");
+        say!("{text}");
     } else {
         print_tables(args, result);
     }
     for failure in &result.failures {
-        eprintln!("pando: clone {}: {}", failure.clone, failure.message);
+        note!("pando: clone {}: {}", failure.clone, failure.message);
     }
     if !result.template.unchanged {
         return Err(Failure::new(
@@ -115,13 +116,13 @@ fn show(args: &DemoArgs, result: &DemoResult) -> Result<u8, Failure> {
 
 fn print_tables(args: &DemoArgs, result: &DemoResult) {
     let template = &result.template;
-    println!(
+    say!(
         "template  {} of RAM, {} of data, made in {:.0} ms",
         human_bytes(template.memory_bytes),
         human_bytes(template.data_pages * 4096),
         template.create_ms
     );
-    println!(
+    say!(
         "clones    {} of {} verified, engine {}, {} starting at once, pages read by {}, all in {:.0} ms",
         result.verified,
         result.clones,
@@ -135,7 +136,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
         let cells = [p.p50_us, p.p90_us, p.p99_us, p.max_us].map(human_us);
         start.add_row([vec![stage.clone(), p.count.to_string()], cells.into()].concat());
     }
-    println!("\n{start}");
+    say!("\n{start}");
     if !result.pager.fault_us.is_empty() {
         let header = [
             "faults, served from",
@@ -162,7 +163,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
             ];
             faults.add_row(row.concat());
         }
-        println!("\n{faults}");
+        say!("\n{faults}");
     }
     let memory = &result.memory;
     let mut rows = table(&["memory of a clone, all alive", "bytes"]);
@@ -177,17 +178,17 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
     ] {
         rows.add_row([what.to_owned(), human_bytes(bytes)]);
     }
-    println!("\n{rows}");
+    say!("\n{rows}");
     let verdict = if template.unchanged {
         "unchanged"
     } else {
         "CHANGED"
     };
-    println!("template {verdict}: {}", template.digest_after.join(", "));
+    say!("template {verdict}: {}", template.digest_after.join(", "));
     if args.template.is_some() {
-        println!("kept in {}", template.dir.display());
+        say!("kept in {}", template.dir.display());
     }
-    println!("metrics were served at http://{}/metrics", result.metrics);
+    say!("metrics were served at http://{}/metrics", result.metrics);
 }
 
 /// What pagers did, as JSON.

@@ -3,6 +3,7 @@
 
 use super::args::DoctorArgs;
 use super::fail::Failure;
+use super::out::say;
 use crate::host::doctor::{Finding, Grade, examine};
 use crate::report::exit;
 
@@ -12,10 +13,10 @@ pub fn run(args: &DoctorArgs) -> Result<u8, Failure> {
     let can_run = findings.iter().all(|finding| finding.grade != Grade::Fail);
     if args.json {
         let document = serde_json::json!({ "demo_can_run": can_run, "findings": findings });
-        println!("{document:#}");
+        say!("{document:#}");
     } else {
         print_findings(&findings);
-        println!("\n{}", verdict(&findings));
+        say!("\n{}", verdict(&findings));
     }
     Ok(if can_run { exit::OK } else { exit::HOST })
 }
@@ -27,14 +28,14 @@ fn print_findings(findings: &[Finding]) {
         .max()
         .unwrap_or(0);
     for finding in findings {
-        println!(
+        say!(
             "{:<5} {:<width$}  {}",
             finding.grade.to_string(),
             finding.what,
             finding.found
         );
         if let Some(fix) = &finding.fix {
-            println!("{:<5} {:<width$}  fix: {fix}", "", "");
+            say!("{:<5} {:<width$}  fix: {fix}", "", "");
         }
     }
 }

@@ -6,6 +6,7 @@ pub mod clone;
 pub mod demo;
 pub mod doctor;
 pub mod fail;
+mod out;
 pub mod progress;
 pub mod run;
 pub mod size;
@@ -13,6 +14,7 @@ pub mod table;
 pub mod template;
 
 use clap::{CommandFactory, Parser};
+use out::{note, say};
 
 use crate::report::exit;
 use args::{Args, Command};
@@ -36,7 +38,7 @@ pub fn main() -> u8 {
     match dispatch(args.command) {
         Ok(code) => code,
         Err(failure) => {
-            eprintln!("pando: {}", failure.text());
+            note!("pando: {}", failure.text());
             failure.code()
         }
     }
@@ -50,7 +52,10 @@ fn dispatch(command: Command) -> Result<u8, Failure> {
         Command::Clone(args) => clone::run(&args),
         Command::Run(args) => run::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "pando", &mut std::io::stdout());
+            // Into memory first: clap panics where a reader goes away.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "pando", &mut script);
+            say!("{}", String::from_utf8_lossy(&script).trim_end());
             Ok(exit::OK)
         }
         Command::CloneWorker => Ok(crate::clone::worker::run()),

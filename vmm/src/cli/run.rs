@@ -1,8 +1,11 @@
 #![forbid(unsafe_code)]
 //! `pando run`: one VM, until its guest ends.
 
+use std::io::IsTerminal;
+
 use super::args::{BootArgs, RunArgs};
 use super::fail::Failure;
+use super::out::note;
 use crate::config::{self, MachineRequest};
 use crate::launch;
 use crate::report::{chain, exit};
@@ -11,6 +14,9 @@ use crate::report::{chain, exit};
 pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     let (spec, boot) =
         config::resolve(&request(&args.boot)).map_err(|error| Failure::usage(chain(&error)))?;
+    if args.serial == "stdio" && std::io::stdin().is_terminal() {
+        note!("this terminal is the VM's COM1; Ctrl-A x ends it");
+    }
     launch::run(&spec, &boot, &args.serial).map_err(|error| Failure::of(&error))?;
     Ok(exit::OK)
 }

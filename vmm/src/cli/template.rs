@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use super::args::{CreateArgs, InspectArgs, ReadyArg, TemplateArgs, TemplateCommand, VerifyArgs};
 use super::fail::Failure;
+use super::out::say;
 use super::size::human_bytes;
 use super::table::table;
 use super::{progress, run};
@@ -59,7 +60,7 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
         return print_json(&facts);
     }
     print_summary(&facts);
-    println!("\ntry: pando clone {} --count 3", args.out.display());
+    say!("\ntry: pando clone {} --count 3", args.out.display());
     Ok(exit::OK)
 }
 
@@ -88,14 +89,14 @@ fn inspect(args: &InspectArgs) -> Result<u8, Failure> {
         .iter()
         .zip(maps(&template, MAP_COLUMNS, MAP_ROWS))
     {
-        println!(
+        say!(
             "\n{}, each cell {}:",
             backend.id,
             human_bytes(map.cell_bytes())
         );
-        print!("{}", map.text());
+        say!("{}", map.text().trim_end());
     }
-    println!("\n█▓▒░ data, the darker the more   0 zero   · hole");
+    say!("\n█▓▒░ data, the darker the more   0 zero   · hole");
     Ok(exit::OK)
 }
 
@@ -111,18 +112,18 @@ fn verify(args: &VerifyArgs) -> Result<u8, Failure> {
     }
     bar.finish_and_clear();
     let seal = if args.reseal { ", sealed again" } else { "" };
-    println!("{}: every checksum is right{seal}", args.dir.display());
+    say!("{}: every checksum is right{seal}", args.dir.display());
     Ok(exit::OK)
 }
 
 fn print_json(facts: &Summary) -> Result<u8, Failure> {
     let text = serde_json::to_string_pretty(facts).map_err(|error| Failure::of(&error))?;
-    println!("{text}");
+    say!("{text}");
     Ok(exit::OK)
 }
 
 fn print_summary(facts: &Summary) {
-    println!(
+    say!(
         "template {}: {} vCPUs, {} of RAM, made by {}",
         facts.template.display(),
         facts.cpus,
@@ -140,5 +141,5 @@ fn print_summary(facts: &Summary) {
             format!("{:#x}", backend.guest_address),
         ]);
     }
-    println!("\n{rows}");
+    say!("\n{rows}");
 }

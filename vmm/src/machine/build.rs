@@ -38,6 +38,8 @@ impl Machine<Paused> {
         source: &BootSource,
         serial: SerialTarget,
     ) -> Result<Self, MachineError> {
+        // Before the first byte is written: RAM may be in a file whose disk is full.
+        sigbus::install().map_err(MachineError::Sigbus)?;
         let mut timer = StageTimer::start();
         let entry = boot::load(&ram, source, spec.cpus().get()).map_err(MachineError::Boot)?;
         timer.done("load");

@@ -4,8 +4,8 @@
 #![expect(unsafe_code, reason = "installs and is a signal handler")]
 //! SIGBUS: guest memory that cannot be read.
 //!
-//! A page that the pager poisoned, or a RAM file that was cut short, raises SIGBUS in whichever
-//! thread touches it. In a vCPU thread inside `KVM_RUN` KVM has already left the guest; the handler
+//! A page that the pager poisoned, a RAM file that was cut short, or a new page of one whose disk is
+//! full raises SIGBUS in whichever thread touches it. In a vCPU thread inside `KVM_RUN` KVM has already left the guest; the handler
 //! notes the address and the vCPU loop ends the machine with a message. Anywhere else an
 //! instruction of this process has failed that cannot be finished: one line, then exit code
 //! [`EXIT_CODE`].
@@ -81,7 +81,8 @@ extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
         ADDRESS.set(Some(address));
         return;
     }
-    let mut line = *b"pando: guest memory at host address 0x0000000000000000 cannot be read\n";
+    let mut line = *b"pando: guest memory at host address 0x0000000000000000 cannot be had: \
+        its page is poisoned, its file was cut short, or its disk is full\n";
     let digits = 38;
     for (position, byte) in line[digits..digits + 16].iter_mut().enumerate() {
         let nibble = (address >> (60 - 4 * position)) & 0xf;

@@ -1,0 +1,325 @@
+#![forbid(unsafe_code)]
+//! The figures of a run as tables, and how they stand to the targets.
+
+use pando_vmm::clone::Engine;
+
+use super::workload::{PAGES, Workload};
+use super::{Clones, Compared, FLOOR, Figures};
+use crate::floor::{PAGES_WRITTEN, Wave as FloorWave};
+use crate::host::Host;
+use crate::report::{Report, TextTable, ratio, size, time};
+use crate::targets::Target;
+
+/// Clones that a target of memory or number is stated for.
+const MANY: [u32; 3] = [500, 1000, 2000];
+
+pub(super) fn report(host: Host, clones: Clones) -> Report<Clones> {
+    let mut tables: Vec<TextTable> = clones.workloads.iter().map(starts).collect();
+    if let Some(first) = clones.workloads.first() {
+        tables.push(stages(first));
+    }
+    tables.push(faults(&clones.workloads));
+    if !clones.floor_waves.is_empty() {
+        tables.push(waves(&clones));
+    }
+    tables.push(Target::table(&clones.targets));
+    let mut report = Report::new("clone", host, clones);
+    report.marks = marks(&report.results);
+    report.tables = tables;
+    report
+}
+
+fn marks(clones: &Clones) -> Vec<String> {
+    vec![
+        format!(
+            "template: the built-in guest, {} of RAM, {} pages with data, {} in the page cache",
+            size(clones.memory_bytes as f64),
+            clones.data_pages,
+            if clones.cold { "none" } else { "all" }
+        ),
+        "clock starts: in the supervisor, before the clone's process is made; the guest's command \
+         waits on its console"
+            .to_owned(),
+        "clock stops: in the supervisor, when the first byte of the guest's answer can be read"
+            .to_owned(),
+        "not on the clock: ending the clone, reaping it; of a clone alone, all but one".to_owned(),
+        format!(
+            "floor: fork of {} of filled memory, VM, slot, irqchip, vCPU, {PAGES_WRITTEN} page \
+             writes, a port write; nothing of Pando",
+            size(clones.memory_bytes as f64)
+        ),
+        "memory: drop of MemAvailable with all clones of a wave alive, kernel included".to_owned(),
+        "the vs columns are medians of the rounds' ratios of medians".to_owned(),
+    ]
+}
+
+fn starts(compared: &Compared) -> TextTable {
+    let mut heads = vec!["", "clones", "min", "p50", "p90", "p99", "max"];
+    let baseline = compared.variants.first();
+    let vs = baseline.map_or_else(String::new, |first| format!("vs {}", first.measured.name));
+    heads.push(&vs);
+    if compared.floor.is_some() {
+        heads.push("vs floor");
+    } else {
+        heads.push("guest's work p50");
+    }
+    let mut table = TextTable::new(compared.workload.title(), &heads);
+    let all = compared
+        .variants
+        .iter()
+        .map(|figures| (&figures.measured, Some(figures)))
+        .chain(compared.floor.iter().map(|floor| (floor, None)));
+    for (measured, figures) in all {
+        let summary = &measured.summary;
+        let mut row = vec![measured.name.clone(), summary.samples.to_string()];
+        row.extend(
+            [
+                summary.min_ns,
+                summary.p50_ns,
+                summary.p90_ns,
+                summary.p99_ns,
+                summary.max_ns,
+            ]
+            .map(time),
+        );
+        row.push(ratio(measured.ratio.p50));
+        row.push(match figures {
+            None => ratio(1.0),
+            Some(Figures {
+                over_floor: Some(over),
+                ..
+            }) => ratio(over.p50),
+            Some(Figures { guest, .. }) => guest
+                .as_ref()
+                .map_or_else(|| "-".to_owned(), |guest| time(guest.p50_ns)),
+        });
+        table.row(row);
+    }
+    table
+}
+
+/// Where the time goes, variants side by side.
+fn stages(compared: &Compared) -> TextTable {
+    let names: Vec<String> = compared
+        .variants
+        .iter()
+        .flat_map(|figures| {
+            let name = &figures.measured.name;
+            [format!("{name} p50"), format!("{name} p90")]
+        })
+        .collect();
+    let heads: Vec<&str> = std::iter::once("")
+        .chain(names.iter().map(String::as_str))
+        .collect();
+    let title = format!("{}: where the time goes", compared.workload.title());
+    let mut table = TextTable::new(title, &heads);
+    let Some(first) = compared.variants.first() else {
+        return table;
+    };
+    for (stage, _) in &first.stages {
+        let mut row = vec![stage.clone()];
+        for figures in &compared.variants {
+            let found = figures.stages.iter().find(|(name, _)| name == stage);
+            row.extend(found.map_or_else(
+                || vec!["-".to_owned(); 2],
+                |(_, summary)| vec![time(summary.p50_ns), time(summary.p90_ns)],
+            ));
+        }
+        table.row(row);
+    }
+    table
+}
+
+/// What the pagers did, for each clone.
+fn faults(workloads: &[Compared]) -> TextTable {
+    let heads = [
+        "a clone's pager",
+        "faults",
+        "pages",
+        "zero pages",
+        "read",
+        "p50 of a fault",
+        "p99",
+    ];
+    let mut table = TextTable::new("faults, from the pager's side", &heads);
+    for compared in workloads {
+        for figures in &compared.variants {
+            let pager = &figures.pager;
+            if pager.installed_pages.is_empty() {
+                continue;
+            }
+            let clones = figures.measured.summary.samples as f64;
+            let each = |count: u64| format!("{:.0}", count as f64 / clones);
+            let pages = |zero: bool| -> u64 {
+                let installed = pager.installed_pages.iter();
+                let kind = installed.filter(|(source, _)| (source.as_str() == "zero") == zero);
+                kind.map(|(_, count)| count).sum()
+            };
+            let counter = |name: &str| -> u64 {
+                let counters = pager.counters.iter();
+                let named = counters.filter(|(counter, _)| counter.starts_with(name));
+                named.map(|(_, count)| count).sum()
+            };
+            let data = pager
+                .fault_us
+                .iter()
+                .filter(|(source, _)| *source != "zero");
+            let most = data.max_by_key(|(_, percentiles)| percentiles.count);
+            let us = |of: fn(&pando_vmm::observe::stats::Percentiles) -> f64| {
+                most.map_or_else(|| "-".to_owned(), |(_, p)| format!("{:.1} µs", of(p)))
+            };
+            table.row(vec![
+                format!("{}, {:?}", figures.measured.name, compared.workload),
+                each(counter("pando_pager_faults_total")),
+                each(pages(false)),
+                each(pages(true)),
+                size(counter("pando_pager_bytes_read_total") as f64 / clones),
+                us(|p| p.p50_us),
+                us(|p| p.p99_us),
+            ]);
+        }
+    }
+    table
+}
+
+fn waves(clones: &Clones) -> TextTable {
+    let title = "clones alive at once";
+    let heads = [
+        "",
+        "clones",
+        "wall",
+        "each",
+        "memory each",
+        "private p50",
+        "starting at once",
+    ];
+    let mut table = TextTable::new(title, &heads);
+    let count = clones
+        .waves
+        .first()
+        .and_then(|waves| waves.waves.first())
+        .map_or(0, |wave| wave.clones);
+    for wave in &clones.floor_waves {
+        table.row(vec![
+            FLOOR.to_owned(),
+            count.to_string(),
+            time(wave.wall_ns),
+            time(wave.wall_ns / u64::from(count.max(1))),
+            size(wave.memory_per_clone_bytes),
+            "-".to_owned(),
+            "all".to_owned(),
+        ]);
+    }
+    for waves in &clones.waves {
+        for wave in &waves.waves {
+            table.row(vec![
+                waves.setup.name(),
+                wave.clones.to_string(),
+                time(wave.wall_ns),
+                time(wave.wall_ns / u64::from(wave.clones.max(1))),
+                size(wave.memory_per_clone_bytes),
+                size(wave.private_bytes_p50 as f64),
+                waves.parallel.to_string(),
+            ]);
+        }
+    }
+    table
+}
+
+pub(super) fn targets(clones: &Clones) -> Vec<Target> {
+    let mut targets = vec![
+        Target::untold(
+            "start to first output, engine root, warm shell",
+            "p50 <= 1 ms",
+            "engine root",
+        ),
+        Target::untold(
+            "start to first output, engine root, on request, over the floor",
+            "<= 1.5 x",
+            "engine root",
+        ),
+        Target::untold(
+            "start to first output, engine copy, over Firecracker File",
+            "<= 0.5 x",
+            "Firecracker beside it",
+        ),
+        Target::untold(
+            format!("start + {PAGES} recorded pages, over engine kernel"),
+            "<= 1 x",
+            "a working set",
+        ),
+    ];
+    let what = format!("start + {PAGES} unrecorded pages in random order, copy over kernel");
+    targets.push(match copy_over_kernel(clones, Workload::Random) {
+        Some(ratio) => Target::at_most(what, ratio, 2.5, "x"),
+        None => Target::untold(what, "<= 2.5 x", "engines copy and kernel"),
+    });
+    targets.extend(targets_of_waves(clones));
+    targets
+}
+
+/// Engine copy as users have it over engine kernel.
+fn copy_over_kernel(clones: &Clones, workload: Workload) -> Option<f64> {
+    let compared = clones.workloads.iter().find(|c| c.workload == workload)?;
+    let find = |engine| {
+        let mut variants = compared.variants.iter();
+        variants.find(|figures| figures.setup.engine == engine && figures.setup.verify)
+    };
+    let (copy, kernel) = (find(Engine::Copy)?, find(Engine::Kernel)?);
+    Some(copy.measured.over(&kernel.measured).p50)
+}
+
+fn targets_of_waves(clones: &Clones) -> Vec<Target> {
+    let copy = clones.waves.iter().find(|waves| {
+        let setup = waves.setup;
+        setup.engine == Engine::Copy && setup.verify
+    });
+    let measured = copy.map_or(&[][..], |waves| &waves.waves[..]);
+    let count = measured.first().map_or(0, |wave| wave.clones);
+    let floor = |of: fn(&FloorWave) -> f64| median(clones.floor_waves.iter().map(of));
+    let memory = median(measured.iter().map(|wave| wave.memory_per_clone_bytes))
+        .zip(floor(|wave| wave.memory_per_clone_bytes));
+    let wall = median(measured.iter().map(|wave| wave.wall_ns as f64))
+        .zip(floor(|wave| wave.wall_ns as f64));
+    let [for_memory, for_time, for_number] = MANY;
+    let judge = |what: String, pair: Option<(f64, f64)>, bound: f64, at_least: u32| match pair {
+        Some((ours, floor)) if count >= at_least && floor > 0.0 => {
+            Target::at_most(what, ours / floor, bound, "x")
+        }
+        _ => Target::untold(
+            what,
+            format!("<= {bound} x"),
+            format!("engine copy and --count {at_least}"),
+        ),
+    };
+    let number = "clones alive at once, none failed";
+    vec![
+        judge(
+            "memory of one more idle clone, copy over the floor".to_owned(),
+            memory,
+            1.3,
+            for_memory,
+        ),
+        judge(
+            format!("{for_time} clones started, copy over the floor"),
+            wall,
+            1.5,
+            for_time,
+        ),
+        if count >= for_number {
+            Target::at_least(number, f64::from(count), f64::from(for_number), "clones")
+        } else {
+            Target::untold(
+                number,
+                format!(">= {for_number} clones"),
+                format!("engine copy and --count {for_number}"),
+            )
+        },
+    ]
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_unstable_by(f64::total_cmp);
+    values.get(values.len() / 2).copied()
+}
