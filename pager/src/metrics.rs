@@ -182,9 +182,8 @@ impl Metrics {
             late: prefetch("late"),
             wasted: prefetch("wasted"),
             inflight: gauge!(INFLIGHT_READS, "template" => label()),
-            retries: RetryReason::ALL.map(
-                |reason| counter!(RETRIES, "template" => label(), "reason" => reason.name()),
-            ),
+            retries: RetryReason::ALL
+                .map(|reason| counter!(RETRIES, "template" => label(), "reason" => reason.name())),
             poisoned: counter!(POISONED, "template" => label()),
             verify_failures: counter!(VERIFY_FAILURES, "template" => label()),
             limits: ["buffers", "queue"]
