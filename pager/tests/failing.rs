@@ -217,6 +217,27 @@ fn a_page_that_is_discarded_behind_the_pagers_back_is_an_error_and_not_a_zero() 
     }
 }
 
+#[test]
+fn discarded_pages_that_fault_in_turn_do_not_hide_each_other() {
+    let template = Template::new(64, all);
+    let (pager, memory) = template.serve(options(IoMode::Auto), FaultPlan::default());
+    let pages = [3, 9, 40];
+    for page in pages {
+        assert_eq!(read_page(&memory, page), template.expected(page));
+        discard_page(&memory, page);
+    }
+    std::thread::scope(|scope| {
+        for page in pages {
+            let memory = &memory;
+            scope.spawn(move || try_read_page(memory, page).unwrap_err());
+        }
+    });
+    let poisoned = pager.health().poisoned();
+    let reasons: Vec<_> = poisoned.iter().map(|page| page.reason).collect();
+    assert_eq!(reasons, [PoisonReason::Discarded; 3]);
+    assert_eq!(pager.stop().unwrap().poisoned, 3);
+}
+
 /// Runs the test `name` again in a process of its own, which may die.
 fn child(name: &str) -> Output {
     Command::new(std::env::current_exe().unwrap())

@@ -17,10 +17,6 @@ use crate::queue::Waiter;
 use crate::residency::PageState;
 use crate::retry::RetryReason;
 
-/// Faults in a row on one page that is installed already before it is taken to be discarded.
-/// Far more than threads can send for one page while it is installed.
-const STALE_LIMIT: u32 = 4096;
-
 /// Pages of zeros to copy from.
 const ZERO_PAGES: u64 = 16;
 static ZEROS: [u8; 16 * 4096] = [0; 16 * 4096];
@@ -83,14 +79,8 @@ impl Server {
     fn admit_stale(&mut self, image: usize, page: PageIndex, arrived: Instant) {
         self.count(FaultKind::Stale);
         let served = &mut self.parts.images[image];
-        let again = if served.stale.0 == page {
-            served.stale.1 + 1
-        } else {
-            1
-        };
-        served.stale = (page, again);
-        if again >= STALE_LIMIT && served.residency.get(page) == PageState::Present {
-            served.stale = (page, 0);
+        let installed = served.residency.get(page) == PageState::Present;
+        if installed && served.stale.is_discarded(page) {
             let waiter = self.waiter(image, page, arrived, SINGLE);
             self.queue.push(waiter);
             self.poison(image, page, PoisonReason::Discarded);
