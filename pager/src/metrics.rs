@@ -149,7 +149,7 @@ pub(crate) struct Metrics {
     late: Counter,
     wasted: Counter,
     inflight: Gauge,
-    retries: [Counter; 5],
+    retries: [Counter; 7],
     poisoned: Counter,
     verify_failures: Counter,
     limits: [Counter; 2],

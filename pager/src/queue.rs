@@ -109,6 +109,16 @@ impl Queue {
         }
     }
 
+    /// The same for everybody who waits for one of `pages`.
+    pub(crate) fn narrow_pages(&mut self, image: usize, pages: PageRange) {
+        for waiter in &mut self.waiters {
+            if waiter.image == image && pages.contains(waiter.page) {
+                waiter.read = None;
+                waiter.window.pages = 1;
+            }
+        }
+    }
+
     /// `page` failed its waiters: they count the try and wait for another. The most failed tries
     /// of any; `None` if nobody waits for it.
     pub(crate) fn release_page(&mut self, image: usize, page: PageIndex) -> Option<u32> {

@@ -41,15 +41,21 @@ pub(crate) enum RetryReason {
     InstallAgain,
     /// ENOMEM of an install.
     InstallNoMemory,
+    /// ENOENT of an install of several pages: done page by page.
+    InstallSplit,
+    /// ENOENT of an install of one page: who waited was woken and looks again.
+    InstallUnmapped,
 }
 
 impl RetryReason {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::ReadAgain,
         Self::ReadError,
         Self::ShortRead,
         Self::InstallAgain,
         Self::InstallNoMemory,
+        Self::InstallSplit,
+        Self::InstallUnmapped,
     ];
 
     /// The label.
@@ -60,6 +66,8 @@ impl RetryReason {
             Self::ShortRead => "short_read",
             Self::InstallAgain => "install_again",
             Self::InstallNoMemory => "install_no_memory",
+            Self::InstallSplit => "install_split",
+            Self::InstallUnmapped => "install_unmapped",
         }
     }
 }

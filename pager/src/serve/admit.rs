@@ -125,33 +125,29 @@ impl Server {
         self.parts.images[image].streams.chosen(window.stream, run);
         let started = Instant::now();
         let report = self.install(image, run, content, Origin::Zero);
-        if report.done() > 0 || report.stopped == Some(Stopped::Gone) {
-            // Backward windows end with the page asked for: a partial one answers it later.
-            if PageRange::between(run.start(), run.start().plus(report.done())).contains(page) {
-                let now = Instant::now();
-                let stages = Stages {
-                    queue: started.saturating_duration_since(arrived),
-                    read: None,
-                    install: now.saturating_duration_since(started),
-                    total: now.saturating_duration_since(arrived),
-                };
-                self.parts.metrics.answered(Origin::Zero, &stages);
-                return;
-            }
-            if report.stopped == Some(Stopped::Gone) {
-                return;
-            }
+        let rest = PageRange::between(run.start().plus(report.done()), run.end());
+        if !rest.contains(page) {
+            let now = Instant::now();
+            let stages = Stages {
+                queue: started.saturating_duration_since(arrived),
+                read: None,
+                install: now.saturating_duration_since(started),
+                total: now.saturating_duration_since(arrived),
+            };
+            self.parts.metrics.answered(Origin::Zero, &stages);
+            return;
         }
+        // A window backward ends with the page asked for: it may be left though others are done.
         let waiter = self.waiter(image, page, arrived, SINGLE);
         self.queue.push(waiter);
-        self.install_failed(image, PageRange::single(page), report);
+        self.install_failed(image, rest, report);
     }
 
-    /// A waiter whose install failed is asked again as a single page, until it has failed often.
+    /// A waiter whose install failed is asked again as a single page.
     pub(super) fn retry_zero(&mut self, waiter: &Waiter) {
         let run = PageRange::single(waiter.page);
         let report = self.install(waiter.image, run, Content::Zero, Origin::Zero);
-        if report.done() == 1 || report.stopped == Some(Stopped::Gone) {
+        if report.done() == 1 {
             self.queue.answer(waiter.image, run, |_| ());
         } else {
             self.install_failed(waiter.image, run, report);
@@ -232,6 +228,7 @@ impl Server {
         add(&tally.pages_already_present, report.present);
         self.retried(RetryReason::InstallAgain, report.again.into());
         self.retried(RetryReason::InstallNoMemory, report.no_memory.into());
+        self.retried(RetryReason::InstallSplit, report.split.into());
         report
     }
 

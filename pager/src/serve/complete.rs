@@ -14,7 +14,7 @@ use crate::install::{Content, Installed, Stopped};
 use crate::metrics::{Origin, Stages};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::residency::PageState;
-use crate::retry::{Decision, INTERRUPTED_RETRIES, ReadFailure, decide};
+use crate::retry::{Decision, INTERRUPTED_RETRIES, ReadFailure, RetryReason, decide};
 use crate::source::ReadDone;
 
 impl Server {
@@ -185,6 +185,10 @@ impl Server {
                 self.queue.answer(image, pages, |_| ());
                 return;
             }
+            Some(Stopped::Unmapped) => {
+                self.unmapped(image, pages);
+                return;
+            }
             Some(Stopped::Refused(errno)) => Some(PoisonReason::Install {
                 errno: errno.raw_os_error(),
             }),
@@ -203,6 +207,20 @@ impl Server {
             };
             self.poison(image, page, reason);
         }
+    }
+
+    /// The first of `pages` lies in no registered mapping. Who waits for it is woken, to meet
+    /// whatever is there now; the pages behind it are tried one by one.
+    fn unmapped(&mut self, image: usize, pages: PageRange) {
+        let first = PageRange::single(pages.start());
+        tracing::warn!(%first, "memory of a clone is no longer served: something was mapped over it");
+        let residency = &mut self.parts.images[image].residency;
+        residency.set_all(pages, PageState::Absent);
+        self.retried(RetryReason::InstallUnmapped, 1);
+        self.queue.answer(image, first, |_| ());
+        self.wake(image, first);
+        self.queue
+            .narrow_pages(image, PageRange::between(first.end(), pages.end()));
     }
 
     /// Everybody who waited for `pages` was woken by their install.

@@ -54,6 +54,14 @@ impl ServedMapping {
         (end <= self.bytes()).then(|| self.address() as u64 + pages.offset().get())
     }
 
+    /// Makes `pages` a kernel mapping apart from their neighbours, as advice of others may.
+    #[cfg(test)]
+    pub(crate) fn split(&self, pages: PageRange) -> io::Result<()> {
+        let number = |bytes| usize::try_from(bytes).unwrap();
+        let (offset, length) = (number(pages.offset().get()), number(pages.bytes()));
+        self.memory.advise_range(Advice::Sequential, offset, length)
+    }
+
     /// Takes every right to `pages` away: what touches them gets SIGSEGV, or EFAULT in KVM.
     pub(crate) fn forbid(&self, pages: PageRange) -> io::Result<()> {
         let address = self
