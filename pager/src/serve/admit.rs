@@ -97,6 +97,12 @@ impl Server {
             add(&self.parts.tally.prefetch_late, 1);
         }
         let mut waiter = self.waiter(image, page, arrived, SINGLE);
+        if let Some(first) = self.queue.oldest_for(image, page) {
+            // Who comes later does not cut a pause short.
+            waiter.attempts = first.attempts;
+            waiter.not_before = first.not_before;
+            waiter.refused = first.refused;
+        }
         waiter.read = self.read_bringing(image, page);
         self.queue.push(waiter);
     }
@@ -263,6 +269,8 @@ impl Server {
             page,
             arrived,
             attempts: 0,
+            not_before: None,
+            refused: None,
             window,
             read: None,
         }

@@ -224,10 +224,8 @@ impl Server {
     fn time_to_next_event(&self) -> Option<Duration> {
         let deadline = self.queue.next_deadline(self.parts.fault_deadline);
         let due = self.parts.source.next_due();
-        let next = match (deadline, due) {
-            (Some(deadline), Some(due)) => deadline.min(due),
-            (deadline, due) => deadline.or(due)?,
-        };
+        let events = [deadline, due, self.queue.next_try()];
+        let next = events.into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -260,3 +258,6 @@ impl Drop for Server {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,10 +23,18 @@ pub(super) struct Place<'a> {
 
 impl PageOps for Place<'_> {
     fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer {
+        #[cfg(test)]
+        if let Some(answer) = super::tests::planned(self.mapping) {
+            return answer;
+        }
         sys::copy(self.uffd.as_fd(), self.mapping, pages, source)
     }
 
     fn zero(&mut self, pages: PageRange) -> Answer {
+        #[cfg(test)]
+        if let Some(answer) = super::tests::planned(self.mapping) {
+            return answer;
+        }
         sys::zero(self.uffd.as_fd(), self.mapping, pages)
     }
 
