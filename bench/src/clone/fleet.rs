@@ -131,10 +131,11 @@ impl Fleet {
             .process
             .iter()
             .for_each(|process| process.ask_to_stop());
+        // A console that is closed would be ready for ever.
+        self.supervisor.forget_console(number);
         while self.supervisor.live() > 0 {
             self.supervisor.wait(Duration::from_secs(1))?;
         }
-        self.supervisor.forget_console(number);
         let clone = &self.supervisor.clones()[number];
         ensure!(
             clone.ending == Some(Ending::Stopped),
