@@ -246,7 +246,9 @@ fn read_manifest(dir: &Path) -> Result<Manifest, TemplateError> {
         source,
     };
     let file = File::open(&path).map_err(not_a_template)?;
-    let mut bytes = Vec::new();
+    // A guess, for its room alone: what is believed is what was read.
+    let length = file.metadata().map_or(0, |facts| facts.len());
+    let mut bytes = room_for(length.min(MAX_MANIFEST_BYTES));
     file.take(MAX_MANIFEST_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(not_a_template)?;
@@ -290,11 +292,16 @@ fn read_sealed(dir: &Path, entry: &FileEntry, max_bytes: u64) -> Result<Vec<u8>,
             format!("it has {} bytes, more than {max_bytes}", entry.seal.bytes),
         ));
     }
-    let mut bytes = Vec::new();
+    let mut bytes = room_for(entry.seal.bytes);
     file.take(entry.seal.bytes)
         .read_to_end(&mut bytes)
         .map_err(TemplateError::io("read", &path))?;
     Ok(bytes)
+}
+
+/// Room for a file of this length and to see its end: it is read at once, not bit by bit.
+fn room_for(bytes: u64) -> Vec<u8> {
+    Vec::with_capacity(usize::try_from(bytes).map_or(0, |bytes| bytes.saturating_add(1)))
 }
 
 fn check_digest(path: &Path, entry: &FileEntry, bytes: &[u8]) -> Result<(), TemplateError> {
