@@ -13,7 +13,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig};
+use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
@@ -27,7 +27,7 @@ const METRICS_PERIOD: Duration = Duration::from_secs(1);
 
 /// Runs a clone whose control socket is standard input. Returns the process's exit code.
 pub fn run() -> u8 {
-    let start = Instant::now();
+    let began = monotonic();
     let channel = match take_channel() {
         Ok(channel) => channel,
         Err(error) => {
@@ -36,7 +36,7 @@ pub fn run() -> u8 {
         }
     };
     let relay = Relay::install();
-    let ending = work(&channel, relay.as_ref(), start).unwrap_or_else(|error| Ending::Failed {
+    let ending = work(&channel, relay.as_ref(), began).unwrap_or_else(|error| Ending::Failed {
         code: exit_code(&error),
         message: chain(error.as_ref()),
     });
@@ -48,7 +48,7 @@ pub fn run() -> u8 {
     code
 }
 
-fn work(channel: &Channel, relay: Option<&Relay>, start: Instant) -> anyhow::Result<Ending> {
+fn work(channel: &Channel, relay: Option<&Relay>, began: Duration) -> anyhow::Result<Ending> {
     let (config, descriptors) = match channel.receive::<ToWorker>()? {
         Some((ToWorker::Start(config), descriptors)) => (config, descriptors),
         Some((ToWorker::Stop, _)) | None => return Ok(Ending::Stopped),
@@ -60,11 +60,20 @@ fn work(channel: &Channel, relay: Option<&Relay>, start: Instant) -> anyhow::Res
         let end = signal_end.try_clone().context("cannot watch for signals")?;
         signal_hook::low_level::pipe::register(signal, end).context("cannot watch for signals")?;
     }
-    let mut stages = vec![("orders".to_owned(), start.elapsed())];
+    let orders = monotonic().saturating_sub(began);
+    let mut stages = vec![("orders".to_owned(), orders)];
     let template_start = Instant::now();
     let template = Template::open(&config.template).map_err(CloneError::from)?;
     stages.push(("template".to_owned(), template_start.elapsed()));
-    run_instance(channel, relay, &config, &template, serial, stages, &signals)
+    let so_far = SoFar { began, stages };
+    run_instance(channel, relay, &config, &template, serial, so_far, &signals)
+}
+
+/// The start of a clone until its template was open.
+struct SoFar {
+    /// When this process's own code began, on the monotonic clock.
+    began: Duration,
+    stages: Vec<(String, Duration)>,
 }
 
 fn run_instance(
@@ -73,7 +82,7 @@ fn run_instance(
     config: &WorkerConfig,
     template: &Template,
     serial: SerialTarget,
-    mut stages: Vec<(String, Duration)>,
+    so_far: SoFar,
     signals: &UnixStream,
 ) -> anyhow::Result<Ending> {
     let Instance {
@@ -81,6 +90,7 @@ fn run_instance(
         pager,
         stages: more,
     } = instantiate(template, config.engine, &config.pager, serial)?;
+    let SoFar { began, mut stages } = so_far;
     stages.extend(more);
     let health = pager.as_ref().map(Pager::<Serving>::health);
     let io = pager
@@ -96,7 +106,8 @@ fn run_instance(
         health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
     }
     stages.push(("resume".to_owned(), resume_start.elapsed()));
-    send(channel, &FromWorker::Started { stages, io });
+    let started = FromWorker::Started { began, stages, io };
+    send(channel, &started);
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
         scope.spawn(|| attend(channel, relay, &handle, signals, ended));

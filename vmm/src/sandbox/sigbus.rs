@@ -49,6 +49,15 @@ pub fn in_guest<T>(enter: impl FnOnce() -> T) -> Guarded<T> {
     }
 }
 
+/// What the line says in place of its guesses, and the exit code, for a process that knows what
+/// SIGBUS means in it. Only the first call counts.
+pub fn explain(text: &str, exit_code: i32) {
+    let _ = EXPLANATION.set((format!("pando: {text}\n").into_bytes(), exit_code));
+}
+
+// Reading a `OnceLock` that is set is one atomic load: safe in a signal handler.
+static EXPLANATION: OnceLock<(Vec<u8>, i32)> = OnceLock::new();
+
 /// Installs the handler, once per process.
 pub fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
@@ -88,9 +97,13 @@ extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
         let nibble = (address >> (60 - 4 * position)) & 0xf;
         *byte = b"0123456789abcdef"[nibble as usize];
     }
-    // SAFETY: both are async-signal-safe; `line` lives until the process ends here.
+    let (text, code): (&[u8], i32) = match EXPLANATION.get() {
+        Some((text, code)) => (text, *code),
+        None => (&line, EXIT_CODE),
+    };
+    // SAFETY: both are async-signal-safe; `text` lives until the process ends here.
     unsafe {
-        libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
-        libc::_exit(EXIT_CODE);
+        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
+        libc::_exit(code);
     }
 }
