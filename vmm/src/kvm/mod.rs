@@ -56,6 +56,12 @@ pub enum KvmError {
         #[source]
         source: io::Error,
     },
+    /// The first entry of a VM starts a task in the kernel, and that fails each time.
+    #[error(
+        "kvm cannot start a thread of its own: is the limit of processes reached (ulimit -u, \
+         pids.max)?"
+    )]
+    RunAgain,
     /// Saved bytes that are no such structure.
     #[error(
         "saved {what} has {actual} bytes where {expected} are needed: the state is damaged or of another version"

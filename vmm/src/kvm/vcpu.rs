@@ -21,6 +21,10 @@ use super::{KvmError, ioctl};
 use crate::sandbox::sigbus;
 use crate::vcpu::exit::{FaultAddress, VmEntry, VmExit};
 
+/// Most answers of EAGAIN in a row. A start-up interrupt gives one or two; a kernel that cannot
+/// start the task that the first entry of a VM needs gives nothing else.
+const MAX_RUN_AGAIN: u32 = 64;
+
 /// One vCPU of the kernel.
 #[derive(Debug)]
 pub struct Vcpu {
@@ -28,6 +32,8 @@ pub struct Vcpu {
     pub(super) xsave_bytes: usize,
     pub(super) can_scale_tsc: bool,
     kick: ExitFlag,
+    /// Answers of EAGAIN since the last other answer.
+    run_again: u32,
 }
 
 /// The `immediate_exit` flag of one vCPU, from any thread.
@@ -78,6 +84,7 @@ impl Vcpu {
             kick: ExitFlag {
                 page: Arc::new(page),
             },
+            run_again: 0,
         })
     }
 
@@ -101,6 +108,7 @@ impl Vcpu {
             Ok(_) => Stay::Exit,
             Err(e) => Stay::Error(e),
         });
+        self.run_again = count_again(self.run_again, &stay.result)?;
         if let Some(address) = stay.sigbus {
             return Ok(VmExit::MemoryError {
                 address: FaultAddress::Host(address),
@@ -202,9 +210,42 @@ impl Vcpu {
     }
 }
 
+/// Answers of EAGAIN in a row, after another answer; an error when they are too many.
+fn count_again(so_far: u32, stay: &Stay) -> Result<u32, KvmError> {
+    match stay {
+        Stay::Error(error) if error.errno() == libc::EAGAIN => {
+            if so_far >= MAX_RUN_AGAIN {
+                return Err(KvmError::RunAgain);
+            }
+            Ok(so_far + 1)
+        }
+        _ => Ok(0),
+    }
+}
+
 /// What one stay in the guest came to, before the exit is decoded.
 enum Stay {
     Exit,
     MemoryFault(u64),
     Error(kvm_ioctls::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_eagain_in_a_row_ends_a_vcpu() {
+        let errno = |errno| Stay::Error(kvm_ioctls::Error::new(errno));
+        let mut count = 0;
+        for _ in 0..MAX_RUN_AGAIN {
+            count = count_again(count, &errno(libc::EAGAIN)).unwrap();
+        }
+        assert!(matches!(
+            count_again(count, &errno(libc::EAGAIN)),
+            Err(KvmError::RunAgain)
+        ));
+        assert_eq!(count_again(count, &errno(libc::EINTR)).unwrap(), 0);
+        assert_eq!(count_again(count, &Stay::Exit).unwrap(), 0);
+    }
 }
