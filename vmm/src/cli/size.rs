@@ -21,7 +21,7 @@ impl FromStr for Size {
             "G" | "GIB" => 30,
             "T" | "TIB" => 40,
             "B" => 0,
-            "" => {
+            "" if !digits.is_empty() && digits.bytes().all(|c| c.is_ascii_digit()) => {
                 return Err(format!(
                     "'{text}' has no unit: give K, M, G or T, such as {digits}M"
                 ));
@@ -86,7 +86,14 @@ mod tests {
         for wrong in ["", "M", "-1M", "1.5G", "12X", "99999999T", "1 G"] {
             assert!(wrong.parse::<Size>().is_err(), "{wrong}");
         }
-        assert!("128".parse::<Size>().unwrap_err().contains("such as 128M"));
+        for (text, hint) in [
+            ("128", "such as 128M"),
+            ("64M1", "such as 512M"),
+            ("", "such as 512M"),
+        ] {
+            let error = text.parse::<Size>().unwrap_err();
+            assert!(error.ends_with(hint), "{error}");
+        }
     }
 
     #[test]
