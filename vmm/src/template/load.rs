@@ -1,8 +1,7 @@
 #![forbid(unsafe_code)]
 //! Opening a template: nothing is believed before it is proven, nothing is opened for writing.
 
-use std::fs::{self, File};
-use std::io::Read;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use pando_pager::image::{BackendIndex, Image, Index};
@@ -11,7 +10,7 @@ use super::digest::{self, SparseDigest};
 use super::error::TemplateError;
 use super::manifest::{FileEntry, Manifest, ManifestFile};
 use super::seal::Seal;
-use super::{MANIFEST_FILE, staging, state_file};
+use super::{MANIFEST_FILE, files, staging, state_file};
 use crate::machine::state::MachineState;
 use crate::spec::MachineSpec;
 
@@ -40,16 +39,13 @@ impl Template {
         let index_path = dir.join(&manifest.file().index.file);
         let index = read_sealed(dir, &manifest.file().index, MAX_INDEX_BYTES)?;
         let index = decode_index(&index_path, &index, &manifest)?;
-        let state = read_sealed(dir, &manifest.file().state, state_file::MAX_FILE_BYTES)?;
-        let decoded = state_file::decode(&dir.join(&manifest.file().state.file), &state)?;
+        let state_path = dir.join(&manifest.file().state.file);
+        let bytes = read_sealed(dir, &manifest.file().state, state_file::MAX_FILE_BYTES)?;
+        let state = state_file::decode(&state_path, &bytes)?;
         // Small, and another template's state would pass every other check. The index is as long
         // as the RAM is large: its own checksum must do here, its digest waits for `verify`.
-        check_digest(
-            &dir.join(&manifest.file().state.file),
-            &manifest.file().state,
-            &state,
-        )?;
-        let state = decoded;
+        check_digest(&state_path, &manifest.file().state, &bytes)?;
+        check_cpus(&state_path, &manifest, &state)?;
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
@@ -200,20 +196,14 @@ pub fn reseal(dir: &Path, progress: &mut dyn FnMut(usize, u64)) -> Result<(), Te
     let mut file: ManifestFile = old.file().clone();
     for entry in &mut file.backends {
         let path = dir.join(&entry.file);
-        entry.seal = Seal::of(&open_read_only(&path)?, &path)?;
+        entry.seal = Seal::of(&files::open(&path)?, &path)?;
     }
-    for entry in [&mut file.state, &mut file.index] {
-        let path = dir.join(&entry.file);
-        entry.seal = Seal::of(&open_read_only(&path)?, &path)?;
-        let bytes = fs::read(&path).map_err(TemplateError::io("read", &path))?;
-        check_digest(&path, entry, &bytes)?;
-    }
+    let state = read_and_seal(dir, &mut file.state, state_file::MAX_FILE_BYTES)?;
+    let index = read_and_seal(dir, &mut file.index, MAX_INDEX_BYTES)?;
     let path = dir.join(MANIFEST_FILE);
     let manifest = Manifest::seal(&path, file)?;
     let index_path = dir.join(&manifest.file().index.file);
-    let index = fs::read(&index_path).map_err(TemplateError::io("read", &index_path))?;
     let state_path = dir.join(&manifest.file().state.file);
-    let state = fs::read(&state_path).map_err(TemplateError::io("read", &state_path))?;
     let template = Template {
         dir: dir.to_owned(),
         ram: open_ram(dir, &manifest)?,
@@ -221,6 +211,7 @@ pub fn reseal(dir: &Path, progress: &mut dyn FnMut(usize, u64)) -> Result<(), Te
         state: state_file::decode(&state_path, &state)?,
         manifest,
     };
+    check_cpus(&state_path, &template.manifest, &template.state)?;
     template.verify(progress)?;
     staging::replace(&path, &template.manifest.to_json())
 }
@@ -241,31 +232,12 @@ fn first_difference(sealed: &BackendIndex, found: &BackendIndex) -> Option<u64> 
 
 fn read_manifest(dir: &Path) -> Result<Manifest, TemplateError> {
     let path = dir.join(MANIFEST_FILE);
-    let not_a_template = |source| TemplateError::NotATemplate {
+    let file = files::open_if_there(&path)?.map_err(|source| TemplateError::NotATemplate {
         dir: dir.to_owned(),
         source,
-    };
-    let file = File::open(&path).map_err(not_a_template)?;
-    // A guess, for its room alone: what is believed is what was read.
-    let length = file.metadata().map_or(0, |facts| facts.len());
-    let mut bytes = room_for(length.min(MAX_MANIFEST_BYTES));
-    file.take(MAX_MANIFEST_BYTES + 1)
-        .read_to_end(&mut bytes)
-        .map_err(not_a_template)?;
-    if bytes.len() as u64 > MAX_MANIFEST_BYTES {
-        return Err(TemplateError::damaged(
-            &path,
-            format!("it has more than {MAX_MANIFEST_BYTES} bytes"),
-        ));
-    }
+    })?;
+    let bytes = files::read(&file, &path, MAX_MANIFEST_BYTES)?;
     Manifest::parse(&path, &bytes)
-}
-
-fn open_read_only(path: &Path) -> Result<File, TemplateError> {
-    File::open(path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => TemplateError::damaged(path, "it is missing"),
-        _ => TemplateError::io("open", path)(error),
-    })
 }
 
 fn open_ram(dir: &Path, manifest: &Manifest) -> Result<Vec<File>, TemplateError> {
@@ -275,7 +247,7 @@ fn open_ram(dir: &Path, manifest: &Manifest) -> Result<Vec<File>, TemplateError>
         .iter()
         .map(|entry| {
             let path = dir.join(&entry.file);
-            let file = open_read_only(&path)?;
+            let file = files::open(&path)?;
             entry.seal.check(dir, &file, &path)?;
             Ok(file)
         })
@@ -284,24 +256,34 @@ fn open_ram(dir: &Path, manifest: &Manifest) -> Result<Vec<File>, TemplateError>
 
 fn read_sealed(dir: &Path, entry: &FileEntry, max_bytes: u64) -> Result<Vec<u8>, TemplateError> {
     let path = dir.join(&entry.file);
-    let file = open_read_only(&path)?;
+    let file = files::open(&path)?;
     entry.seal.check(dir, &file, &path)?;
-    if entry.seal.bytes > max_bytes {
-        return Err(TemplateError::damaged(
-            &path,
-            format!("it has {} bytes, more than {max_bytes}", entry.seal.bytes),
-        ));
-    }
-    let mut bytes = room_for(entry.seal.bytes);
-    file.take(entry.seal.bytes)
-        .read_to_end(&mut bytes)
-        .map_err(TemplateError::io("read", &path))?;
+    files::read(&file, &path, max_bytes)
+}
+
+/// Gives an entry the seal that its file has now, and reads the file if its digest is right.
+fn read_and_seal(
+    dir: &Path,
+    entry: &mut FileEntry,
+    max_bytes: u64,
+) -> Result<Vec<u8>, TemplateError> {
+    let path = dir.join(&entry.file);
+    let file = files::open(&path)?;
+    entry.seal = Seal::of(&file, &path)?;
+    let bytes = files::read(&file, &path, max_bytes)?;
+    check_digest(&path, entry, &bytes)?;
     Ok(bytes)
 }
 
-/// Room for a file of this length and to see its end: it is read at once, not bit by bit.
-fn room_for(bytes: u64) -> Vec<u8> {
-    Vec::with_capacity(usize::try_from(bytes).map_or(0, |bytes| bytes.saturating_add(1)))
+fn check_cpus(path: &Path, manifest: &Manifest, state: &MachineState) -> Result<(), TemplateError> {
+    let (saved, cpus) = (state.cpus.len(), manifest.file().cpus);
+    if saved == usize::from(cpus) {
+        return Ok(());
+    }
+    Err(TemplateError::damaged(
+        path,
+        format!("it has the state of {saved} vCPUs, the manifest has {cpus}"),
+    ))
 }
 
 fn check_digest(path: &Path, entry: &FileEntry, bytes: &[u8]) -> Result<(), TemplateError> {

@@ -11,6 +11,7 @@ pub mod build;
 pub mod compat;
 pub mod digest;
 pub mod error;
+mod files;
 pub mod load;
 pub mod manifest;
 pub mod map;
