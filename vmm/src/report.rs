@@ -31,6 +31,17 @@ pub fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
+/// An error and its causes in one line.
+pub fn one_line(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let _ = write!(text, ": {error}");
+        cause = error.source();
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,6 +54,10 @@ mod tests {
         assert_eq!(
             chain(error.as_ref()),
             "clone failed\n  because: cannot read ram0.mem\n  because: EIO"
+        );
+        assert_eq!(
+            one_line(error.as_ref()),
+            "clone failed: cannot read ram0.mem: EIO"
         );
     }
 }

@@ -12,6 +12,7 @@ use super::digest;
 use super::error::TemplateError;
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
+use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
 /// The format that this version writes, and the newest that it reads.
@@ -108,6 +109,12 @@ impl Manifest {
                 supported: FORMAT,
             });
         }
+        if format == 0 {
+            return Err(TemplateError::damaged(
+                path,
+                "it has format 0, which never was",
+            ));
+        }
         let file: ManifestFile = serde_json::from_slice(bytes).map_err(damaged)?;
         let expected = checksum(&file);
         if file.checksum != expected {
@@ -133,17 +140,17 @@ impl Manifest {
         let names = file.backends.iter().map(|backend| &backend.file);
         for name in names.chain([&file.state.file, &file.index.file]) {
             if !is_plain_name(name) {
-                return Err(damaged(format!("'{name}' is not a plain file name")));
+                return Err(damaged(format!("{name:?} is not a plain file name")));
             }
         }
-        let cpus = CpuCount::new(file.cpus.into()).map_err(|error| damaged(error.to_string()))?;
+        let cpus = CpuCount::new(file.cpus.into()).map_err(|error| damaged(one_line(&error)))?;
         let backends = file
             .backends
             .iter()
             .map(|backend| BackendSpec::new(&*backend.id, backend.bytes))
             .collect::<Result<_, _>>()
-            .map_err(|error| damaged(error.to_string()))?;
-        let spec = MachineSpec::new(cpus, backends).map_err(|error| damaged(error.to_string()))?;
+            .map_err(|error| damaged(one_line(&error)))?;
+        let spec = MachineSpec::new(cpus, backends).map_err(|error| damaged(one_line(&error)))?;
         for (position, entry) in file.backends.iter().enumerate() {
             let placed = spec
                 .layout()
@@ -152,8 +159,9 @@ impl Manifest {
                 .find(|segment| segment.backend == position)
                 .map(|segment| segment.guest_address);
             if placed != Some(entry.guest_address) {
+                let placed = placed.map_or("no address".into(), |at| format!("{at:#x}"));
                 return Err(damaged(format!(
-                    "backend {} is at {:#x}, the machine has it at {placed:#x?}",
+                    "backend {} is at {:#x}, the machine has it at {placed}",
                     entry.id, entry.guest_address
                 )));
             }
@@ -209,6 +217,7 @@ fn is_plain_name(name: &str) -> bool {
         (components.next(), components.next()),
         (Some(Component::Normal(_)), None)
     ) && !name.ends_with('/')
+        && !name.contains('\0')
 }
 
 fn checksum(file: &ManifestFile) -> String {
@@ -286,7 +295,16 @@ mod tests {
 
     #[test]
     fn names_that_leave_the_directory_are_refused() {
-        for name in ["../ram0.mem", "/etc/passwd", "", "a/b", ".", "..", "a/"] {
+        for name in [
+            "../ram0.mem",
+            "/etc/passwd",
+            "",
+            "a/b",
+            ".",
+            "..",
+            "a/",
+            "a\0b",
+        ] {
             let mut file = example();
             file.backends[0].file = name.into();
             let error = Manifest::seal(path(), file).unwrap_err().to_string();
@@ -302,7 +320,23 @@ mod tests {
         let mut file = example();
         file.backends[0].guest_address = 4096;
         let error = Manifest::seal(path(), file).unwrap_err().to_string();
-        assert!(error.contains("backend ram0 is at 0x1000"), "{error}");
+        assert!(
+            error.contains("backend ram0 is at 0x1000, the machine has it at 0x0;"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_machine_that_cannot_be_is_refused_with_its_cause() {
+        let mut file = example();
+        file.backends[0].bytes = (64 << 20) + 1;
+        let error = Manifest::seal(path(), file).unwrap_err().to_string();
+        assert!(
+            error.contains("cannot be placed in the guest: ") && error.contains("67108865"),
+            "{error}"
+        );
+        let error = Manifest::parse(path(), br#"{"format": 0}"#).unwrap_err();
+        assert!(error.to_string().contains("it has format 0"), "{error}");
     }
 
     proptest! {
