@@ -57,6 +57,7 @@ impl From<TemplateError> for Failure {
         let code = match &error {
             TemplateError::Exists { .. }
             | TemplateError::DiskFull { .. }
+            | TemplateError::Output { .. }
             | TemplateError::Io { .. } => exit::FAILED,
             _ => exit::TEMPLATE,
         };

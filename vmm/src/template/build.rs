@@ -79,8 +79,7 @@ impl TemplateVm {
         let mut backings = Vec::new();
         for backend in spec.backends() {
             let file = staging.file()?;
-            file.set_len(backend.bytes())
-                .map_err(TemplateError::io("size a RAM file in", out))?;
+            staging.set_bytes(&file, backend.bytes())?;
             if reserve {
                 staging.reserve(&file, backend.bytes())?;
             }

@@ -100,6 +100,14 @@ pub enum TemplateError {
         /// What was given.
         dir: PathBuf,
     },
+    /// There is no way to make a template of this name or size there.
+    #[error("cannot make a template at {}: {reason}", dir.display())]
+    Output {
+        /// What was given.
+        dir: PathBuf,
+        /// Why not, and what to do.
+        reason: String,
+    },
     /// Not enough room for the RAM of the template.
     #[error(
         "no room for the template in {}: its RAM needs {needed_bytes} bytes and {free_bytes} are free; \

@@ -15,6 +15,7 @@ mod files;
 pub mod load;
 pub mod manifest;
 pub mod map;
+pub mod scratch;
 pub mod seal;
 pub mod staging;
 pub mod state_file;

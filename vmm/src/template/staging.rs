@@ -4,18 +4,22 @@
 //! Everything is written to `O_TMPFILE` files. Only when all of it is there are they linked into a
 //! directory beside the output, which one rename then turns into the template. A process that is
 //! killed before that leaves nothing; one that is killed in the instant of the links leaves a
-//! directory named `.NAME.partial-PID` without a manifest, which the next create removes.
+//! directory named `.NAME.partial-PID-RANDOM` without a manifest, which the next create removes.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::error::TemplateError;
+use super::scratch::{LockedDir, SUFFIX_BYTES};
+
+/// What most file systems allow for a name, where one does not say.
+const NAME_MAX_BYTES: u64 = 255;
 
 /// The place where a template is being made.
 #[derive(Debug)]
@@ -25,8 +29,8 @@ pub struct Staging {
 }
 
 impl Staging {
-    /// Checks that `out` does not exist and that its parent does, and removes what an earlier
-    /// create that was killed left there.
+    /// Checks that `out` does not exist, that its parent does and that there is room for its name
+    /// in the making, and removes what an earlier create that was killed left there.
     pub fn new(out: &Path) -> Result<Self, TemplateError> {
         if out.symlink_metadata().is_ok() {
             return Err(TemplateError::Exists {
@@ -41,8 +45,42 @@ impl Staging {
             out: out.to_owned(),
             parent,
         };
-        staging.sweep()?;
+        staging.check_place()?;
+        LockedDir::sweep(&staging.parent, &staging.partial_prefix())?;
         Ok(staging)
+    }
+
+    fn check_place(&self) -> Result<(), TemplateError> {
+        if matches!(self.parent.try_exists(), Ok(false)) {
+            return Err(self.impossible(format!(
+                "the directory {} does not exist: make it first",
+                self.parent.display()
+            )));
+        }
+        let max_bytes = rustix::fs::statvfs(&self.parent)
+            .map(|facts| facts.f_namemax)
+            .ok()
+            .filter(|&bytes| bytes > 0)
+            .unwrap_or(NAME_MAX_BYTES);
+        let name_bytes = self.out.file_name().map_or(0, OsStr::len);
+        // While it is made the name has this much more.
+        let added_bytes = self.partial_prefix().len() - name_bytes + SUFFIX_BYTES;
+        let max_bytes = usize::try_from(max_bytes)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(added_bytes);
+        if name_bytes > max_bytes {
+            return Err(self.impossible(format!(
+                "its name has {name_bytes} bytes: choose one of at most {max_bytes}"
+            )));
+        }
+        Ok(())
+    }
+
+    fn impossible(&self, reason: String) -> TemplateError {
+        TemplateError::Output {
+            dir: self.out.clone(),
+            reason,
+        }
     }
 
     /// Where the finished template will be.
@@ -61,6 +99,21 @@ impl Staging {
         file.write_all(bytes)
             .map_err(TemplateError::io("write a file in", &self.parent))?;
         Ok(file)
+    }
+
+    /// Makes `file` this long.
+    pub fn set_bytes(&self, file: &File, bytes: u64) -> Result<(), TemplateError> {
+        match rustix::fs::ftruncate(file, bytes) {
+            Ok(()) => Ok(()),
+            Err(Errno::FBIG) => Err(self.impossible(format!(
+                "a RAM file of {bytes} bytes is more than the limit of file sizes (ulimit -f) or \
+                 the file system allows: raise the limit, choose another disk, or give the VM less \
+                 memory"
+            ))),
+            Err(errno) => Err(TemplateError::errno("size a RAM file in", &self.parent)(
+                errno,
+            )),
+        }
     }
 
     /// Takes `bytes` of disk for `file` now, so that a full disk is found before the guest runs.
@@ -87,32 +140,18 @@ impl Staging {
     /// Gives the files their names, makes them read-only and puts the directory in its place.
     /// The last of `files` is the manifest: without it the directory is no template.
     pub fn commit(self, files: &[(&str, &File)]) -> Result<(), TemplateError> {
-        let partial = self.parent.join(self.partial_name(std::process::id()));
-        fs::create_dir(&partial).map_err(TemplateError::io("make directory", &partial))?;
-        self.link_all(&partial, files).inspect_err(|_| {
-            let _ = fs::remove_dir_all(&partial);
-        })
-    }
-
-    fn link_all(&self, partial: &Path, files: &[(&str, &File)]) -> Result<(), TemplateError> {
+        let partial = LockedDir::create(&self.parent, &self.partial_prefix())?;
         // All that takes time comes first: between the first link and the rename a killed process
         // would leave files with names.
         for (name, file) in files {
-            finish(file, &partial.join(name))?;
+            finish(file, &partial.path().join(name))?;
         }
         for (name, file) in files {
-            link(file, &partial.join(name))?;
+            link(file, &partial.path().join(name))?;
         }
-        sync_dir(partial)?;
-        let renamed =
-            rustix::fs::renameat_with(CWD, partial, CWD, &self.out, RenameFlags::NOREPLACE);
-        match renamed {
-            Ok(()) => sync_dir(&self.parent),
-            Err(Errno::EXIST) => Err(TemplateError::Exists {
-                dir: self.out.clone(),
-            }),
-            Err(errno) => Err(TemplateError::errno("put in place", &self.out)(errno)),
-        }
+        sync_dir(partial.path())?;
+        partial.place(&self.out)?;
+        sync_dir(&self.parent)
     }
 
     fn partial_prefix(&self) -> OsString {
@@ -120,36 +159,6 @@ impl Staging {
         name.push(self.out.file_name().unwrap_or_default());
         name.push(".partial-");
         name
-    }
-
-    fn partial_name(&self, pid: u32) -> OsString {
-        let mut name = self.partial_prefix();
-        name.push(pid.to_string());
-        name
-    }
-
-    /// Removes directories that a create of the same output left when it was killed while it gave
-    /// files their names: those whose process is no more.
-    fn sweep(&self) -> Result<(), TemplateError> {
-        let prefix = self.partial_prefix();
-        let entries = fs::read_dir(&self.parent)
-            .map_err(TemplateError::io("list directory", &self.parent))?;
-        for entry in entries.flatten() {
-            let name = entry.file_name();
-            let pid = name
-                .as_encoded_bytes()
-                .strip_prefix(prefix.as_encoded_bytes())
-                .and_then(|pid| std::str::from_utf8(pid).ok())
-                .and_then(|pid| pid.parse::<u32>().ok());
-            if let Some(pid) = pid
-                && !Path::new(&format!("/proc/{pid}")).exists()
-            {
-                let path = entry.path();
-                tracing::warn!(path = %path.display(), "removing what a killed create left");
-                fs::remove_dir_all(&path).map_err(TemplateError::io("remove", &path))?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -258,19 +267,36 @@ mod tests {
     }
 
     #[test]
-    fn leftovers_of_dead_processes_are_removed_and_others_kept() {
+    fn leftovers_of_this_output_are_removed() {
         let dir = tempfile::tempdir().unwrap();
-        // No process has this number: it is above the kernel's limit.
-        let dead = dir.path().join(".t.partial-4194305");
-        let alive = dir
-            .path()
-            .join(format!(".t.partial-{}", std::process::id()));
-        let other = dir.path().join(".u.partial-4194305");
-        for path in [&dead, &alive, &other] {
+        let left = dir.path().join(".t.partial-1-00000001");
+        let other = dir.path().join(".u.partial-1-00000001");
+        for path in [&left, &other] {
             fs::create_dir(path).unwrap();
         }
         Staging::new(&dir.path().join("t")).unwrap();
-        assert!(!dead.exists() && alive.exists() && other.exists());
+        assert!(!left.exists() && other.exists());
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_is_refused_with_the_remedy() {
+        let dir = tempfile::tempdir().unwrap();
+        let message = |path: &str| {
+            Staging::new(&dir.path().join(path))
+                .unwrap_err()
+                .to_string()
+        };
+        assert!(message("none/t").contains("/none does not exist: make it first"));
+        let error = message(&"x".repeat(230));
+        assert!(
+            error.contains("its name has 230 bytes: choose one of at most 229"),
+            "{error}"
+        );
+        let longest = dir.path().join("x".repeat(229));
+        let staging = Staging::new(&longest).unwrap();
+        let file = staging.file_with(b"{}").unwrap();
+        staging.commit(&[("manifest.json", &file)]).unwrap();
+        assert!(longest.join("manifest.json").exists());
     }
 
     #[test]
