@@ -11,7 +11,7 @@ use pando_pager::PagerError;
 use crate::kvm::{self, KvmError};
 use crate::template::compat::HostOffer;
 
-pub use limits::raise_descriptor_limit;
+pub use limits::{raise_descriptor_limit, report_file_size_limit};
 
 /// What this host's KVM offers to a template.
 pub fn offer() -> Result<HostOffer, KvmError> {
