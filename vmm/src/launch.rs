@@ -1,11 +1,13 @@
 #![forbid(unsafe_code)]
 //! A VM that is neither template nor clone: boot, run, end.
 
+use std::fs;
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::thread;
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use thiserror::Error;
 
 use crate::arch::x86_64::boot::BootSource;
@@ -29,14 +31,25 @@ pub enum LaunchError {
     /// Signals cannot be watched.
     #[error("cannot watch for signals")]
     Signals(#[from] io::Error),
+    /// The thread that waits for signals.
+    #[error(
+        "cannot start the thread that waits for signals: is the limit of processes (ulimit -u, \
+         pids.max) reached?"
+    )]
+    Thread(#[source] io::Error),
     /// The guest failed.
     #[error("the VM failed: {0}")]
     Failed(Failure),
 }
 
 /// Boots a machine on anonymous memory and runs it until its guest powers off, asks for a reset,
-/// fails, or a signal comes.
-pub fn run(spec: &MachineSpec, boot: &BootSource, serial: &str) -> Result<Outcome, LaunchError> {
+/// fails, or a signal comes. `on_pty` gets the terminal to open when COM1 goes to a new one.
+pub fn run(
+    spec: &MachineSpec,
+    boot: &BootSource,
+    serial: &str,
+    on_pty: &mut dyn FnMut(&Path),
+) -> Result<Outcome, LaunchError> {
     let serial: SerialTarget = serial.parse()?;
     let backings = spec
         .backends()
@@ -47,17 +60,37 @@ pub fn run(spec: &MachineSpec, boot: &BootSource, serial: &str) -> Result<Outcom
     let machine = Machine::boot(spec, ram, boot, serial)?.resume()?;
     let handle = machine.handle();
     let (mut signals, end) = UnixStream::pair()?;
-    for signal in [SIGINT, SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        // As `nohup` asks.
+        if signal == SIGHUP && is_ignored(signal) {
+            continue;
+        }
         signal_hook::low_level::pipe::register(signal, end.try_clone()?)?;
     }
     // Ends with the process: it waits for a signal, which need never come.
-    thread::spawn(move || {
-        if signals.read(&mut [0]).is_ok() {
-            handle.stop("a signal asked for it");
-        }
-    });
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            if signals.read(&mut [0]).is_ok() {
+                handle.stop("a signal asked for it");
+            }
+        })
+        .map_err(LaunchError::Thread)?;
+    if let Some(pty) = machine.pty_path() {
+        on_pty(pty);
+    }
     match machine.wait() {
         Outcome::Failed(failure) => Err(LaunchError::Failed(failure)),
         outcome => Ok(outcome),
     }
+}
+
+/// Whether this process ignores a signal, as far as the kernel tells.
+fn is_ignored(signal: i32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok())
+        .is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }

@@ -2,6 +2,7 @@
 //! `pando run`: one VM, until its guest ends.
 
 use std::io::IsTerminal;
+use std::path::Path;
 
 use super::args::{BootArgs, RunArgs};
 use super::fail::Failure;
@@ -17,7 +18,8 @@ pub fn run(args: &RunArgs) -> Result<u8, Failure> {
     if args.serial == "stdio" && std::io::stdin().is_terminal() {
         note!("this terminal is the VM's COM1; Ctrl-A x ends it");
     }
-    launch::run(&spec, &boot, &args.serial).map_err(|error| Failure::of(&error))?;
+    let on_pty = &mut |path: &Path| note!("serial console: {}", path.display());
+    launch::run(&spec, &boot, &args.serial, on_pty).map_err(|error| Failure::of(&error))?;
     Ok(exit::OK)
 }
 
