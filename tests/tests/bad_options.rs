@@ -116,7 +116,61 @@ fn an_output_that_exists_is_kept() -> Result<()> {
             .args(["--kernel", "embedded", "--ready", "after:0"]),
     )?
     .expect_code(1)?
-    .expect_error(&["/proc/none"])?;
+    .expect_error(&["the directory /proc/none does not exist: make it first"])?;
+    Ok(())
+}
+
+#[test]
+fn a_name_without_room_for_the_one_in_the_making() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    finish(
+        pando(&["template", "create"])?
+            .arg(dir.path().join("x".repeat(240)))
+            .args(["--kernel", "embedded", "--ready", "after:0"]),
+    )?
+    .expect_code(1)?
+    .expect_error(&["its name has 240 bytes: choose one of at most"])?;
+    assert_eq!(names(dir.path())?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn ram_beyond_the_limit_of_file_sizes() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let pando = pando_tests::rig::built_program("pando")?;
+    for reserve in ["", "--no-reserve"] {
+        finish(
+            std::process::Command::new("sh")
+                .args([
+                    "-c",
+                    &format!(
+                        "ulimit -f 1000; exec \"$0\" template create \"$1\" --kernel embedded \
+                         --memory 64M --ready after:0 {reserve}"
+                    ),
+                ])
+                .arg(&pando)
+                .arg(dir.path().join("t")),
+        )?
+        .expect_code(1)?
+        .expect_error(&["67108864 bytes", "ulimit -f"])?;
+    }
+    assert_eq!(names(dir.path())?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn a_pty_is_named_and_a_hangup_ends_the_vm() -> Result<()> {
+    let mut running = pando_tests::command::Running::start(&mut pando(&[
+        "run", "--kernel", "embedded", "--memory", "64M", "--serial", "pty",
+    ])?)?;
+    let line = running.wait_stderr("serial console: ")?;
+    let path = line.trim_start_matches("serial console: ");
+    assert!(
+        path.starts_with("/dev/pts/") && Path::new(path).exists(),
+        "{line}"
+    );
+    running.signal(rustix::process::Signal::HUP)?;
+    running.finish()?.expect_code(0)?;
     Ok(())
 }
 

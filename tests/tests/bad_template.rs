@@ -244,12 +244,51 @@ fn a_manifest_that_is_missing_cut_flipped_or_of_a_newer_version() -> Result<()> 
     case.expect_refused(&["manifest.json is damaged: its checksum is"])?;
     write(text.replace("\"format\": 1", "\"format\": 2").as_bytes())?;
     case.expect_refused(&["manifest.json has format 2", "use a newer pando"])?;
+    write(text.replace("\"format\": 1", "\"format\": 0").as_bytes())?;
+    case.expect_refused(&["manifest.json is damaged: it has format 0"])?;
     write(text.replace("\"cpus\"", "\"moons\"").as_bytes())?;
     case.expect_refused(&["manifest.json is damaged", "moons"])?;
     write(b"")?;
     case.expect_refused(&["manifest.json is damaged"])?;
     fs::remove_file(case.file("manifest.json"))?;
     case.expect_refused(&["is not a template"])
+}
+
+/// Opening a FIFO waits for a writer, and a device has no end: neither is ever read.
+#[test]
+fn a_file_that_is_a_fifo_or_a_device() -> Result<()> {
+    let case = Case::new()?;
+    for name in ["manifest.json", "ram0.mem", "state.bin", "pages.idx"] {
+        let (path, away) = (case.file(name), case.file("away"));
+        fs::rename(&path, &away)?;
+        let expect_refused = |kind: &str| -> Result<()> {
+            case.expect_refused(&[name, kind, "not a regular file"])?;
+            finish(pando(&["template", "verify", "--reseal"])?.arg(&case.template))?
+                .expect_code(4)?
+                .expect_error(&[name, kind])?;
+            Ok(fs::remove_file(&path)?)
+        };
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RUSR)?;
+        expect_refused("it is a FIFO")?;
+        std::os::unix::fs::symlink("/dev/zero", &path)?;
+        expect_refused("it is a device")?;
+        fs::rename(&away, &path)?;
+    }
+    finish(pando(&["template", "verify"])?.arg(&case.template))?.expect_code(0)?;
+    Ok(())
+}
+
+#[test]
+fn a_state_of_other_vcpus_than_the_manifest_has() -> Result<()> {
+    let case = Case::new()?;
+    case.edit_manifest(|manifest| manifest.cpus = 2)?;
+    case.expect_refused(&[
+        "state.bin is damaged: it has the state of 1 vCPUs, the manifest has 2",
+    ])?;
+    finish(pando(&["template", "verify", "--reseal"])?.arg(&case.template))?
+        .expect_code(4)?
+        .expect_error(&["state.bin is damaged"])?;
+    Ok(())
 }
 
 #[test]
