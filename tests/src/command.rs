@@ -203,15 +203,15 @@ pub fn signal_pid(pid: u32, signal: rustix::process::Signal) -> Result<()> {
     Ok(())
 }
 
-/// Whether a process exists (a zombie does not count).
+/// Whether a process has a thread that is not a zombie. Its first thread may be one while others
+/// still hold its descriptors.
 pub fn is_alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        !stat
-            .rsplit(')')
-            .next()
-            .unwrap_or("")
-            .trim_start()
-            .starts_with('Z')
+    let threads = fs::read_dir(format!("/proc/{pid}/task"));
+    threads.into_iter().flatten().flatten().any(|thread| {
+        fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| {
+            let state = stat.rsplit(')').next().unwrap_or("").trim_start();
+            !state.starts_with('Z')
+        })
     })
 }
 
