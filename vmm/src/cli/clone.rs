@@ -62,7 +62,7 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
             ))
         })?;
     Ok(PagerConfig {
-        io: args.io,
+        io: args.io.into(),
         verify: !args.no_verify,
         fault_deadline,
     })

@@ -99,7 +99,7 @@ impl Default for PagerConfig {
 }
 
 /// How template pages are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Io {
     /// io_uring, or pread where the kernel refuses it.
     Auto,

@@ -87,14 +87,15 @@ fn run_instance(
         .as_ref()
         .map_or("none", |pager| pager.io().name())
         .to_owned();
-    let resume_start = Instant::now();
-    let machine = machine.resume().map_err(CloneError::from)?;
     let handle = machine.handle();
     if let Some(health) = &health {
+        // Before a vCPU can touch a page that cannot be had.
         let (on_poison, on_failure) = (handle.clone(), handle.clone());
         health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
         health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
     }
+    let resume_start = Instant::now();
+    let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
     send(channel, &FromWorker::Started { stages, io });
     let outcome = thread::scope(|scope| {
@@ -181,7 +182,7 @@ fn ending(outcome: Outcome, health: Option<&Health>) -> Ending {
 /// The exit code for an error that kept a clone from running.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<CloneError>() {
-        Some(CloneError::Template(_)) => exit::TEMPLATE,
+        Some(CloneError::Template(error)) => error.exit_code(),
         Some(error) if host::is_lacking(error) => exit::HOST,
         _ => exit::FAILED,
     }
