@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::args::DemoArgs;
-use super::clone::pager_config;
+use super::clone::{pager_config, require_engine};
 use super::fail::Failure;
 use super::out::{note, say};
 use super::progress;
 use super::size::{human_bytes, human_us};
 use super::table::table;
+use crate::clone::admit::admit;
 use crate::clone::supervise::{CloneOptions, Event};
 use crate::config::{self, EMBEDDED_KERNEL, MachineRequest};
 use crate::demo::drive::{Demo, Finished};
@@ -21,7 +22,7 @@ use crate::observe::stats::PagerStats;
 use crate::report::{chain, exit};
 
 /// Runs the demonstration.
-pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
+pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     let pager = pager_config(&args.pager)?;
     let request = MachineRequest {
         kernel: EMBEDDED_KERNEL.into(),
@@ -31,9 +32,11 @@ pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
         cpus: 1,
     };
     let (spec, _) = config::resolve(&request).map_err(|error| Failure::usage(chain(&error)))?;
+    raise_descriptor_limit();
+    admit(args.clones.into()).map_err(|error| Failure::of(&error))?;
+    require_engine(args.engine, &pager)?;
     let address = metrics::serve(args.metrics)?;
     note!("metrics: http://{address}/metrics");
-    raise_descriptor_limit();
     // Removed when it goes out of scope, template and all.
     let scratch = Scratch::new(args.template.clone())?;
     let spinner = progress::spinner("template");
@@ -48,6 +51,8 @@ pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
             name: template.name(),
             engine: args.engine,
             pager,
+            verbosity,
+            measure_memory: true,
         },
         clones: usize::try_from(args.clones).unwrap_or(usize::MAX),
         parallel: args.parallel.map_or_else(default_parallel, |n| n as usize),
@@ -109,7 +114,8 @@ fn show(args: &DemoArgs, result: &DemoResult) -> Result<u8, Failure> {
             "{} of {} clones were verified",
             result.verified, result.clones
         );
-        return Err(Failure::new(exit::FAILED, text));
+        let worst = result.failures.iter().map(|failure| failure.code).max();
+        return Err(Failure::new(worst.unwrap_or(exit::FAILED), text));
     }
     Ok(exit::OK)
 }

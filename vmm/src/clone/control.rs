@@ -21,7 +21,7 @@ use super::Engine;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -65,6 +65,8 @@ pub enum ToWorker {
 /// What a worker is to run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WorkerConfig {
+    /// The clone's number.
+    pub clone: u64,
     /// The template's directory.
     pub template: PathBuf,
     /// Where memory comes from.
@@ -75,6 +77,8 @@ pub struct WorkerConfig {
     pub pager: PagerConfig,
     /// The process that must be the worker's parent, lest it outlive it unseen.
     pub supervisor_pid: u32,
+    /// How much it logs, as `observe::log::start` takes it.
+    pub verbosity: u8,
 }
 
 /// How a clone's pager works.
@@ -303,11 +307,13 @@ mod tests {
 
     fn config() -> WorkerConfig {
         WorkerConfig {
+            clone: 7,
             template: "t".into(),
             engine: Engine::Copy,
             serial: Serial::Passed,
             pager: PagerConfig::default(),
             supervisor_pid: 1,
+            verbosity: 2,
         }
     }
 
@@ -366,7 +372,7 @@ mod tests {
         let mut bytes = 7_u32.to_le_bytes().to_vec();
         bytes.push(1);
         let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 7, this end speaks 1"), "{error}");
+        assert!(error.contains("version 7, this end speaks 2"), "{error}");
     }
 
     proptest! {

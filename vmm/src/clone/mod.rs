@@ -12,10 +12,12 @@
 //!
 //! A clone whose supervisor dies ends with it, and one that dies takes nobody along.
 
+pub mod admit;
 pub mod control;
 pub mod instantiate;
 pub mod process;
 pub mod supervise;
+mod usage;
 pub mod worker;
 
 use std::fmt;

@@ -27,6 +27,9 @@ pub enum SpawnError {
     /// Its orders could not be sent.
     #[error("cannot tell a clone's process what to run")]
     Orders(#[from] ControlError),
+    /// It cannot be watched.
+    #[error("cannot watch a clone's process")]
+    Watch(#[source] io::Error),
     /// Its console could not be made.
     #[error("cannot make a clone's console")]
     Console(#[from] ConsoleError),
@@ -157,7 +160,9 @@ fn unsaid(status: ExitStatus) -> Ending {
     };
     Ending::Failed {
         // Ending well without saying how is a failure too.
-        code: code.filter(|&code| code != exit::OK).unwrap_or(exit::FAILED),
+        code: code
+            .filter(|&code| code != exit::OK)
+            .unwrap_or(exit::FAILED),
         message,
     }
 }
@@ -186,7 +191,10 @@ mod tests {
     fn a_worker_without_words_ends_with_the_code_of_its_process() {
         let (code, message) = said(5 << 8);
         assert_eq!(code, exit::MEMORY);
-        assert!(message.contains("guest memory could not be read"), "{message}");
+        assert!(
+            message.contains("guest memory could not be read"),
+            "{message}"
+        );
         let (code, message) = said(9);
         assert_eq!(code, exit::FAILED);
         assert!(message.contains("killed by signal 9"), "{message}");

@@ -15,10 +15,13 @@ use thiserror::Error;
 use super::Engine;
 use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
+use super::usage::Usage;
 use crate::console::GuestConsole;
+use crate::device::legacy::console::SavedTerminal;
 use crate::observe::metrics;
 use crate::observe::relay::{Change, Delta, Series, replay};
 use crate::observe::stats::PagerStats;
+use crate::report::{chain, exit};
 
 /// How long clones that were asked to stop may take before they are killed.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -38,15 +41,6 @@ pub enum SuperviseError {
         #[source]
         source: io::Error,
     },
-    /// A worker could not be started.
-    #[error("clone {clone} cannot start")]
-    Spawn {
-        /// Its number.
-        clone: usize,
-        /// Why.
-        #[source]
-        source: SpawnError,
-    },
 }
 
 /// What clones have in common.
@@ -62,6 +56,10 @@ pub struct CloneOptions {
     pub engine: Engine,
     /// How pagers work.
     pub pager: PagerConfig,
+    /// How much clones log, as many as the `-v` of this program.
+    pub verbosity: u8,
+    /// Whether the clones' memory is measured for the metrics while they run.
+    pub measure_memory: bool,
 }
 
 /// What happened to a clone.
@@ -84,7 +82,7 @@ pub struct Clone {
     pub process: Option<CloneProcess>,
     /// Its COM1, if the supervisor holds it; outlives the process by what it said last.
     pub console: Option<GuestConsole>,
-    /// Its process number, also after it ended.
+    /// Its process number, also after it ended; 0 if it never had one.
     pub pid: u32,
     /// From the request until the guest ran.
     pub running: Option<Duration>,
@@ -97,6 +95,26 @@ pub struct Clone {
     /// How it ended.
     pub ending: Option<Ending>,
     gauges: HashMap<Series, f64>,
+    /// Gives the terminal back when the clone has ended, however it did.
+    terminal: Option<SavedTerminal>,
+}
+
+impl Clone {
+    /// A clone that never came to have a process.
+    fn failed(ending: Ending) -> Self {
+        Self {
+            process: None,
+            console: None,
+            pid: 0,
+            running: None,
+            first_output: None,
+            stages: Vec::new(),
+            io: String::new(),
+            ending: Some(ending),
+            gauges: HashMap::new(),
+            terminal: None,
+        }
+    }
 }
 
 /// All clones of one template.
@@ -106,6 +124,9 @@ pub struct Supervisor {
     epoll: OwnedFd,
     signals: UnixStream,
     clones: Vec<Clone>,
+    usage: Usage,
+    /// What happened outside of [`Self::wait`].
+    pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
 }
@@ -127,9 +148,15 @@ impl Supervisor {
             epoll,
             signals,
             clones: Vec::new(),
+            usage: Usage::default(),
+            pending: Vec::new(),
             pager_stats: PagerStats::default(),
         };
-        supervisor.watch(supervisor.signals.as_fd(), SIGNAL_TOKEN)?;
+        supervisor
+            .watch(supervisor.signals.as_fd(), SIGNAL_TOKEN)
+            .map_err(system("watch for signals"))?;
+        metrics::register(&supervisor.options.name);
+        supervisor.publish_counts();
         Ok(supervisor)
     }
 
@@ -151,31 +178,47 @@ impl Supervisor {
             .count()
     }
 
-    /// Starts a clone and returns its number; `input` waits on its console before it runs.
-    pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> Result<usize, SuperviseError> {
+    /// Starts a clone and returns its number; `input` waits on its console before it runs. A clone
+    /// that cannot be started has failed and leaves the others alone: [`Self::wait`] tells of its end
+    /// as of any other.
+    pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> usize {
         let number = self.clones.len();
+        let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
+            metrics::count_failure(&self.options.name);
+            self.pending.push(Event::Ended(number));
+            Clone::failed(Ending::Failed {
+                code: exit::FAILED,
+                message: chain(&error),
+            })
+        });
+        self.clones.push(clone);
+        self.publish_counts();
+        number
+    }
+
+    fn spawn(&self, number: usize, serial: &SerialPlan, input: &[u8]) -> Result<Clone, SpawnError> {
         let config = WorkerConfig {
+            clone: number as u64,
             template: self.options.template.clone(),
             engine: self.options.engine,
             serial: Serial::Null,
             pager: self.options.pager.clone(),
             supervisor_pid: std::process::id(),
+            verbosity: self.options.verbosity,
         };
-        let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)
-            .map_err(|source| SuperviseError::Spawn {
-                clone: number,
-                source,
-            })?;
-        for (kind, fd) in [
-            (Kind::Control, process.channel.as_fd()),
-            (Kind::Process, process.pidfd()),
-        ] {
-            self.watch(fd, token(number, kind))?;
-        }
-        if let Some(console) = &console {
-            self.watch(console.as_fd(), token(number, Kind::Console))?;
-        }
-        self.clones.push(Clone {
+        let terminal = match serial {
+            SerialPlan::Terminal => SavedTerminal::save(std::io::stdin()),
+            SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
+        };
+        let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)?;
+        self.watch(process.channel.as_fd(), token(number, Kind::Control))
+            .and_then(|()| self.watch(process.pidfd(), token(number, Kind::Process)))
+            .and_then(|()| match &console {
+                Some(console) => self.watch(console.as_fd(), token(number, Kind::Console)),
+                None => Ok(()),
+            })
+            .map_err(SpawnError::Watch)?;
+        Ok(Clone {
             pid: process.pid(),
             running: None,
             first_output: None,
@@ -185,13 +228,18 @@ impl Supervisor {
             gauges: HashMap::new(),
             process: Some(process),
             console,
-        });
-        self.publish_counts();
-        Ok(number)
+            terminal,
+        })
     }
 
     /// Waits for something to happen, at most until `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
+        let mut events = std::mem::take(&mut self.pending);
+        let timeout = if events.is_empty() {
+            timeout
+        } else {
+            Duration::ZERO
+        };
         let mut ready = Vec::with_capacity(EVENTS);
         let timespec = rustix::event::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
@@ -210,7 +258,6 @@ impl Supervisor {
                 });
             }
         }
-        let mut events = Vec::new();
         for event in &ready {
             let data = event.data.u64();
             if data == SIGNAL_TOKEN {
@@ -220,6 +267,14 @@ impl Supervisor {
             } else if let Some((clone, kind)) = parse_token(data) {
                 events.extend(self.attend(clone, kind));
             }
+        }
+        if self.options.measure_memory {
+            let clones = &self.clones;
+            self.usage
+                .measure(&self.options.name, clones.len(), |clone| {
+                    let process = clones[clone].process.as_ref();
+                    process.map(CloneProcess::pid)
+                });
         }
         Ok(events)
     }
@@ -291,7 +346,7 @@ impl Supervisor {
                     None
                 }
                 Err(error) => {
-                    tracing::error!(clone = number, "{}", crate::report::chain(&error));
+                    tracing::error!(clone = number, "{}", chain(&error));
                     process.kill();
                     None
                 }
@@ -341,6 +396,7 @@ impl Supervisor {
         let clone = &mut self.clones[number];
         if let Some(mut process) = clone.process.take() {
             let unsaid = process.reap();
+            drop(clone.terminal.take());
             let ending = clone.ending.get_or_insert(unsaid);
             if ending.exit_code() != 0 {
                 metrics::count_failure(&self.options.name);
@@ -355,6 +411,7 @@ impl Supervisor {
             clone.gauges.get(series).copied().unwrap_or(0.0)
         });
         clone.gauges.clear();
+        self.usage.forget(&self.options.name, number);
         self.publish_counts();
         Event::Ended(number)
     }
@@ -375,17 +432,14 @@ impl Supervisor {
         metrics::set_clones(name, "ended", count(|c| c.process.is_none()));
     }
 
-    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), SuperviseError> {
+    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         epoll::add(
             &self.epoll,
             fd,
             epoll::EventData::new_u64(token),
             epoll::EventFlags::IN,
         )
-        .map_err(|errno| SuperviseError::System {
-            action: "watch a clone",
-            source: errno.into(),
-        })
+        .map_err(io::Error::from)
     }
 }
 

@@ -13,17 +13,22 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig};
+use super::control::{
+    Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, Serial, ToWorker, WorkerConfig,
+};
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
 use crate::machine::{MachineHandle, Outcome};
-use crate::observe::relay::Relay;
+use crate::observe::log;
+use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
 use crate::template::Template;
 
 /// How often metrics go to the supervisor.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
+/// Most bytes of a delta in one message, which has a few of its own.
+const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 
 /// Runs a clone whose control socket is standard input. Returns the process's exit code.
 pub fn run() -> u8 {
@@ -31,6 +36,7 @@ pub fn run() -> u8 {
     let channel = match take_channel() {
         Ok(channel) => channel,
         Err(error) => {
+            log::start(0);
             tracing::error!("{}", chain(error.as_ref()));
             return exit::USAGE;
         }
@@ -41,9 +47,7 @@ pub fn run() -> u8 {
         message: chain(error.as_ref()),
     });
     let code = ending.exit_code();
-    if let Some(relay) = &relay {
-        send(&channel, &FromWorker::Metrics(relay.take()));
-    }
+    send_metrics(&channel, relay.as_ref());
     send(&channel, &FromWorker::Ended(ending));
     code
 }
@@ -53,6 +57,7 @@ fn work(channel: &Channel, relay: Option<&Relay>, start: Instant) -> anyhow::Res
         Some((ToWorker::Start(config), descriptors)) => (config, descriptors),
         Some((ToWorker::Stop, _)) | None => return Ok(Ending::Stopped),
     };
+    log::start_clone(config.verbosity, config.clone);
     die_with(config.supervisor_pid)?;
     let serial = serial_target(&config.serial, descriptors)?;
     let (signals, signal_end) = UnixStream::pair().context("cannot watch for signals")?;
@@ -136,9 +141,7 @@ fn attend(
         if ready[0] {
             return;
         }
-        if let Some(relay) = relay {
-            send(channel, &FromWorker::Metrics(relay.take()));
-        }
+        send_metrics(channel, relay);
         if ready.get(1) == Some(&true) {
             // Whatever it says or fails to say: there is no other order than to stop.
             let _ = channel.receive::<ToWorker>();
@@ -228,6 +231,13 @@ fn serial_target(serial: &Serial, descriptors: Vec<OwnedFd>) -> anyhow::Result<S
             SerialTarget::Stdio
         }
     })
+}
+
+/// Sends what was recorded since the last time, in as many messages as it takes; none for nothing.
+fn send_metrics(channel: &Channel, relay: Option<&Relay>) {
+    for delta in relay.map_or_else(Vec::new, |relay| split(relay.take(), MAX_DELTA_BYTES)) {
+        send(channel, &FromWorker::Metrics(delta));
+    }
 }
 
 fn send(channel: &Channel, message: &FromWorker) {

@@ -15,9 +15,9 @@ use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
 use crate::config;
 use crate::observe::memory::{ProcessMemory, available_bytes};
-use crate::observe::metrics;
 use crate::observe::stats::Durations;
 use crate::payload::protocol::{READY_LINE, Reply};
+use crate::report::exit;
 use crate::spec::MachineSpec;
 use crate::template::Template;
 use crate::template::build::{Ready, TemplateVm};
@@ -90,7 +90,6 @@ impl Demo {
         let interrupted = run.all(self.parallel, progress)?;
         let took = start.elapsed();
         let memory = measure_memory(&run.supervisor, available_before);
-        publish_memory(&self.options.name, &run.supervisor);
         let data_pages = template
             .index()
             .backends()
@@ -137,19 +136,17 @@ impl Finished {
     pub fn finish(mut self) -> anyhow::Result<DemoResult> {
         self.supervisor.stop_all(STOP_GRACE)?;
         for (number, clone) in self.supervisor.clones().iter().enumerate() {
-            let known = self
-                .result
-                .failures
-                .iter()
-                .any(|failure| failure.clone == number);
-            if let Some(Ending::Failed { message, .. }) = &clone.ending
-                && !known
-            {
-                let message = message.clone();
-                self.result.failures.push(CloneFailure {
+            let Some(Ending::Failed { code, message }) = &clone.ending else {
+                continue;
+            };
+            let mut failures = self.result.failures.iter_mut();
+            match failures.find(|failure| failure.clone == number) {
+                Some(known) => known.code = known.code.max(*code),
+                None => self.result.failures.push(CloneFailure {
                     clone: number,
-                    message,
-                });
+                    code: *code,
+                    message: message.clone(),
+                }),
             }
         }
         self.result.pager = PagerFacts::from(&self.supervisor.pager_stats);
@@ -165,7 +162,8 @@ impl Finished {
 struct Progress {
     steps: Vec<Step>,
     answered: usize,
-    failure: Option<String>,
+    /// Exit code and message.
+    failure: Option<(u8, String)>,
 }
 
 impl Progress {
@@ -201,7 +199,7 @@ impl Run {
                 .filter(|clone| !clone.is_done())
                 .count();
             for _ in busy..parallel.min(self.wanted - self.progress.len() + busy) {
-                self.start_one()?;
+                self.start_one();
             }
             if self.progress.len() == self.wanted && self.progress.iter().all(Progress::is_done) {
                 return Ok(false);
@@ -225,17 +223,16 @@ impl Run {
         }
     }
 
-    fn start_one(&mut self) -> anyhow::Result<()> {
+    fn start_one(&mut self) {
         let number = self.progress.len();
         let steps = self.plan.clone(number as u64);
         self.supervisor
-            .start(&SerialPlan::Supervisor, &plan::lines(&steps))?;
+            .start(&SerialPlan::Supervisor, &plan::lines(&steps));
         self.progress.push(Progress {
             steps,
             answered: 0,
             failure: None,
         });
-        Ok(())
     }
 
     fn read(&mut self, number: usize) {
@@ -254,7 +251,9 @@ impl Run {
             match check(step, &line) {
                 Ok(()) => state.answered += 1,
                 Err(error) => {
-                    state.failure.get_or_insert_with(|| format!("{error:#}"));
+                    state
+                        .failure
+                        .get_or_insert_with(|| (exit::FAILED, format!("{error:#}")));
                 }
             }
         }
@@ -268,8 +267,8 @@ impl Run {
         if !state.is_done() {
             let ending = self.supervisor.clones()[number].ending.as_ref();
             state.failure = Some(match ending {
-                Some(Ending::Failed { message, .. }) => message.clone(),
-                _ => message.to_owned(),
+                Some(Ending::Failed { code, message }) => (*code, message.clone()),
+                _ => (exit::FAILED, message.to_owned()),
             });
         }
     }
@@ -283,9 +282,10 @@ impl Run {
 
     fn failures(&self, mut result: DemoResult) -> DemoResult {
         for (clone, progress) in self.progress.iter().enumerate() {
-            if let Some(message) = &progress.failure {
+            if let Some((code, message)) = &progress.failure {
                 result.failures.push(CloneFailure {
                     clone,
+                    code: *code,
                     message: message.clone(),
                 });
             }
@@ -354,20 +354,4 @@ fn measure_memory(supervisor: &Supervisor, available_before: u64) -> MemoryFacts
         proportional_bytes_p50: median(|m| m.proportional_bytes),
         available_fell_bytes: fell / (clones.len().max(1) as u64),
     }
-}
-
-fn publish_memory(name: &str, supervisor: &Supervisor) {
-    let mut sum = ProcessMemory::default();
-    for memory in supervisor
-        .clones()
-        .iter()
-        .filter_map(|clone| ProcessMemory::of(clone.pid))
-    {
-        sum.private_dirty_bytes += memory.private_dirty_bytes;
-        sum.private_clean_bytes += memory.private_clean_bytes;
-        sum.shared_bytes += memory.shared_bytes;
-    }
-    metrics::set_memory(name, "private_dirty", sum.private_dirty_bytes);
-    metrics::set_memory(name, "private_clean", sum.private_clean_bytes);
-    metrics::set_memory(name, "shared", sum.shared_bytes);
 }

@@ -44,6 +44,8 @@ pub struct DemoResult {
 pub struct CloneFailure {
     /// Its number.
     pub clone: usize,
+    /// The exit code that goes with it.
+    pub code: u8,
     /// What was wrong.
     pub message: String,
 }
