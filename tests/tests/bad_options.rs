@@ -175,6 +175,24 @@ fn a_socket_path_in_use() -> Result<()> {
 }
 
 #[test]
+fn more_clones_than_open_files() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-c", "ulimit -n 40 && exec \"$@\"", "sh"])
+        .arg(pando_tests::rig::built_program("pando")?)
+        .arg("clone")
+        .arg(&template)
+        .args(["--count", "20"]);
+    finish(&mut command)?.expect_code(1)?.expect_error(&[
+        "20 clones need 4 x 20 + 64 = 144 open files and this process may have 40",
+        "ulimit -Hn 144",
+    ])?;
+    Ok(())
+}
+
+#[test]
 fn a_metrics_address_in_use() -> Result<()> {
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
