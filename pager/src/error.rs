@@ -40,6 +40,14 @@ pub enum PagerError {
         #[source]
         source: userfaultfd::Error,
     },
+    /// The kernel registers the memory of a clone, but not for all that serving it takes.
+    #[error("memory {image} cannot be served: the userfaultfd of this kernel offers no {} for it", missing.join(", "))]
+    Ioctls {
+        /// Id of the image.
+        image: String,
+        /// Names of the missing ioctls.
+        missing: Vec<&'static str>,
+    },
     /// An image without a page.
     #[error("memory {image} is empty")]
     Empty {

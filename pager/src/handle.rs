@@ -117,11 +117,17 @@ impl Pager<Idle> {
         };
         let mapping = Arc::new(ServedMapping::new(bytes).map_err(map)?);
         let own = uffd_sys::duplicate(&self.state.uffd).map_err(map)?;
-        uffd_sys::register(&self.state.uffd, &mapping).map_err(|source| PagerError::Register {
-            image: id(),
-            bytes,
-            source,
+        let missing = uffd_sys::register(&self.state.uffd, &mapping).map_err(|source| {
+            PagerError::Register {
+                image: id(),
+                bytes,
+                source,
+            }
         })?;
+        if !missing.is_empty() {
+            let image = id();
+            return Err(PagerError::Ioctls { image, missing });
+        }
         self.state.mappings.push(Region::new(&mapping));
         let served = Served::new(image, Region::new(&mapping));
         self.state.images.push(served);

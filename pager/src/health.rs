@@ -38,9 +38,9 @@ pub enum PoisonReason {
         /// How long the fault waited.
         limit: Duration,
     },
-    /// There was no memory to put it in.
+    /// Until its deadline there was no memory to put it in.
     NoMemory,
-    /// The kernel refused to install it.
+    /// The kernel refused to install it; EAGAIN: until its deadline.
     Install {
         /// What the kernel said.
         errno: i32,

@@ -8,7 +8,8 @@
 //! | EEXIST | the first page is there already; *nobody was woken* | wake it, go on behind it |
 //! | EAGAIN, nothing done | the address space is changing, or an event is unread | drain messages, try again, at most [`AGAIN_LIMIT`] times |
 //! | ENOMEM | no memory, or the cgroup's limit | try again, at most [`NO_MEMORY_LIMIT`] times |
-//! | ENOENT | no longer one registered mapping | stop, quietly |
+//! | ENOENT, several pages | not one registered mapping: perhaps two | try again, page by page |
+//! | ENOENT, one page | no registered mapping | stop: who waits must look again |
 //! | ESRCH | the address space is gone | stop, quietly |
 //! | EFAULT | the source bytes could not be read | stop: an error of the page |
 //! | anything else | a bug, or a kernel that does not know the ioctl | stop: an error of the page |
@@ -53,6 +54,9 @@ pub(crate) enum Content<'a> {
 pub(crate) enum Stopped {
     /// The memory or its process is gone: nobody waits.
     Gone,
+    /// The first page that was not done lies in no registered mapping any more, though the
+    /// process lives: something else was mapped there. Who waits for it sleeps until woken.
+    Unmapped,
     /// Still changing after [`AGAIN_LIMIT`] tries.
     Changing,
     /// Still no memory after [`NO_MEMORY_LIMIT`] tries.
@@ -72,6 +76,8 @@ pub(crate) struct Installed {
     pub(crate) again: u32,
     /// Tries repeated because of ENOMEM.
     pub(crate) no_memory: u32,
+    /// Tries repeated page by page because of ENOENT.
+    pub(crate) split: u32,
     /// Why the rest was not done.
     pub(crate) stopped: Option<Stopped>,
 }
@@ -83,12 +89,24 @@ impl Installed {
     }
 }
 
+/// Where an install goes from one answer.
+enum Step {
+    /// To what is not done yet.
+    On,
+    /// The same, but no call may ask for more than one page any more.
+    PageByPage,
+    /// Nowhere.
+    Stop(Stopped),
+}
+
 /// Puts `content` at `pages`, whatever it takes, within the limits above.
 pub(crate) fn install(ops: &mut dyn PageOps, pages: PageRange, content: Content<'_>) -> Installed {
     let mut report = Installed::default();
+    let mut most = pages.count().get();
     while report.done() < pages.count().get() {
         let done = report.done();
-        let rest = PageRange::between(pages.start().plus(done), pages.end());
+        let left = pages.count().get() - done;
+        let rest = PageRange::new(pages.start().plus(done), PageCount::new(left.min(most)));
         let answer = match content {
             Content::Bytes(bytes) => {
                 let at = usize::try_from(done * PAGE_BYTES).unwrap_or(usize::MAX);
@@ -99,49 +117,56 @@ pub(crate) fn install(ops: &mut dyn PageOps, pages: PageRange, content: Content<
             Content::Zero => ops.zero(rest),
             Content::Poison => ops.poison(rest),
         };
-        if let Some(stopped) = step(ops, rest, answer, &mut report) {
-            report.stopped = Some(stopped);
-            break;
+        match step(ops, rest, answer, &mut report) {
+            Step::On => {}
+            Step::PageByPage => most = 1,
+            Step::Stop(stopped) => {
+                report.stopped = Some(stopped);
+                break;
+            }
         }
     }
     report
 }
 
 /// One rung: what `answer` to an install of `rest` means.
-fn step(
-    ops: &mut dyn PageOps,
-    rest: PageRange,
-    answer: Answer,
-    report: &mut Installed,
-) -> Option<Stopped> {
+fn step(ops: &mut dyn PageOps, rest: PageRange, answer: Answer, report: &mut Installed) -> Step {
     let filled = u64::try_from(answer.done_bytes).unwrap_or(0) / PAGE_BYTES;
     let filled = filled.min(rest.count().get());
     if filled > 0 {
         report.fresh += filled;
         report.again += u32::from(filled < rest.count().get());
-        return None;
+        return Step::On;
     }
     match answer.errno {
         // A success that did nothing would loop for ever: treated as the kernel's EAGAIN.
         None | Some(Errno::AGAIN) => {
             report.again += 1;
             if report.again > AGAIN_LIMIT {
-                return Some(Stopped::Changing);
+                return Step::Stop(Stopped::Changing);
             }
             ops.drain();
-            None
+            Step::On
         }
         Some(Errno::EXIST) => {
             ops.wake(PageRange::new(rest.start(), PageCount::new(1)));
             report.present += 1;
-            None
+            Step::On
         }
         Some(Errno::NOMEM) => {
             report.no_memory += 1;
-            (report.no_memory > NO_MEMORY_LIMIT).then_some(Stopped::NoMemory)
+            if report.no_memory > NO_MEMORY_LIMIT {
+                return Step::Stop(Stopped::NoMemory);
+            }
+            Step::On
         }
-        Some(Errno::NOENT | Errno::SRCH) => Some(Stopped::Gone),
-        Some(errno) => Some(Stopped::Refused(errno)),
+        Some(Errno::NOENT) if rest.count().get() > 1 => {
+            report.split += 1;
+            Step::PageByPage
+        }
+        Some(Errno::NOENT) => Step::Stop(Stopped::Unmapped),
+        Some(Errno::SRCH) => Step::Stop(Stopped::Gone),
+        Some(errno) => Step::Stop(Stopped::Refused(errno)),
     }
 }
 

@@ -36,6 +36,7 @@ mod residency;
 mod retry;
 mod serve;
 pub mod source;
+mod stale;
 mod sys;
 mod thread;
 mod token;

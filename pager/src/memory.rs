@@ -26,6 +26,11 @@ impl CloneMemory {
         }
     }
 
+    #[cfg(test)]
+    pub(crate) fn mapping(&self) -> &ServedMapping {
+        &self.mapping
+    }
+
     /// First address in this process; page aligned.
     pub fn host_address(&self) -> *mut u8 {
         self.mapping.address()

@@ -9,6 +9,7 @@ use ::metrics::{
     gauge, histogram,
 };
 
+use crate::port::IoPath;
 use crate::retry::RetryReason;
 
 const FAULTS: &str = "pando_pager_faults_total";
@@ -69,6 +70,16 @@ pub fn describe() {
         VERIFY_FAILURES,
         "Chunks that are not what the template's index says"
     );
+}
+
+/// Creates every series that a pager of `template` can move, so that an exporter shows them at
+/// zero from the beginning: a counter that first appears with a value has no rate before. What
+/// moved already stays as it is. Install a recorder before.
+pub fn register(template: &str) {
+    let metrics = Metrics::new(template);
+    for path in IoPath::ALL {
+        metrics.io_info(path.name()).increment(0.0);
+    }
 }
 
 /// Where a page came from.
@@ -138,7 +149,7 @@ pub(crate) struct Metrics {
     late: Counter,
     wasted: Counter,
     inflight: Gauge,
-    retries: [Counter; 5],
+    retries: [Counter; 7],
     poisoned: Counter,
     verify_failures: Counter,
     limits: [Counter; 2],
@@ -170,11 +181,13 @@ impl Metrics {
             useful: prefetch("useful"),
             late: prefetch("late"),
             wasted: prefetch("wasted"),
-            inflight: gauge!(INFLIGHT_READS),
-            retries: RetryReason::ALL.map(|reason| counter!(RETRIES, "reason" => reason.name())),
-            poisoned: counter!(POISONED),
-            verify_failures: counter!(VERIFY_FAILURES),
-            limits: ["buffers", "queue"].map(|limit| counter!(LIMIT_HITS, "limit" => limit)),
+            inflight: gauge!(INFLIGHT_READS, "template" => label()),
+            retries: RetryReason::ALL
+                .map(|reason| counter!(RETRIES, "template" => label(), "reason" => reason.name())),
+            poisoned: counter!(POISONED, "template" => label()),
+            verify_failures: counter!(VERIFY_FAILURES, "template" => label()),
+            limits: ["buffers", "queue"]
+                .map(|limit| counter!(LIMIT_HITS, "template" => label(), "limit" => limit)),
             template: label(),
         }
     }
@@ -236,11 +249,15 @@ impl Metrics {
 
     /// One pager more (or less) whose reads take `path`.
     pub(crate) fn serving(&self, path: &'static str, begins: bool) {
-        let info = gauge!(IO_INFO, "template" => self.template.clone(), "path" => path);
+        let info = self.io_info(path);
         if begins {
             info.increment(1.0);
         } else {
             info.decrement(1.0);
         }
+    }
+
+    fn io_info(&self, path: &'static str) -> Gauge {
+        gauge!(IO_INFO, "template" => self.template.clone(), "path" => path)
     }
 }

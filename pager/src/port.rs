@@ -27,6 +27,8 @@ pub enum IoPath {
 }
 
 impl IoPath {
+    pub(crate) const ALL: [Self; 3] = [Self::UringRead, Self::UringPoll, Self::Pread];
+
     /// The label of `pando_pager_io_info`.
     pub const fn name(self) -> &'static str {
         match self {

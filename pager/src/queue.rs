@@ -3,8 +3,11 @@
 
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use crate::page::{PageIndex, PageRange};
 use crate::prefetch::plan::Window;
+use crate::retry::pause;
 use crate::token::ReadSlot;
 
 /// One fault that is not answered yet.
@@ -18,10 +21,23 @@ pub(crate) struct Waiter {
     pub(crate) arrived: Instant,
     /// Failed tries so far.
     pub(crate) attempts: u32,
+    /// No try before then: the last one failed for want of something that may come back.
+    pub(crate) not_before: Option<Instant>,
+    /// Why the last install failed, if it may be tried again.
+    pub(crate) refused: Option<Errno>,
     /// How much to read at the first try.
     pub(crate) window: Window,
     /// The read that will answer it; `None` while it waits for a buffer or another try.
     pub(crate) read: Option<ReadSlot>,
+}
+
+impl Waiter {
+    fn put_off(&mut self, now: Instant) {
+        self.read = None;
+        self.window.pages = 1;
+        self.attempts += 1;
+        self.not_before = now.checked_add(pause(self.attempts));
+    }
 }
 
 /// The waiting faults. Holds at most its limit and never allocates after it was made.
@@ -56,19 +72,42 @@ impl Queue {
         self.waiters.push(waiter);
     }
 
-    /// The oldest fault from position `from` on that no read answers, and its position.
+    /// Ends the pauses that are over at `now`.
+    pub(crate) fn end_pauses(&mut self, now: Instant) {
+        for waiter in &mut self.waiters {
+            if waiter.not_before.is_some_and(|then| then <= now) {
+                waiter.not_before = None;
+            }
+        }
+    }
+
+    /// When the first pause is over.
+    pub(crate) fn next_try(&self) -> Option<Instant> {
+        let waiting = self.waiters.iter().filter(|waiter| waiter.read.is_none());
+        waiting.filter_map(|waiter| waiter.not_before).min()
+    }
+
+    /// The oldest fault from position `from` on that no read answers and that may be tried now,
+    /// and its position.
     pub(crate) fn unassigned(&self, from: usize) -> Option<(usize, Waiter)> {
         let waiting = self.waiters.iter().enumerate().skip(from);
         waiting
-            .filter(|(_, waiter)| waiter.read.is_none())
+            .filter(|(_, waiter)| waiter.read.is_none() && waiter.not_before.is_none())
             .map(|(at, waiter)| (at, *waiter))
             .next()
     }
 
     /// Whether anybody waits for `page`.
     pub(crate) fn waits_for(&self, image: usize, page: PageIndex) -> bool {
+        self.oldest_for(image, page).is_some()
+    }
+
+    /// Who waits for `page` for the longest time.
+    pub(crate) fn oldest_for(&self, image: usize, page: PageIndex) -> Option<Waiter> {
         let mut waiters = self.waiters.iter();
-        waiters.any(|waiter| waiter.image == image && waiter.page == page)
+        waiters
+            .find(|waiter| waiter.image == image && waiter.page == page)
+            .copied()
     }
 
     /// Lets `read` answer everybody who waits for one of `pages`.
@@ -87,13 +126,12 @@ impl Queue {
         waiters.map(|waiter| waiter.attempts).max().unwrap_or(0)
     }
 
-    /// `read` failed its waiters: they count the try and wait for another, of their page alone.
-    pub(crate) fn release(&mut self, read: ReadSlot) {
+    /// `read` failed its waiters at `now`: they count the try and wait for another, of their page
+    /// alone, after a pause.
+    pub(crate) fn release(&mut self, read: ReadSlot, now: Instant) {
         for waiter in &mut self.waiters {
             if waiter.read == Some(read) {
-                waiter.read = None;
-                waiter.window.pages = 1;
-                waiter.attempts += 1;
+                waiter.put_off(now);
             }
         }
     }
@@ -109,19 +147,25 @@ impl Queue {
         }
     }
 
-    /// `page` failed its waiters: they count the try and wait for another. The most failed tries
-    /// of any; `None` if nobody waits for it.
-    pub(crate) fn release_page(&mut self, image: usize, page: PageIndex) -> Option<u32> {
-        let mut most = None;
+    /// The same for everybody who waits for one of `pages`.
+    pub(crate) fn narrow_pages(&mut self, image: usize, pages: PageRange) {
         for waiter in &mut self.waiters {
-            if waiter.image == image && waiter.page == page {
+            if waiter.image == image && pages.contains(waiter.page) {
                 waiter.read = None;
                 waiter.window.pages = 1;
-                waiter.attempts += 1;
-                most = most.max(Some(waiter.attempts));
             }
         }
-        most
+    }
+
+    /// Installing `pages` failed at `now` with an `errno` that may pass: their waiters count the
+    /// try and wait for another, of their page alone, after a pause.
+    pub(crate) fn put_off(&mut self, image: usize, pages: PageRange, now: Instant, errno: Errno) {
+        for waiter in &mut self.waiters {
+            if waiter.image == image && pages.contains(waiter.page) {
+                waiter.put_off(now);
+                waiter.refused = Some(errno);
+            }
+        }
     }
 
     /// Removes everybody who waits for one of `pages`, telling `each`.
@@ -166,6 +210,8 @@ mod tests {
             page: PageIndex::new(page),
             arrived,
             attempts: 0,
+            not_before: None,
+            refused: None,
             window: Window {
                 direction: Direction::Forward,
                 pages: 1,
@@ -211,12 +257,39 @@ mod tests {
         assert_eq!(queue.unassigned(0).unwrap().1.page.get(), 9);
         assert_eq!(queue.first_of(read).unwrap().page.get(), 4);
         assert_eq!(queue.attempts_of(read), 0);
-        queue.release(read);
+        queue.release(read, start);
+        assert_eq!(queue.unassigned(0).unwrap().1.page.get(), 9);
+        queue.end_pauses(start + Duration::from_millis(1));
         assert_eq!(queue.unassigned(0).unwrap().1.page.get(), 4);
         assert_eq!(queue.unassigned(2).unwrap().0, 2);
         assert!(queue.waits_for(0, PageIndex::new(5)));
         assert!(!queue.waits_for(1, PageIndex::new(5)));
-        assert_eq!(queue.release_page(0, PageIndex::new(5)), Some(2));
-        assert_eq!(queue.release_page(0, PageIndex::new(6)), None);
+    }
+
+    #[test]
+    fn a_fault_that_was_put_off_waits_longer_each_time() {
+        let start = Instant::now();
+        let mut queue = Queue::new(9);
+        queue.push(waiter(4, start));
+        queue.push(waiter(7, start));
+        let page = PageRange::single(PageIndex::new(4));
+        let mut now = start;
+        for (tries, pause) in (1..).zip([1, 2, 4, 8, 16, 32, 64, 100, 100]) {
+            queue.put_off(0, page, now, Errno::NOMEM);
+            let then = now + Duration::from_millis(pause);
+            assert_eq!(queue.next_try(), Some(then));
+            queue.end_pauses(then.checked_sub(Duration::from_nanos(1)).unwrap());
+            assert_eq!(queue.unassigned(0).unwrap().1.page.get(), 7);
+            queue.end_pauses(then);
+            assert_eq!(queue.next_try(), None);
+            let oldest = queue.unassigned(0).unwrap().1;
+            assert_eq!((oldest.page, oldest.attempts), (page.start(), tries));
+            assert_eq!(oldest.refused, Some(Errno::NOMEM));
+            now = then;
+        }
+        // A read on its way needs no try.
+        queue.put_off(0, page, now, Errno::NOMEM);
+        queue.assign(0, page, ReadSlot::new(1));
+        assert_eq!(queue.next_try(), None);
     }
 }

@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! Which failed reads are tried again, and how often. Pure.
 
+use std::time::Duration;
+
 use rustix::io::Errno;
 
 use crate::health::PoisonReason;
@@ -9,6 +11,16 @@ use crate::health::PoisonReason;
 pub(crate) const INTERRUPTED_RETRIES: u32 = 8;
 /// Tries repeated for any other error: one transient error must not kill a clone.
 pub(crate) const ERROR_RETRIES: u32 = 1;
+
+/// The longest pause before a failed try is repeated.
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a fault waits after its `attempts`th failed try: 1 ms, then twice as long each time.
+/// What is short now may be there in a moment, and trying at once only adds to the pressure.
+pub(crate) fn pause(attempts: u32) -> Duration {
+    let doublings = attempts.saturating_sub(1).min(7);
+    Duration::from_millis(1 << doublings).min(LONGEST_PAUSE)
+}
 
 /// How a read failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,15 +53,21 @@ pub(crate) enum RetryReason {
     InstallAgain,
     /// ENOMEM of an install.
     InstallNoMemory,
+    /// ENOENT of an install of several pages: done page by page.
+    InstallSplit,
+    /// ENOENT of an install of one page: who waited was woken and looks again.
+    InstallUnmapped,
 }
 
 impl RetryReason {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::ReadAgain,
         Self::ReadError,
         Self::ShortRead,
         Self::InstallAgain,
         Self::InstallNoMemory,
+        Self::InstallSplit,
+        Self::InstallUnmapped,
     ];
 
     /// The label.
@@ -60,6 +78,8 @@ impl RetryReason {
             Self::ShortRead => "short_read",
             Self::InstallAgain => "install_again",
             Self::InstallNoMemory => "install_no_memory",
+            Self::InstallSplit => "install_split",
+            Self::InstallUnmapped => "install_unmapped",
         }
     }
 }
@@ -98,6 +118,12 @@ pub(crate) fn decide(failure: ReadFailure, attempts: u32) -> Decision {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pauses_double_up_to_a_limit() {
+        let pauses = [1, 2, 3, 7, 8, 9, u32::MAX].map(|attempts| pause(attempts).as_millis());
+        assert_eq!(pauses, [1, 2, 4, 64, 100, 100, 100]);
+    }
 
     #[test]
     fn transient_errors_are_forgiven_and_lasting_ones_are_not() {

@@ -14,7 +14,7 @@ use std::process::{Command, Output};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::sys::memory::{discard_page, read_page, read_word, try_read_page};
+use common::sys::memory::{discard_page, map_over, read_page, read_word, try_read_page};
 use common::{MODES, Template, options};
 use pando_pager::source::faulty::FaultPlan;
 use pando_pager::{
@@ -214,6 +214,52 @@ fn a_page_that_is_discarded_behind_the_pagers_back_is_an_error_and_not_a_zero() 
         discard_page(&memory, 9);
         assert_eq!(must_fail(&pager, &memory, 9), PoisonReason::Discarded);
         assert_eq!(pager.stop().unwrap().poisoned, 1);
+    }
+}
+
+#[test]
+fn discarded_pages_that_fault_in_turn_do_not_hide_each_other() {
+    let template = Template::new(64, all);
+    let (pager, memory) = template.serve(options(IoMode::Auto), FaultPlan::default());
+    let pages = [3, 9, 40];
+    for page in pages {
+        assert_eq!(read_page(&memory, page), template.expected(page));
+        discard_page(&memory, page);
+    }
+    std::thread::scope(|scope| {
+        for page in pages {
+            let memory = &memory;
+            scope.spawn(move || try_read_page(memory, page).unwrap_err());
+        }
+    });
+    let poisoned = pager.health().poisoned();
+    let reasons: Vec<_> = poisoned.iter().map(|page| page.reason).collect();
+    assert_eq!(reasons, [PoisonReason::Discarded; 3]);
+    assert_eq!(pager.stop().unwrap().poisoned, 3);
+}
+
+#[test]
+fn who_waits_for_a_page_that_is_mapped_over_is_woken() {
+    let template = Template::new(64, all);
+    for mode in MODES {
+        let plan = FaultPlan {
+            delayed_per_mille: 1000,
+            delay: Duration::from_millis(300),
+            ..FaultPlan::default()
+        };
+        let (pager, memory) = template.serve(options(mode), plan);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| try_read_page(&memory, 9).unwrap_err());
+            while pager.counts().reads == 0 {
+                std::thread::yield_now();
+            }
+            map_over(&memory, 9);
+            let error = waiter.join().unwrap();
+            assert_eq!(error.raw_os_error(), Some(libc::EFAULT), "{error}");
+        });
+        assert_eq!(read_page(&memory, 10), template.expected(10));
+        let counts = pager.stop().unwrap();
+        assert_eq!((counts.poisoned, counts.retries), (0, 1), "{counts:?}");
     }
 }
 

@@ -81,10 +81,23 @@ fn every_family_is_declared_and_moves() {
         .unwrap();
     let recorder = builder.install_recorder().unwrap();
     pando_pager::metrics::describe();
+    pando_pager::metrics::register("busy");
+    let registered = samples(&recorder.render());
+    assert!(
+        registered.values().all(|&value| value == 0.0),
+        "{registered:?}"
+    );
     let template = Template::new(2048, |page| page < 1024);
     let counts = eventful(&template);
     let text = recorder.render();
     let samples = samples(&text);
+    assert!(
+        samples.keys().eq(registered.keys()),
+        "a series was not registered\n{text}"
+    );
+    for series in samples.keys() {
+        assert!(series.contains("{template=\"busy\""), "{series}");
+    }
     let sum = |prefix: &str| -> f64 {
         let matching = samples.iter().filter(|(name, _)| name.starts_with(prefix));
         matching.map(|(_, value)| value).sum()

@@ -6,7 +6,7 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
-use common::sys::memory::{read_page, read_word, write_word};
+use common::sys::memory::{read_page, read_word, split_mapping, write_word};
 use common::{MODES, PAGE, Random, Template, options};
 use pando_pager::source::faulty::{FaultPlan, Faulty};
 use pando_pager::{Budget, Pager, PagerOptions, Verify};
@@ -156,6 +156,30 @@ fn a_walk_is_answered_in_windows_and_random_faults_page_by_page() {
         let counts = pager.stop().unwrap();
         let installed = counts.pages_cache + counts.pages_disk + counts.pages_zero;
         assert_eq!(installed, 147, "{counts:?}");
+    }
+}
+
+#[test]
+fn memory_that_others_split_into_several_mappings_is_served_across_their_borders() {
+    let template = Template::new(128, |page| page < 64);
+    for mode in MODES {
+        for write in [false, true] {
+            let (pager, memory) = template.serve(options(mode), FaultPlan::default());
+            for first in [21, 50, 70, 101] {
+                split_mapping(&memory, first, 7);
+            }
+            for page in (0..100).chain((100..128).rev()) {
+                if write {
+                    write_word(&memory, page, page);
+                    assert_eq!(read_word(&memory, page), page);
+                } else {
+                    assert_eq!(read_page(&memory, page), template.expected(page));
+                }
+            }
+            let counts = pager.stop().unwrap();
+            assert!(counts.poisoned == 0 && counts.retries >= 4, "{counts:?}");
+            assert!(counts.faults < 100, "walks have windows: {counts:?}");
+        }
     }
 }
 

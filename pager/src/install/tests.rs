@@ -146,14 +146,42 @@ fn nothing_is_tried_for_ever() {
 
 #[test]
 fn what_is_gone_is_dropped_and_what_is_wrong_is_said() {
-    for errno in [Errno::NOENT, Errno::SRCH] {
-        let (report, _) = run(&[short(1), error(errno)]);
-        assert_eq!((report.fresh, report.stopped), (1, Some(Stopped::Gone)));
-    }
+    let (report, _) = run(&[short(1), error(Errno::SRCH)]);
+    assert_eq!((report.fresh, report.stopped), (1, Some(Stopped::Gone)));
     for errno in [Errno::FAULT, Errno::INVAL] {
         let (report, _) = run(&[error(errno)]);
         assert_eq!(report.stopped, Some(Stopped::Refused(errno)));
     }
+}
+
+#[test]
+fn a_border_between_mappings_is_crossed_page_by_page() {
+    let (report, script) = run(&[error(Errno::NOENT)]);
+    assert_eq!((report.fresh, report.split, report.stopped), (4, 1, None));
+    assert_eq!(script.calls, 5);
+    assert_eq!(script.pages[2..6], [Some(1), Some(2), Some(3), Some(4)]);
+    // The other rungs hold on the way.
+    let (report, script) = run(&[
+        short(1),
+        error(Errno::NOENT),
+        error(Errno::EXIST),
+        error(Errno::NOMEM),
+    ]);
+    assert_eq!((report.fresh, report.present), (3, 1));
+    assert_eq!((report.split, report.no_memory), (1, 1));
+    assert_eq!((script.woken, report.stopped), (vec![3], None));
+}
+
+#[test]
+fn a_page_of_no_mapping_ends_the_install_there() {
+    let none = error(Errno::NOENT);
+    let (report, script) = run(&[none, short(1), none]);
+    assert_eq!((report.fresh, report.stopped), (1, Some(Stopped::Unmapped)));
+    assert_eq!((report.split, script.calls), (1, 3));
+    let mut script = Script::new(&[none]);
+    let one = PageRange::single(PageIndex::new(2));
+    let report = install(&mut script, one, Content::Zero);
+    assert_eq!((report.split, report.stopped), (0, Some(Stopped::Unmapped)));
 }
 
 proptest! {

@@ -17,10 +17,6 @@ use crate::queue::Waiter;
 use crate::residency::PageState;
 use crate::retry::RetryReason;
 
-/// Faults in a row on one page that is installed already before it is taken to be discarded.
-/// Far more than threads can send for one page while it is installed.
-const STALE_LIMIT: u32 = 4096;
-
 /// Pages of zeros to copy from.
 const ZERO_PAGES: u64 = 16;
 static ZEROS: [u8; 16 * 4096] = [0; 16 * 4096];
@@ -83,14 +79,8 @@ impl Server {
     fn admit_stale(&mut self, image: usize, page: PageIndex, arrived: Instant) {
         self.count(FaultKind::Stale);
         let served = &mut self.parts.images[image];
-        let again = if served.stale.0 == page {
-            served.stale.1 + 1
-        } else {
-            1
-        };
-        served.stale = (page, again);
-        if again >= STALE_LIMIT && served.residency.get(page) == PageState::Present {
-            served.stale = (page, 0);
+        let installed = served.residency.get(page) == PageState::Present;
+        if installed && served.stale.is_discarded(page) {
             let waiter = self.waiter(image, page, arrived, SINGLE);
             self.queue.push(waiter);
             self.poison(image, page, PoisonReason::Discarded);
@@ -107,6 +97,12 @@ impl Server {
             add(&self.parts.tally.prefetch_late, 1);
         }
         let mut waiter = self.waiter(image, page, arrived, SINGLE);
+        if let Some(first) = self.queue.oldest_for(image, page) {
+            // Who comes later does not cut a pause short.
+            waiter.attempts = first.attempts;
+            waiter.not_before = first.not_before;
+            waiter.refused = first.refused;
+        }
         waiter.read = self.read_bringing(image, page);
         self.queue.push(waiter);
     }
@@ -135,33 +131,29 @@ impl Server {
         self.parts.images[image].streams.chosen(window.stream, run);
         let started = Instant::now();
         let report = self.install(image, run, content, Origin::Zero);
-        if report.done() > 0 || report.stopped == Some(Stopped::Gone) {
-            // Backward windows end with the page asked for: a partial one answers it later.
-            if PageRange::between(run.start(), run.start().plus(report.done())).contains(page) {
-                let now = Instant::now();
-                let stages = Stages {
-                    queue: started.saturating_duration_since(arrived),
-                    read: None,
-                    install: now.saturating_duration_since(started),
-                    total: now.saturating_duration_since(arrived),
-                };
-                self.parts.metrics.answered(Origin::Zero, &stages);
-                return;
-            }
-            if report.stopped == Some(Stopped::Gone) {
-                return;
-            }
+        let rest = PageRange::between(run.start().plus(report.done()), run.end());
+        if !rest.contains(page) {
+            let now = Instant::now();
+            let stages = Stages {
+                queue: started.saturating_duration_since(arrived),
+                read: None,
+                install: now.saturating_duration_since(started),
+                total: now.saturating_duration_since(arrived),
+            };
+            self.parts.metrics.answered(Origin::Zero, &stages);
+            return;
         }
+        // A window backward ends with the page asked for: it may be left though others are done.
         let waiter = self.waiter(image, page, arrived, SINGLE);
         self.queue.push(waiter);
-        self.install_failed(image, PageRange::single(page), report);
+        self.install_failed(image, rest, report);
     }
 
-    /// A waiter whose install failed is asked again as a single page, until it has failed often.
+    /// A waiter whose install failed is asked again as a single page.
     pub(super) fn retry_zero(&mut self, waiter: &Waiter) {
         let run = PageRange::single(waiter.page);
         let report = self.install(waiter.image, run, Content::Zero, Origin::Zero);
-        if report.done() == 1 || report.stopped == Some(Stopped::Gone) {
+        if report.done() == 1 {
             self.queue.answer(waiter.image, run, |_| ());
         } else {
             self.install_failed(waiter.image, run, report);
@@ -242,6 +234,7 @@ impl Server {
         add(&tally.pages_already_present, report.present);
         self.retried(RetryReason::InstallAgain, report.again.into());
         self.retried(RetryReason::InstallNoMemory, report.no_memory.into());
+        self.retried(RetryReason::InstallSplit, report.split.into());
         report
     }
 
@@ -276,6 +269,8 @@ impl Server {
             page,
             arrived,
             attempts: 0,
+            not_before: None,
+            refused: None,
             window,
             read: None,
         }

@@ -14,7 +14,7 @@ use crate::install::{Content, Installed, Stopped};
 use crate::metrics::{Origin, Stages};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::residency::PageState;
-use crate::retry::{Decision, INTERRUPTED_RETRIES, ReadFailure, decide};
+use crate::retry::{Decision, ReadFailure, RetryReason, decide};
 use crate::source::ReadDone;
 
 impl Server {
@@ -166,7 +166,7 @@ impl Server {
         let attempts = self.queue.attempts_of(done.slot);
         match decide(failure, attempts) {
             Decision::Again(reason) => {
-                self.queue.release(done.slot);
+                self.queue.release(done.slot, Instant::now());
                 self.retried(reason, 1);
             }
             Decision::GiveUp(reason) => {
@@ -177,32 +177,44 @@ impl Server {
         }
     }
 
-    /// Pages could not be installed though their bytes are there: tried again, or given up.
+    /// Pages could not be installed though their bytes are there: given up, or tried again until
+    /// their deadline.
     pub(super) fn install_failed(&mut self, image: usize, pages: PageRange, report: Installed) {
-        let reason = match report.stopped {
-            None => return,
-            Some(Stopped::Gone) => {
-                self.queue.answer(image, pages, |_| ());
+        let Some(stopped) = report.stopped else {
+            return;
+        };
+        let residency = &mut self.parts.images[image].residency;
+        residency.set_all(pages, PageState::Absent);
+        let put_off = match stopped {
+            Stopped::Gone => return self.queue.answer(image, pages, |_| ()),
+            Stopped::Unmapped => return self.unmapped(image, pages),
+            Stopped::Refused(errno) => {
+                let reason = PoisonReason::Install {
+                    errno: errno.raw_os_error(),
+                };
+                for page in pages.iter() {
+                    if self.queue.waits_for(image, page) {
+                        self.poison(image, page, reason);
+                    }
+                }
                 return;
             }
-            Some(Stopped::Refused(errno)) => Some(PoisonReason::Install {
-                errno: errno.raw_os_error(),
-            }),
-            Some(Stopped::Changing | Stopped::NoMemory) => None,
+            Stopped::Changing => Errno::AGAIN,
+            Stopped::NoMemory => Errno::NOMEM,
         };
-        for page in pages.iter() {
-            self.parts.images[image]
-                .residency
-                .set(page, PageState::Absent);
-            let attempts = self.queue.release_page(image, page);
-            let reason = match (attempts, reason) {
-                (None, _) => continue,
-                (Some(_), Some(reason)) => reason,
-                (Some(attempts), None) if attempts <= INTERRUPTED_RETRIES => continue,
-                (Some(_), None) => PoisonReason::NoMemory,
-            };
-            self.poison(image, page, reason);
-        }
+        self.queue.put_off(image, pages, Instant::now(), put_off);
+    }
+
+    /// The first of `pages` lies in no registered mapping. Who waits for it is woken, to meet
+    /// whatever is there now; the pages behind it are tried one by one.
+    fn unmapped(&mut self, image: usize, pages: PageRange) {
+        let first = PageRange::single(pages.start());
+        tracing::warn!(%first, "memory of a clone is no longer served: something was mapped over it");
+        self.retried(RetryReason::InstallUnmapped, 1);
+        self.queue.answer(image, first, |_| ());
+        self.wake(image, first);
+        self.queue
+            .narrow_pages(image, PageRange::between(first.end(), pages.end()));
     }
 
     /// Everybody who waited for `pages` was woken by their install.

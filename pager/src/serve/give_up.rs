@@ -3,6 +3,8 @@
 
 use std::time::Instant;
 
+use rustix::io::Errno;
+
 use super::Server;
 use super::place::Place;
 use crate::counts::add;
@@ -23,7 +25,14 @@ impl Server {
             {
                 read.wanted &= !read.bit(waiter.page);
             }
-            self.poison(waiter.image, waiter.page, PoisonReason::Deadline { limit });
+            let reason = match waiter.refused {
+                None => PoisonReason::Deadline { limit },
+                Some(Errno::NOMEM) => PoisonReason::NoMemory,
+                Some(errno) => PoisonReason::Install {
+                    errno: errno.raw_os_error(),
+                },
+            };
+            self.poison(waiter.image, waiter.page, reason);
         }
     }
 

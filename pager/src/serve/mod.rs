@@ -25,6 +25,7 @@ use crate::queue::Queue;
 use crate::region::Region;
 use crate::residency::Residency;
 use crate::source::{PageSource, ReadDone};
+use crate::stale::StaleFaults;
 use crate::sys::buffers::BufferPool;
 use crate::sys::uring::MESSAGES_PER_READ;
 
@@ -37,8 +38,7 @@ pub(crate) struct Served {
     streams: Streams,
     /// One bit per chunk: its bytes were seen to match the index.
     verified: Vec<u64>,
-    /// The page that faulted though it was installed, and how often in a row.
-    stale: (PageIndex, u32),
+    stale: StaleFaults,
 }
 
 impl Served {
@@ -49,7 +49,7 @@ impl Served {
             residency: Residency::new(pages),
             streams: Streams::default(),
             verified: vec![0; usize::try_from(chunks.div_ceil(64)).unwrap_or(usize::MAX)],
-            stale: (PageIndex::default(), 0),
+            stale: StaleFaults::default(),
             image,
             region,
         }
@@ -224,10 +224,8 @@ impl Server {
     fn time_to_next_event(&self) -> Option<Duration> {
         let deadline = self.queue.next_deadline(self.parts.fault_deadline);
         let due = self.parts.source.next_due();
-        let next = match (deadline, due) {
-            (Some(deadline), Some(due)) => deadline.min(due),
-            (deadline, due) => deadline.or(due)?,
-        };
+        let events = [deadline, due, self.queue.next_try()];
+        let next = events.into_iter().flatten().min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
@@ -260,3 +258,6 @@ impl Drop for Server {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,10 +23,18 @@ pub(super) struct Place<'a> {
 
 impl PageOps for Place<'_> {
     fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer {
+        #[cfg(test)]
+        if let Some(answer) = super::tests::planned(self.mapping) {
+            return answer;
+        }
         sys::copy(self.uffd.as_fd(), self.mapping, pages, source)
     }
 
     fn zero(&mut self, pages: PageRange) -> Answer {
+        #[cfg(test)]
+        if let Some(answer) = super::tests::planned(self.mapping) {
+            return answer;
+        }
         sys::zero(self.uffd.as_fd(), self.mapping, pages)
     }
 
@@ -110,13 +118,34 @@ mod tests {
     }
 
     #[test]
-    fn memory_that_is_not_served_any_more_is_gone() {
+    fn memory_that_is_not_served_any_more_is_unmapped() {
         with_memory(false, |place| {
-            let report = install(place, pages(0, 1), Content::Bytes(&[0; 4096]));
-            assert_eq!((report.fresh, report.stopped), (0, Some(Stopped::Gone)));
-            let report = install(place, pages(0, 1), Content::Zero);
-            assert_eq!(report.stopped, Some(Stopped::Gone));
+            for content in [Content::Bytes(&[0; 8192]), Content::Zero, Content::Poison] {
+                let report = install(place, pages(0, 2), content);
+                assert_eq!((report.done(), report.split), (0, 1));
+                assert_eq!(report.stopped, Some(Stopped::Unmapped));
+            }
         });
+    }
+
+    #[test]
+    fn memory_of_several_mappings_is_installed_across_their_borders() {
+        let bytes: Vec<u8> = (1..=8u8).flat_map(|page| [page; 4096]).collect();
+        for content in [Content::Bytes(&bytes), Content::Zero, Content::Poison] {
+            with_memory(true, |place| {
+                place.mapping.split(pages(2, 3)).unwrap();
+                let report = install(place, pages(0, 8), content);
+                let expected = Installed {
+                    fresh: 8,
+                    split: 1,
+                    ..Installed::default()
+                };
+                assert_eq!(report, expected);
+                if let Content::Bytes(_) = content {
+                    assert_eq!(first_bytes(place.mapping, 8), [1, 2, 3, 4, 5, 6, 7, 8]);
+                }
+            });
+        }
     }
 
     #[test]

@@ -15,8 +15,12 @@ use crate::source::{PageRead, ReadPort, Started};
 use crate::token::ReadSlot;
 
 impl Server {
-    /// Starts a read for everybody who has none, oldest first, while there are buffers.
+    /// Starts a read for everybody who has none and need not pause, oldest first, while there are
+    /// buffers.
     pub(super) fn start_reads(&mut self) {
+        if self.queue.len() > 0 {
+            self.queue.end_pauses(Instant::now());
+        }
         let mut from = 0;
         while let Some((at, waiter)) = self.queue.unassigned(from) {
             from = at + 1;

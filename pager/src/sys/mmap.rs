@@ -54,6 +54,34 @@ impl ServedMapping {
         (end <= self.bytes()).then(|| self.address() as u64 + pages.offset().get())
     }
 
+    /// Makes `pages` a kernel mapping apart from their neighbours, as advice of others may.
+    #[cfg(test)]
+    pub(crate) fn split(&self, pages: PageRange) -> io::Result<()> {
+        let number = |bytes| usize::try_from(bytes).unwrap();
+        let (offset, length) = (number(pages.offset().get()), number(pages.bytes()));
+        self.memory.advise_range(Advice::Sequential, offset, length)
+    }
+
+    /// The first byte of `page` as a system call reads it: one that cannot be had is an error.
+    #[cfg(test)]
+    pub(crate) fn touch(&self, page: crate::page::PageIndex) -> io::Result<u8> {
+        let mut byte = 0_u8;
+        let of = |base: *mut libc::c_void| libc::iovec {
+            iov_base: base,
+            iov_len: 1,
+        };
+        let address = self.address_of(PageRange::single(page)).unwrap();
+        let (own, remote) = (of((&raw mut byte).cast()), of(address as *mut _));
+        // SAFETY: getpid() cannot fail. The kernel writes one byte to `byte`, which outlives the
+        // call, and only reads a byte of this mapping.
+        let read = unsafe { libc::process_vm_readv(libc::getpid(), &own, 1, &remote, 1, 0) };
+        if read == 1 {
+            Ok(byte)
+        } else {
+            Err(io::Error::last_os_error())
+        }
+    }
+
     /// Takes every right to `pages` away: what touches them gets SIGSEGV, or EFAULT in KVM.
     pub(crate) fn forbid(&self, pages: PageRange) -> io::Result<()> {
         let address = self

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
-use userfaultfd::{FeatureFlags, Uffd, UffdBuilder};
+use userfaultfd::{FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
 
 use super::mmap::ServedMapping;
 use crate::page::PageRange;
@@ -164,10 +164,25 @@ pub(crate) fn duplicate(uffd: &Uffd) -> io::Result<OwnedFd> {
     uffd.as_fd().try_clone_to_owned()
 }
 
-/// Registers all of `mapping` for missing faults; whether every ioctl the pager needs works on it.
-pub(crate) fn register(uffd: &Uffd, mapping: &ServedMapping) -> Result<(), userfaultfd::Error> {
+/// Registers all of `mapping` for missing faults. The names of the ioctls that the pager needs
+/// and the kernel does not offer on it: none, or it cannot be served.
+pub(crate) fn register(
+    uffd: &Uffd,
+    mapping: &ServedMapping,
+) -> Result<Vec<&'static str>, userfaultfd::Error> {
     let length = usize::try_from(mapping.bytes()).unwrap_or(usize::MAX);
-    uffd.register(mapping.address().cast(), length).map(drop)
+    let offered = uffd.register(mapping.address().cast(), length)?;
+    Ok(missing_ioctls(offered))
+}
+
+fn missing_ioctls(offered: IoctlFlags) -> Vec<&'static str> {
+    let needed = [
+        (IoctlFlags::COPY, "UFFDIO_COPY"),
+        (IoctlFlags::ZEROPAGE, "UFFDIO_ZEROPAGE"),
+        (IoctlFlags::WAKE, "UFFDIO_WAKE"),
+    ];
+    let missing = needed.iter().filter(|(flag, _)| !offered.contains(*flag));
+    missing.map(|&(_, name)| name).collect()
 }
 
 fn uffd_from(fd: OwnedFd) -> Uffd {
@@ -295,5 +310,24 @@ pub(crate) fn wake(uffd: &Uffd, mapping: &ServedMapping, pages: PageRange) {
     if let Err(error) = uffd.wake(start as *mut _, length) {
         // Only a range that is no longer registered can fail, and then nobody waits there.
         tracing::debug!(%pages, %error, "nobody to wake");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ioctl_that_is_not_offered_is_named() {
+        let all = IoctlFlags::COPY | IoctlFlags::ZEROPAGE | IoctlFlags::WAKE;
+        assert!(missing_ioctls(all).is_empty());
+        // What hugetlbfs offers.
+        let huge = IoctlFlags::COPY | IoctlFlags::WAKE;
+        assert_eq!(missing_ioctls(huge), ["UFFDIO_ZEROPAGE"]);
+        let none = ["UFFDIO_COPY", "UFFDIO_ZEROPAGE", "UFFDIO_WAKE"];
+        assert_eq!(missing_ioctls(IoctlFlags::empty()), none);
+        let (uffd, _) = open().unwrap();
+        let mapping = ServedMapping::new(4096).unwrap();
+        assert!(register(&uffd, &mapping).unwrap().is_empty());
     }
 }

@@ -52,6 +52,25 @@ pub(crate) fn try_read_page(memory: &CloneMemory, page: u64) -> io::Result<[u8; 
     Ok(bytes)
 }
 
+/// Makes these pages a kernel mapping apart from their neighbours.
+pub(crate) fn split_mapping(memory: &CloneMemory, first: u64, pages: usize) {
+    let (start, length) = (address(memory, first), pages * PAGE);
+    assert!(first * 4096 + length as u64 <= memory.bytes());
+    // SAFETY: the pages lie in the mapping (asserted); their content is not touched.
+    let result = unsafe { libc::madvise(start.cast(), length, libc::MADV_SEQUENTIAL) };
+    assert_eq!(result, 0, "{}", io::Error::last_os_error());
+}
+
+/// Maps something else over a page: nothing that can be read.
+pub(crate) fn map_over(memory: &CloneMemory, page: u64) {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
+    let start = address(memory, page).cast();
+    // SAFETY: the page lies in the mapping (asserted), whose owner unmaps what is there now
+    // with the rest; no reference to it exists.
+    let result = unsafe { libc::mmap(start, PAGE, libc::PROT_NONE, flags, -1, 0) };
+    assert_eq!(result, start, "{}", io::Error::last_os_error());
+}
+
 /// Throws a page away, as a balloon would.
 pub(crate) fn discard_page(memory: &CloneMemory, page: u64) {
     // SAFETY: the page lies in the mapping (asserted) and no reference to it exists.
