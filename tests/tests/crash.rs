@@ -121,6 +121,28 @@ fn signals_end_all_clones_cleanly() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn each_log_line_of_a_clone_has_its_number() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let serial = dir.path().join("serial");
+    let running = Running::start(
+        pando(&["-v", "clone", "--count", "2", "--serial"])?
+            .arg(&serial)
+            .arg(&template),
+    )?;
+    eventually("both clones listen", || {
+        (0..2).all(|k| UnixStream::connect(serial.join(format!("clone-{k}.sock"))).is_ok())
+    })?;
+    running.signal(Signal::TERM)?;
+    running.finish()?.expect_code(0)?.expect_error(&[
+        "clone=0 ",
+        "clone=1 ",
+        "stopping the machine",
+    ])?;
+    Ok(())
+}
+
 fn is_raw(terminal: &OwnedFd) -> bool {
     tcgetattr(terminal).is_ok_and(|modes| !modes.local_modes.contains(LocalModes::ICANON))
 }

@@ -105,7 +105,8 @@ fn run_instance(
     send(channel, &FromWorker::Started { stages, io });
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
-        scope.spawn(|| attend(channel, relay, &handle, signals, ended));
+        let handle = &handle;
+        scope.spawn(move || attend(channel, relay, handle, signals, &ended));
         let outcome = machine.wait();
         drop(ended_end);
         anyhow::Ok(outcome)
@@ -123,11 +124,11 @@ fn attend(
     relay: Option<&Relay>,
     handle: &MachineHandle,
     signals: &UnixStream,
-    ended: UnixStream,
+    ended: &UnixStream,
 ) {
     let mut stopping = false;
     loop {
-        let mut fds = vec![PollFd::new(&ended, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
         if !stopping {
             fds.push(PollFd::new(channel, PollFlags::IN));
             fds.push(PollFd::new(signals, PollFlags::IN));

@@ -71,9 +71,10 @@ fn describe() {
     );
 }
 
-/// Makes the series of a template's clones visible before anything has happened to them: a rate
-/// needs a first value. Those of the pager and of starts come with the first clone.
+/// Makes the series of a template's clones and pagers visible before anything has happened: a rate
+/// needs a first value. Those of starts come with the first clone.
 pub fn register(template: &str) {
+    pando_pager::metrics::register(template);
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
     for class in ["private_dirty", "private_clean", "shared"] {
         set_memory(template, class, 0);

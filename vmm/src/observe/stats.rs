@@ -103,15 +103,15 @@ impl PagerStats {
     pub fn add(&mut self, delta: &Delta) {
         for (series, change) in delta {
             match (series.name.as_str(), change) {
-                ("pando_pager_fault_seconds", Change::Histogram(pairs)) => {
-                    if series.label("stage") == "total" {
-                        let durations = self
-                            .fault_total
-                            .entry(series.label("source").to_owned())
-                            .or_default();
-                        for &(ns, count) in pairs {
-                            durations.record_ns(ns, count);
-                        }
+                ("pando_pager_fault_seconds", Change::Histogram(pairs))
+                    if series.label("stage") == "total" =>
+                {
+                    let durations = self
+                        .fault_total
+                        .entry(series.label("source").to_owned())
+                        .or_default();
+                    for &(ns, count) in pairs {
+                        durations.record_ns(ns, count);
                     }
                 }
                 ("pando_pager_pages_installed_total", Change::Counter(pages)) => {
