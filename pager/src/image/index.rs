@@ -1,12 +1,18 @@
 #![forbid(unsafe_code)]
 //! Which pages of a RAM file are data, zero or hole, and what each chunk must hash to.
 
-use super::{ImageError, header};
+use super::ImageError;
+use super::frame::Frame;
 use crate::page::{PageCount, PageIndex, PageRange};
 
 /// Pages of one chunk, the unit of checksums and of first reads: 16 KiB. The last chunk of an
 /// image may have fewer.
 pub const CHUNK_PAGES: u64 = 4;
+
+const FRAME: Frame = Frame {
+    magic: *b"PANDOIDX",
+    version: 1,
+};
 
 const PAGES_PER_WORD: u64 = 32;
 const CHUNKS_PER_WORD: u64 = PAGES_PER_WORD / CHUNK_PAGES;
@@ -264,14 +270,12 @@ impl Index {
                 body.extend_from_slice(&number.to_le_bytes());
             }
         }
-        let mut bytes = header::encode(&body).to_vec();
-        bytes.extend_from_slice(&body);
-        bytes
+        FRAME.encode(&body)
     }
 
     /// Proves and reads what `encode` wrote. Never allocates more than `bytes` can hold.
     pub fn decode(bytes: &[u8]) -> Result<Self, ImageError> {
-        let body = header::body(bytes)?;
+        let body = FRAME.body(bytes)?;
         let mut cursor = Cursor { body, at: 0 };
         let count = cursor.u32("number of backends")?;
         let mut backends = Vec::new();

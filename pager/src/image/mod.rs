@@ -2,11 +2,12 @@
 //! Template memory on disk: which pages a RAM file holds, what they must hash to, and a handle
 //! that can read it and nothing else.
 
-mod header;
+pub mod frame;
 mod index;
 mod reader;
 mod scan;
 
+pub use frame::FrameError;
 pub use index::{BackendIndex, CHUNK_PAGES, ChunkIndex, Index, PageKind};
 pub use reader::Image;
 
@@ -72,40 +73,11 @@ pub enum ImageError {
         /// The size expected.
         bytes: u64,
     },
-    /// Not an index at all.
-    #[error("not a page index: it begins with {found:02x?}")]
-    Magic {
-        /// The first bytes found, at most eight.
-        found: Vec<u8>,
-    },
-    /// An index of another time.
+    /// Not an index, one of another time, or a damaged one.
     #[error(
-        "page index has version {found}, this build reads version {supported}; make the template again or use the build that made it"
+        "the page index is not one that this build wrote; restore it from a copy, or make the template again"
     )]
-    Version {
-        /// The version found.
-        found: u32,
-        /// The one version read here.
-        supported: u32,
-    },
-    /// An index that was cut off or grew.
-    #[error("page index has {actual} bytes where its header says {expected}")]
-    Length {
-        /// What the header says.
-        expected: u64,
-        /// What there is.
-        actual: u64,
-    },
-    /// An index that changed after it was written.
-    #[error(
-        "page index has checksum {actual:016x} where its header says {expected:016x}; it was damaged, make the template again"
-    )]
-    Checksum {
-        /// What the header says.
-        expected: u64,
-        /// What the body hashes to.
-        actual: u64,
-    },
+    Frame(#[from] FrameError),
     /// A body whose checksum is right but whose content is not: written by something else.
     #[error("page index is inconsistent at byte {offset} of its body: {reason}")]
     Body {
