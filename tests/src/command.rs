@@ -139,6 +139,22 @@ impl Running {
         }
     }
 
+    /// Waits for its end without reading anything, and returns its exit code.
+    pub fn wait(&mut self) -> Result<Option<i32>> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status.code());
+            }
+            ensure!(
+                start.elapsed() < HANG,
+                "it still runs after {} s",
+                HANG.as_secs()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Result<Finished> {
         let mut stdout = self
@@ -159,25 +175,14 @@ impl Running {
             let mut text = String::new();
             stdout.read_to_string(&mut text).map(|_| text)
         });
-        let start = Instant::now();
-        let status = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status;
-            }
-            ensure!(
-                start.elapsed() < HANG,
-                "it still runs after {} s",
-                HANG.as_secs()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let code = self.wait()?;
         let join = |thread: std::thread::JoinHandle<std::io::Result<String>>| -> Result<String> {
             Ok(thread
                 .join()
                 .map_err(|_| anyhow::anyhow!("a reader panicked"))??)
         };
         Ok(Finished {
-            code: status.code(),
+            code,
             stdout: join(out)?,
             stderr: join(reader)?,
         })

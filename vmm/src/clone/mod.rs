@@ -17,6 +17,7 @@ pub mod control;
 pub mod instantiate;
 pub mod process;
 pub mod supervise;
+mod token;
 mod usage;
 pub mod worker;
 

@@ -15,6 +15,7 @@ use thiserror::Error;
 use super::Engine;
 use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
+use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
 use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
@@ -27,7 +28,6 @@ use crate::report::{chain, exit};
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
-const SIGNAL_TOKEN: u64 = u64::MAX;
 
 /// Why the supervisor cannot work.
 #[derive(Debug, Error)]
@@ -153,7 +153,7 @@ impl Supervisor {
             pager_stats: PagerStats::default(),
         };
         supervisor
-            .watch(supervisor.signals.as_fd(), SIGNAL_TOKEN)
+            .watch(supervisor.signals.as_fd(), token::SIGNAL)
             .map_err(system("watch for signals"))?;
         metrics::register(&supervisor.options.name);
         supervisor.publish_counts();
@@ -211,10 +211,10 @@ impl Supervisor {
             SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
         };
         let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)?;
-        self.watch(process.channel.as_fd(), token(number, Kind::Control))
-            .and_then(|()| self.watch(process.pidfd(), token(number, Kind::Process)))
+        self.watch(process.channel.as_fd(), token::token(number, Kind::Control))
+            .and_then(|()| self.watch(process.pidfd(), token::token(number, Kind::Process)))
             .and_then(|()| match &console {
-                Some(console) => self.watch(console.as_fd(), token(number, Kind::Console)),
+                Some(console) => self.watch(console.as_fd(), token::token(number, Kind::Console)),
                 None => Ok(()),
             })
             .map_err(SpawnError::Watch)?;
@@ -260,7 +260,7 @@ impl Supervisor {
         }
         for event in &ready {
             let data = event.data.u64();
-            if data == SIGNAL_TOKEN {
+            if data == token::SIGNAL {
                 let mut byte = [0];
                 let _ = io::Read::read(&mut &self.signals, &mut byte);
                 events.push(Event::Signal);
@@ -440,39 +440,5 @@ impl Supervisor {
             epoll::EventFlags::IN,
         )
         .map_err(io::Error::from)
-    }
-}
-
-/// Which descriptor of a clone has something to say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Control,
-    Process,
-    Console,
-}
-
-fn token(clone: usize, kind: Kind) -> u64 {
-    (clone as u64) << 2 | kind as u64
-}
-
-fn parse_token(token: u64) -> Option<(usize, Kind)> {
-    let kind = [Kind::Control, Kind::Process, Kind::Console]
-        .into_iter()
-        .find(|kind| *kind as u64 == token & 3)?;
-    Some((usize::try_from(token >> 2).ok()?, kind))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_go_there_and_back() {
-        for clone in [0, 1, 77, 1 << 40] {
-            for kind in [Kind::Control, Kind::Process, Kind::Console] {
-                assert_eq!(parse_token(token(clone, kind)), Some((clone, kind)));
-            }
-        }
-        assert_eq!(parse_token(3), None);
     }
 }
