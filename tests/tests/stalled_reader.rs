@@ -19,7 +19,8 @@ fn chatty_kernel() -> Vec<u8> {
     const TEXT: &[u8] = b"pando!\n";
     let mut code = vec![0x66, 0xba, 0xf8, 0x03]; // mov dx, 0x3f8
     code.extend([0x48, 0x8d, 0x35, 9, 0, 0, 0]); // lea rsi, [rip + 9]: what follows the jump
-    code.extend([0xb9, TEXT.len() as u8, 0, 0, 0]); // mov ecx, length
+    code.push(0xb9); // mov ecx, length
+    code.extend(u32::try_from(TEXT.len()).unwrap_or(0).to_le_bytes());
     code.extend([0xf3, 0x6e]); // rep outsb
     code.extend([0xeb, 0xf0]); // jmp to the lea
     code.extend(TEXT);
