@@ -15,7 +15,9 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::FloorArgs;
-use crate::host::{Host, anonymous_huge_bytes, memory_bytes};
+use crate::host::{
+    Host, anonymous_huge_bytes, memory_bytes, memory_each_bytes, settled_memory_bytes,
+};
 use crate::report::{Report, TextTable, size, time};
 use crate::stats::{Measured, Runner, Summary, Variant};
 use crate::sys::guest::{self, TinyVm};
@@ -30,9 +32,9 @@ const FIRST_WRITTEN: u32 = 2 << 20;
 const MIN_MEMORY_BYTES: u64 = 4 << 20;
 /// What the root is filled with; anything but zero.
 const FILL: u8 = 0xa5;
-/// After the clones of a wave have ended the kernel still frees what they held (deferred work);
-/// the next reading of available memory waits this long. Not on any clock.
-pub(crate) const SETTLE: Duration = Duration::from_millis(300);
+/// How memory is measured.
+pub(crate) const MEMORY_MARK: &str = "memory: MemAvailable with all clones of a wave alive, below \
+                                      the mean of before and after; kernel included";
 
 /// Clones that say nothing for this long are given up.
 const SILENCE: Timespec = Timespec {
@@ -59,7 +61,7 @@ pub(crate) struct Wave {
     clones: u32,
     /// From before the first fork to the last clone's port write.
     pub(crate) wall_ns: u64,
-    /// Drop of `MemAvailable` while all are alive, divided by the clones.
+    /// See [`memory_each_bytes`].
     pub(crate) memory_per_clone_bytes: f64,
 }
 
@@ -165,7 +167,7 @@ fn report(host: Host, floor: Floor) -> Report<Floor> {
              {PAGES_WRITTEN} page writes (together: of the last clone)"
         ),
         "not on the clock: filling the root, ending a clone, reaping it".to_owned(),
-        "memory: drop of MemAvailable with all clones of a wave alive, kernel included".to_owned(),
+        MEMORY_MARK.to_owned(),
     ];
     let mut report = Report::new("floor", host, floor);
     report.marks = marks;
@@ -233,9 +235,8 @@ impl Root {
 
     /// Starts `clones` clones, all alive at once, and waits until they are gone.
     pub(crate) fn start_wave(&self, clones: u32) -> Result<Wave> {
-        std::thread::sleep(SETTLE);
         let pipes = Pipes::new()?;
-        let before = memory_bytes("MemAvailable")?;
+        let before = settled_memory_bytes()?;
         let begun = now();
         let children = (0..clones)
             .map(|_| self.fork(&pipes))
@@ -246,11 +247,12 @@ impl Root {
         for child in children {
             child.wait()?;
         }
+        let after = settled_memory_bytes()?;
         let done = marks.iter().map(|marks| marks.done).max().unwrap_or(begun);
         Ok(Wave {
             clones,
             wall_ns: done - begun,
-            memory_per_clone_bytes: (before as f64 - alive as f64) / f64::from(clones),
+            memory_per_clone_bytes: memory_each_bytes(before, alive, after, clones),
         })
     }
 

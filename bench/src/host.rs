@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -17,6 +17,12 @@ const LOOP_TURNS: u32 = 20_000;
 /// A turn of a one-instruction loop takes about as long in a guest as out of it; where KVM emulates
 /// it, several hundred times as long.
 const EMULATION_FROM: f64 = 20.0;
+
+/// Available memory that rises by less than this in [`SETTLE_STEP`] has settled.
+const SETTLED_BYTES: u64 = 1 << 20;
+const SETTLE_STEP: Duration = Duration::from_millis(200);
+/// After so many steps it is taken as it is: something else frees memory all the time.
+const SETTLE_STEPS: u32 = 25;
 
 /// Facts about the machine.
 #[derive(Debug, Clone, Serialize)]
@@ -148,6 +154,27 @@ impl fmt::Display for Host {
 /// A line of `/proc/meminfo`, in bytes.
 pub(crate) fn memory_bytes(name: &str) -> Result<u64> {
     kib_line("/proc/meminfo", name)
+}
+
+/// `MemAvailable` once it has stopped rising: the kernel frees what ended processes and VMs held a
+/// while after they are gone.
+pub(crate) fn settled_memory_bytes() -> Result<u64> {
+    let mut last = memory_bytes("MemAvailable")?;
+    for _ in 0..SETTLE_STEPS {
+        std::thread::sleep(SETTLE_STEP);
+        let now = memory_bytes("MemAvailable")?;
+        if now < last + SETTLED_BYTES {
+            return Ok(now);
+        }
+        last = now;
+    }
+    Ok(last)
+}
+
+/// What each of `clones` clones takes: available memory while they are alive, below the mean of
+/// before and after, so that what others take or free meanwhile weighs less.
+pub(crate) fn memory_each_bytes(before: u64, alive: u64, after: u64, clones: u32) -> f64 {
+    ((before as f64 + after as f64) / 2.0 - alive as f64) / f64::from(clones)
 }
 
 /// How much of this process is anonymous memory in huge pages.

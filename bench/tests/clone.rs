@@ -60,7 +60,13 @@ fn json_has_every_workload_variant_and_wave() {
         for variant in variants {
             assert_eq!(variant["summary"]["samples"], 2);
             let stages = variant["stages"].to_string();
-            for stage in ["spawn", "memory", "resume", "exec, and first output"] {
+            for stage in [
+                "spawn",
+                "memory",
+                "resume",
+                "exec",
+                "first output, and rest",
+            ] {
                 assert!(stages.contains(stage), "no {stage} in {stages}");
             }
             let paged = variant["setup"]["engine"] == "copy";

@@ -167,6 +167,26 @@ fn check_with_promtool(exposition: &str) -> Result<()> {
 }
 
 #[test]
+fn a_demo_interrupted_while_it_makes_its_template_leaves_nothing() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    for delay_ms in [0, 20, 60, 120, 200, 300] {
+        let mut running = Running::start(
+            pando(&["demo", "--clones", "2", "--memory", "64M"])?.env("TMPDIR", scratch.path()),
+        )?;
+        running.wait_stderr("metrics: http://")?;
+        std::thread::sleep(std::time::Duration::from_millis(delay_ms));
+        running.signal(Signal::TERM)?;
+        running.finish()?;
+        assert_eq!(
+            names(scratch.path())?,
+            Vec::<String>::new(),
+            "after {delay_ms} ms"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn an_interrupted_demo_ends_all_and_leaves_nothing() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let mut running = Running::start(

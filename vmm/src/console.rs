@@ -4,6 +4,8 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -37,6 +39,12 @@ pub enum ConsoleError {
         /// The last lines of the console.
         tail: String,
     },
+    /// Somebody asked to stop waiting.
+    #[error("interrupted while waiting for {wanted}")]
+    Interrupted {
+        /// What was waited for.
+        wanted: String,
+    },
     /// The socket failed.
     #[error("cannot use the guest's console")]
     Io(#[source] io::Error),
@@ -50,6 +58,8 @@ pub struct GuestConsole {
     pending: Vec<u8>,
     /// The last that was received, for messages.
     kept: Vec<u8>,
+    /// Set by a signal handler; waiting ends then.
+    cancel: Option<Arc<AtomicBool>>,
 }
 
 impl GuestConsole {
@@ -65,7 +75,13 @@ impl GuestConsole {
             stream,
             pending: Vec::new(),
             kept: Vec::new(),
+            cancel: None,
         }
+    }
+
+    /// Waiting ends early when a signal comes whose handler sets `cancel`.
+    pub fn cancel_on(&mut self, cancel: Arc<AtomicBool>) {
+        self.cancel = Some(cancel);
     }
 
     /// Sends bytes to the guest.
@@ -95,6 +111,24 @@ impl GuestConsole {
             self.pending.drain(..spent);
             shown -= spent;
             self.receive(&wanted, start, timeout)?;
+        }
+    }
+
+    /// Reads for as long as this, whatever the guest prints.
+    pub fn drain_for(
+        &mut self,
+        time: Duration,
+        on_line: &mut dyn FnMut(&str),
+    ) -> Result<(), ConsoleError> {
+        let start = Instant::now();
+        loop {
+            let shown = show_lines(&self.pending, on_line);
+            self.pending.drain(..shown);
+            match self.receive("anything", start, time) {
+                Ok(()) => (),
+                Err(ConsoleError::Timeout { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+            }
         }
     }
 
@@ -164,6 +198,15 @@ impl GuestConsole {
             seconds: timeout.as_secs_f64(),
             tail: console.tail(),
         };
+        if self
+            .cancel
+            .as_ref()
+            .is_some_and(|cancel| cancel.load(Ordering::Relaxed))
+        {
+            return Err(ConsoleError::Interrupted {
+                wanted: wanted.to_owned(),
+            });
+        }
         let left = timeout.saturating_sub(start.elapsed());
         if left.is_zero() {
             return Err(timed_out(self));
@@ -179,6 +222,7 @@ impl GuestConsole {
             Ok(_) => Ok(()),
             Err(error) => match error.kind() {
                 ErrorKind::WouldBlock | ErrorKind::TimedOut => Err(timed_out(self)),
+                // A read with a timeout is not restarted behind a signal handler (signal(7)).
                 ErrorKind::Interrupted => Ok(()),
                 ErrorKind::ConnectionReset => Err(ConsoleError::Closed {
                     wanted: wanted.to_owned(),
@@ -273,6 +317,29 @@ mod tests {
             "{error}"
         );
         assert!(error.contains("Kernel panic"), "{error}");
+    }
+
+    #[test]
+    fn draining_shows_everything_until_the_time_is_over() {
+        let (mut console, mut guest) = pair();
+        guest.write_all(b"one\0\ntwo\n").unwrap();
+        let mut lines = Vec::new();
+        console
+            .drain_for(SOON, &mut |line| lines.push(line.to_owned()))
+            .unwrap();
+        assert_eq!(lines, ["one\0", "two"]);
+        drop(guest);
+        let error = console.drain_for(LONG, &mut |_| ()).unwrap_err();
+        assert!(matches!(error, ConsoleError::Closed { .. }), "{error}");
+    }
+
+    #[test]
+    fn waiting_ends_when_it_is_cancelled() {
+        let (mut console, _guest) = pair();
+        let cancel = Arc::new(AtomicBool::new(true));
+        console.cancel_on(Arc::clone(&cancel));
+        let error = console.line(LONG).unwrap_err();
+        assert!(matches!(error, ConsoleError::Interrupted { .. }), "{error}");
     }
 
     #[test]

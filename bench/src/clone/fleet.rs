@@ -15,8 +15,7 @@ use pando_vmm::payload::protocol::{Outcome, Reply};
 use serde::Serialize;
 
 use super::workload::Workload;
-use crate::floor::SETTLE;
-use crate::host::memory_bytes;
+use crate::host::{memory_bytes, memory_each_bytes, settled_memory_bytes};
 
 /// A clone that says nothing for this long is given up.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -82,7 +81,7 @@ pub(crate) struct Wave {
     pub(crate) clones: u32,
     /// From the first request to the last first output.
     pub(crate) wall_ns: u64,
-    /// Drop of `MemAvailable` while all are alive, divided by the clones.
+    /// See [`memory_each_bytes`].
     pub(crate) memory_per_clone_bytes: f64,
     /// Median memory that only one clone has.
     pub(crate) private_bytes_p50: u64,
@@ -133,10 +132,11 @@ impl Fleet {
             .process
             .iter()
             .for_each(|process| process.ask_to_stop());
+        // A console that is closed would be ready for ever.
+        self.supervisor.forget_console(number);
         while self.supervisor.live() > 0 {
             self.supervisor.wait(Duration::from_secs(1))?;
         }
-        self.supervisor.forget_console(number);
         let clone = &self.supervisor.clones()[number];
         ensure!(
             clone.ending == Some(Ending::Stopped),
@@ -153,11 +153,10 @@ impl Fleet {
     /// Starts `clones` clones, at most `parallel` of them at a time, measures when all are alive
     /// and have answered, and ends them.
     pub(crate) fn run_wave(mut self, clones: u32, parallel: u32) -> Result<Wave> {
-        std::thread::sleep(SETTLE);
         let (command, expected) = Workload::FirstOutput.command(0);
         let (input, count) = (command.encode(), clones as usize);
         let mut answers = Answers::new(expected);
-        let before = memory_bytes("MemAvailable")?;
+        let before = settled_memory_bytes()?;
         let begun = Instant::now();
         let parallel = (parallel as usize).min(count);
         for _ in 0..parallel {
@@ -189,10 +188,11 @@ impl Fleet {
             private.len()
         );
         self.supervisor.stop_all(STOP_GRACE)?;
+        let after = settled_memory_bytes()?;
         Ok(Wave {
             clones,
             wall_ns: u64::try_from(wall.as_nanos()).unwrap_or(u64::MAX),
-            memory_per_clone_bytes: (before as f64 - alive as f64) / f64::from(clones),
+            memory_per_clone_bytes: memory_each_bytes(before, alive, after, clones),
             private_bytes_p50: private[count / 2],
         })
     }

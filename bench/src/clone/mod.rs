@@ -235,7 +235,7 @@ impl Bench<'_> {
 }
 
 /// Each stage over all samples, in the order of the first sample; what lies between the stages
-/// (exec, the loader, the guest's way to its first output) is the last.
+/// (above all the guest's way to its first output) is the last.
 fn stages(samples: &[Sample]) -> Result<Vec<(String, Summary)>> {
     let mut order: Vec<&str> = Vec::new();
     let mut by_name: BTreeMap<&str, Vec<Duration>> = BTreeMap::new();
@@ -255,7 +255,7 @@ fn stages(samples: &[Sample]) -> Result<Vec<(String, Summary)>> {
         .into_iter()
         .map(|name| Ok((name.to_owned(), Summary::of(&by_name[name])?)))
         .chain([Ok((
-            "exec, and first output".to_owned(),
+            "first output, and rest".to_owned(),
             Summary::of(&rest)?,
         ))])
         .collect()
@@ -285,7 +285,7 @@ mod tests {
             [
                 ("spawn", 2_000),
                 ("vm", 10_000),
-                ("exec, and first output", 5_000)
+                ("first output, and rest", 5_000)
             ]
         );
     }

@@ -5,9 +5,10 @@ use pando_vmm::clone::Engine;
 
 use super::workload::{PAGES, Workload};
 use super::{Clones, Compared, FLOOR, Figures};
-use crate::floor::{PAGES_WRITTEN, Wave as FloorWave};
+use crate::floor::{MEMORY_MARK, PAGES_WRITTEN, Wave as FloorWave};
 use crate::host::Host;
 use crate::report::{Report, TextTable, ratio, size, time};
+use crate::stats::Summary;
 use crate::targets::Target;
 
 /// Clones that a target of memory or number is stated for.
@@ -48,7 +49,7 @@ fn marks(clones: &Clones) -> Vec<String> {
              writes, a port write; nothing of Pando",
             size(clones.memory_bytes as f64)
         ),
-        "memory: drop of MemAvailable with all clones of a wave alive, kernel included".to_owned(),
+        MEMORY_MARK.to_owned(),
         "the vs columns are medians of the rounds' ratios of medians".to_owned(),
     ]
 }
@@ -98,14 +99,16 @@ fn starts(compared: &Compared) -> TextTable {
     table
 }
 
-/// Where the time goes, variants side by side.
+/// Where the time goes, variants side by side; of many the medians alone.
 fn stages(compared: &Compared) -> TextTable {
+    let few = compared.variants.len() <= 2;
     let names: Vec<String> = compared
         .variants
         .iter()
         .flat_map(|figures| {
             let name = &figures.measured.name;
-            [format!("{name} p50"), format!("{name} p90")]
+            let p90 = few.then(|| format!("{name} p90"));
+            std::iter::once(format!("{name} p50")).chain(p90)
         })
         .collect();
     let heads: Vec<&str> = std::iter::once("")
@@ -120,10 +123,11 @@ fn stages(compared: &Compared) -> TextTable {
         let mut row = vec![stage.clone()];
         for figures in &compared.variants {
             let found = figures.stages.iter().find(|(name, _)| name == stage);
-            row.extend(found.map_or_else(
-                || vec!["-".to_owned(); 2],
-                |(_, summary)| vec![time(summary.p50_ns), time(summary.p90_ns)],
-            ));
+            let cell = |of: fn(&Summary) -> u64| {
+                found.map_or_else(|| "-".to_owned(), |(_, summary)| time(of(summary)))
+            };
+            row.push(cell(|summary| summary.p50_ns));
+            row.extend(few.then(|| cell(|summary| summary.p90_ns)));
         }
         table.row(row);
     }

@@ -4,5 +4,6 @@
 pub(crate) mod bulk;
 pub(crate) mod guest;
 pub(crate) mod memory;
+pub(crate) mod page_cache;
 pub(crate) mod process;
 pub(crate) mod touch;

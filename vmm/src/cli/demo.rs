@@ -2,7 +2,11 @@
 //! `pando demo`: a template of the built-in guest, clones, a table of what they cost.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::args::DemoArgs;
 use super::clone::{pager_config, require_engine};
@@ -37,13 +41,24 @@ pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     require_engine(args.engine, &pager)?;
     let address = metrics::serve(args.metrics)?;
     note!("metrics: http://{address}/metrics");
+    let cancel = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&cancel))
+            .map_err(|error| Failure::of(&error))?;
+    }
     // Removed when it goes out of scope, template and all.
     let scratch = Scratch::new(args.template.clone())?;
     let spinner = progress::spinner("template");
     let start = Instant::now();
-    let template = Demo::make_template(&scratch.dir, &spec)?;
+    let template = Demo::make_template(&scratch.dir, &spec, Arc::clone(&cancel))?;
     let create = start.elapsed();
     spinner.finish_and_clear();
+    if cancel.load(Ordering::Relaxed) {
+        return Err(Failure::new(
+            exit::FAILED,
+            "interrupted: no clone was started",
+        ));
+    }
     let demo = Demo {
         options: CloneOptions {
             program: std::env::current_exe().map_err(|error| Failure::of(&error))?,

@@ -131,6 +131,8 @@ pub enum Serial {
 pub enum FromWorker {
     /// The guest runs; how long each stage took, in order.
     Started {
+        /// When the worker's own code began, on the monotonic clock.
+        began: Duration,
         /// Name and duration of each stage.
         stages: Vec<(String, Duration)>,
         /// How template pages are read (`pando_pager::IoPath`), or `none` without a pager.
@@ -140,6 +142,14 @@ pub enum FromWorker {
     Metrics(Delta),
     /// The last message: how the machine ended.
     Ended(Ending),
+}
+
+/// The monotonic clock, which all processes of a host share.
+pub fn monotonic() -> Duration {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // Neither field is ever negative: the clock starts at zero when the host does.
+    let nanoseconds = u32::try_from(now.tv_nsec).unwrap_or_default();
+    Duration::new(now.tv_sec.unsigned_abs(), nanoseconds)
 }
 
 /// How a clone ended.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use thiserror::Error;
 
-use super::control::{Channel, ControlError, Ending, Serial, ToWorker, WorkerConfig};
+use super::control::{Channel, ControlError, Ending, Serial, ToWorker, WorkerConfig, monotonic};
 use crate::console::{ConsoleError, GuestConsole};
 use crate::report::exit;
 
@@ -59,6 +59,8 @@ pub struct CloneProcess {
     pub requested: Instant,
     /// How long the system took to start the process.
     pub spawn: Duration,
+    /// When the system had started it, on the monotonic clock.
+    pub spawned: Duration,
 }
 
 impl CloneProcess {
@@ -110,6 +112,7 @@ impl CloneProcess {
             channel,
             requested,
             spawn: requested.elapsed(),
+            spawned: monotonic(),
         };
         Ok((process, console))
     }

@@ -291,7 +291,11 @@ impl Supervisor {
         }
         let mut killed = false;
         while self.live() > 0 {
-            self.wait(Duration::from_millis(100))?;
+            for event in self.wait(Duration::from_millis(100))? {
+                if let Event::Output(clone) = event {
+                    self.drain_console(clone);
+                }
+            }
             if Instant::now() > deadline && !killed {
                 tracing::warn!(
                     clones = self.live(),
@@ -313,6 +317,17 @@ impl Supervisor {
             .clones
             .get_mut(clone)
             .and_then(|clone| clone.console.take())
+        {
+            let _ = epoll::delete(&self.epoll, console.as_fd());
+        }
+    }
+
+    /// Takes what a console has to say and keeps it; a closed one is no longer watched, or it would
+    /// be ready for ever.
+    fn drain_console(&mut self, clone: usize) {
+        let console = self.clones.get_mut(clone).and_then(|c| c.console.as_mut());
+        if let Some(console) = console
+            && !console.poll().unwrap_or(false)
         {
             let _ = epoll::delete(&self.epoll, console.as_fd());
         }
@@ -358,12 +373,14 @@ impl Supervisor {
     fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
         let clone = self.clones.get_mut(number)?;
         match message {
-            FromWorker::Started { stages, io } => {
-                clone.running = clone
-                    .process
-                    .as_ref()
-                    .map(|process| process.requested.elapsed());
+            FromWorker::Started { began, stages, io } => {
                 clone.io = io;
+                if let Some(process) = &clone.process {
+                    clone.running = Some(process.requested.elapsed());
+                    // The loader and what runs before the program's own code.
+                    let exec = began.saturating_sub(process.spawned);
+                    clone.stages.push(("exec".to_owned(), exec));
+                }
                 clone.stages.extend(stages);
                 for (stage, took) in &clone.stages {
                     let engine = self.options.engine.name();

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::control::{
-    Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, Serial, ToWorker, WorkerConfig,
+    Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, Serial, ToWorker, WorkerConfig, monotonic,
 };
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
@@ -32,7 +32,7 @@ const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 
 /// Runs a clone whose control socket is standard input. Returns the process's exit code.
 pub fn run() -> u8 {
-    let start = Instant::now();
+    let began = monotonic();
     let channel = match take_channel() {
         Ok(channel) => channel,
         Err(error) => {
@@ -42,7 +42,7 @@ pub fn run() -> u8 {
         }
     };
     let relay = Relay::install();
-    let ending = work(&channel, relay.as_ref(), start).unwrap_or_else(|error| Ending::Failed {
+    let ending = work(&channel, relay.as_ref(), began).unwrap_or_else(|error| Ending::Failed {
         code: exit_code(&error),
         message: chain(error.as_ref()),
     });
@@ -52,7 +52,7 @@ pub fn run() -> u8 {
     code
 }
 
-fn work(channel: &Channel, relay: Option<&Relay>, start: Instant) -> anyhow::Result<Ending> {
+fn work(channel: &Channel, relay: Option<&Relay>, began: Duration) -> anyhow::Result<Ending> {
     let (config, descriptors) = match channel.receive::<ToWorker>()? {
         Some((ToWorker::Start(config), descriptors)) => (config, descriptors),
         Some((ToWorker::Stop, _)) | None => return Ok(Ending::Stopped),
@@ -65,11 +65,20 @@ fn work(channel: &Channel, relay: Option<&Relay>, start: Instant) -> anyhow::Res
         let end = signal_end.try_clone().context("cannot watch for signals")?;
         signal_hook::low_level::pipe::register(signal, end).context("cannot watch for signals")?;
     }
-    let mut stages = vec![("orders".to_owned(), start.elapsed())];
+    let orders = monotonic().saturating_sub(began);
+    let mut stages = vec![("orders".to_owned(), orders)];
     let template_start = Instant::now();
     let template = Template::open(&config.template).map_err(CloneError::from)?;
     stages.push(("template".to_owned(), template_start.elapsed()));
-    run_instance(channel, relay, &config, &template, serial, stages, &signals)
+    let so_far = SoFar { began, stages };
+    run_instance(channel, relay, &config, &template, serial, so_far, &signals)
+}
+
+/// The start of a clone until its template was open.
+struct SoFar {
+    /// When this process's own code began, on the monotonic clock.
+    began: Duration,
+    stages: Vec<(String, Duration)>,
 }
 
 fn run_instance(
@@ -78,7 +87,7 @@ fn run_instance(
     config: &WorkerConfig,
     template: &Template,
     serial: SerialTarget,
-    mut stages: Vec<(String, Duration)>,
+    so_far: SoFar,
     signals: &UnixStream,
 ) -> anyhow::Result<Ending> {
     let Instance {
@@ -86,6 +95,7 @@ fn run_instance(
         pager,
         stages: more,
     } = instantiate(template, config.engine, &config.pager, serial)?;
+    let SoFar { began, mut stages } = so_far;
     stages.extend(more);
     let health = pager.as_ref().map(Pager::<Serving>::health);
     let io = pager
@@ -102,7 +112,8 @@ fn run_instance(
     let resume_start = Instant::now();
     let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
-    send(channel, &FromWorker::Started { stages, io });
+    let started = FromWorker::Started { began, stages, io };
+    send(channel, &started);
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
         let handle = &handle;

@@ -3,6 +3,8 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -51,14 +53,19 @@ pub struct Finished {
 }
 
 impl Demo {
-    /// Makes the template in `dir`.
-    pub fn make_template(dir: &Path, spec: &MachineSpec) -> anyhow::Result<Template> {
+    /// Makes the template in `dir`, unless `cancel` is set by a signal meanwhile.
+    pub fn make_template(
+        dir: &Path,
+        spec: &MachineSpec,
+        cancel: Arc<AtomicBool>,
+    ) -> anyhow::Result<Template> {
         let boot = BootSource {
             kernel: config::embedded_kernel(),
             initrd: None,
             append: String::new(),
         };
         let mut vm = TemplateVm::boot(dir, spec, &boot, true)?;
+        vm.console.cancel_on(cancel);
         vm.wait_ready(
             &Ready::Serial(READY_LINE.trim_end().into()),
             ANSWER_TIMEOUT,

@@ -106,10 +106,8 @@ impl PagerStats {
                 ("pando_pager_fault_seconds", Change::Histogram(pairs))
                     if series.label("stage") == "total" =>
                 {
-                    let durations = self
-                        .fault_total
-                        .entry(series.label("source").to_owned())
-                        .or_default();
+                    let source = series.label("source").to_owned();
+                    let durations = self.fault_total.entry(source).or_default();
                     for &(ns, count) in pairs {
                         durations.record_ns(ns, count);
                     }

@@ -1,6 +1,6 @@
 // UNSAFETY: installs a signal handler and reads the `siginfo_t` that the kernel hands to it. The
 // handler does only what is async-signal-safe: plain thread-local cells without destructors,
-// one atomic load and the function behind it that promises the same, write(2) and _exit(2).
+// atomic loads, the function behind one of them that promises the same, write(2) and _exit(2).
 #![expect(unsafe_code, reason = "installs and is a signal handler")]
 //! SIGBUS: guest memory that cannot be read.
 //!
@@ -58,6 +58,15 @@ pub fn before_exit(act: fn()) {
     let _ = BEFORE_EXIT.set(act);
 }
 
+/// What the line says in place of its guesses, and the exit code, for a process that knows what
+/// SIGBUS means in it. Only the first call counts.
+pub fn explain(text: &str, exit_code: i32) {
+    let _ = EXPLANATION.set((format!("pando: {text}\n").into_bytes(), exit_code));
+}
+
+// Reading a `OnceLock` that is set is one atomic load: safe in a signal handler.
+static EXPLANATION: OnceLock<(Vec<u8>, i32)> = OnceLock::new();
+
 /// Installs the handler, once per process.
 pub fn install() -> io::Result<()> {
     static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
@@ -101,9 +110,13 @@ extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
         let nibble = (address >> (60 - 4 * position)) & 0xf;
         *byte = b"0123456789abcdef"[nibble as usize];
     }
-    // SAFETY: both are async-signal-safe; `line` lives until the process ends here.
+    let (text, code): (&[u8], i32) = match EXPLANATION.get() {
+        Some((text, code)) => (text, *code),
+        None => (&line, EXIT_CODE),
+    };
+    // SAFETY: both are async-signal-safe; `text` lives until the process ends here.
     unsafe {
-        libc::write(libc::STDERR_FILENO, line.as_ptr().cast(), line.len());
-        libc::_exit(EXIT_CODE);
+        libc::write(libc::STDERR_FILENO, text.as_ptr().cast(), text.len());
+        libc::_exit(code);
     }
 }

@@ -22,6 +22,8 @@ use crate::device::legacy::console::SerialTarget;
 use crate::machine::state::MachineState;
 use crate::machine::{Machine, MachineError, Paused, Running};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::report::exit;
+use crate::sandbox::sigbus;
 use crate::spec::MachineSpec;
 
 /// Why a template could not be made.
@@ -70,6 +72,9 @@ impl TemplateVm {
         reserve: bool,
     ) -> Result<Self, BuildError> {
         let staging = Staging::new(out)?;
+        if !reserve {
+            sigbus::explain(&disk_full(out), exit::FAILED.into());
+        }
         let mut ram = Vec::new();
         let mut backings = Vec::new();
         for backend in spec.backends() {
@@ -103,10 +108,7 @@ impl TemplateVm {
     ) -> Result<(), BuildError> {
         match ready {
             Ready::Serial(text) => Ok(self.console.wait_for(text, timeout, on_line)?),
-            Ready::After(delay) => match self.console.wait_for("\0", *delay, on_line) {
-                Ok(()) | Err(ConsoleError::Timeout { .. }) => Ok(()),
-                Err(error) => Err(error.into()),
-            },
+            Ready::After(delay) => Ok(self.console.drain_for(*delay, on_line)?),
         }
     }
 
@@ -119,6 +121,15 @@ impl TemplateVm {
         drop(paused);
         write_template(self.staging, &self.spec, &self.ram, &state, progress)
     }
+}
+
+/// What SIGBUS means while RAM is in files without reserved disk.
+fn disk_full(out: &Path) -> String {
+    format!(
+        "the disk of {} is full, the template VM cannot write its RAM: free some, choose another \
+         disk, or leave --no-reserve out to know beforehand",
+        out.display()
+    )
 }
 
 fn write_template(

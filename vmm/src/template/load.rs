@@ -11,7 +11,7 @@ use super::digest::{self, SparseDigest};
 use super::error::TemplateError;
 use super::manifest::{FileEntry, Manifest, ManifestFile};
 use super::seal::Seal;
-use super::{MANIFEST_FILE, state_file};
+use super::{MANIFEST_FILE, staging, state_file};
 use crate::machine::state::MachineState;
 use crate::spec::MachineSpec;
 
@@ -41,7 +41,15 @@ impl Template {
         let index = read_sealed(dir, &manifest.file().index, MAX_INDEX_BYTES)?;
         let index = decode_index(&index_path, &index, &manifest)?;
         let state = read_sealed(dir, &manifest.file().state, state_file::MAX_FILE_BYTES)?;
-        let state = state_file::decode(&dir.join(&manifest.file().state.file), &state)?;
+        let decoded = state_file::decode(&dir.join(&manifest.file().state.file), &state)?;
+        // Small, and another template's state would pass every other check. The index is as long
+        // as the RAM is large: its own checksum must do here, its digest waits for `verify`.
+        check_digest(
+            &dir.join(&manifest.file().state.file),
+            &manifest.file().state,
+            &state,
+        )?;
+        let state = decoded;
         Ok(Self {
             dir: dir.to_owned(),
             manifest,
@@ -128,6 +136,9 @@ impl Template {
     /// Reads every byte of the template and compares it with index and digests. `progress` gets
     /// the offset reached in each RAM file.
     pub fn verify(&self, progress: &mut dyn FnMut(usize, u64)) -> Result<(), TemplateError> {
+        let index = &self.manifest.file().index;
+        let bytes = read_sealed(&self.dir, index, MAX_INDEX_BYTES)?;
+        check_digest(&self.dir.join(&index.file), index, &bytes)?;
         for (backend, entry) in self.manifest.file().backends.iter().enumerate() {
             let path = self.ram_path(backend);
             let (found, digest) = self.scan(backend, &mut |offset| progress(backend, offset))?;
@@ -211,9 +222,7 @@ pub fn reseal(dir: &Path, progress: &mut dyn FnMut(usize, u64)) -> Result<(), Te
         manifest,
     };
     template.verify(progress)?;
-    let staged = dir.join(format!(".{MANIFEST_FILE}.new"));
-    fs::write(&staged, template.manifest.to_json()).map_err(TemplateError::io("write", &staged))?;
-    fs::rename(&staged, &path).map_err(TemplateError::io("put in place", &path))
+    staging::replace(&path, &template.manifest.to_json())
 }
 
 fn first_difference(sealed: &BackendIndex, found: &BackendIndex) -> Option<u64> {
@@ -237,7 +246,9 @@ fn read_manifest(dir: &Path) -> Result<Manifest, TemplateError> {
         source,
     };
     let file = File::open(&path).map_err(not_a_template)?;
-    let mut bytes = Vec::new();
+    // A guess, for its room alone: what is believed is what was read.
+    let length = file.metadata().map_or(0, |facts| facts.len());
+    let mut bytes = room_for(length.min(MAX_MANIFEST_BYTES));
     file.take(MAX_MANIFEST_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(not_a_template)?;
@@ -281,11 +292,16 @@ fn read_sealed(dir: &Path, entry: &FileEntry, max_bytes: u64) -> Result<Vec<u8>,
             format!("it has {} bytes, more than {max_bytes}", entry.seal.bytes),
         ));
     }
-    let mut bytes = Vec::new();
+    let mut bytes = room_for(entry.seal.bytes);
     file.take(entry.seal.bytes)
         .read_to_end(&mut bytes)
         .map_err(TemplateError::io("read", &path))?;
     Ok(bytes)
+}
+
+/// Room for a file of this length and to see its end: it is read at once, not bit by bit.
+fn room_for(bytes: u64) -> Vec<u8> {
+    Vec::with_capacity(usize::try_from(bytes).map_or(0, |bytes| bytes.saturating_add(1)))
 }
 
 fn check_digest(path: &Path, entry: &FileEntry, bytes: &[u8]) -> Result<(), TemplateError> {

@@ -1,7 +1,7 @@
 //! Templates on disk: what a frozen VM leaves behind, and the proof that nobody changed it.
 //!
 //! ```text
-//! create: Machine<Paused> -> capture -> files without a name -> seal -> one rename
+//! create: Machine<Running> -> freeze -> files without a name -> seal -> one rename
 //! open:   directory -> manifest (raw -> proven) -> seal -> index, state -> Template
 //! ```
 //!

@@ -9,6 +9,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, RenameFlags};
@@ -51,16 +52,7 @@ impl Staging {
 
     /// A new file without a name, readable and writable, on the file system of the output.
     pub fn file(&self) -> Result<File, TemplateError> {
-        rustix::fs::open(
-            &self.parent,
-            OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
-            Mode::RUSR | Mode::WUSR,
-        )
-        .map(File::from)
-        .map_err(TemplateError::errno(
-            "make a file without a name in",
-            &self.parent,
-        ))
+        nameless(&self.parent)
     }
 
     /// A new file without a name that holds `bytes`.
@@ -103,16 +95,13 @@ impl Staging {
     }
 
     fn link_all(&self, partial: &Path, files: &[(&str, &File)]) -> Result<(), TemplateError> {
-        use std::os::fd::AsRawFd;
+        // All that takes time comes first: between the first link and the rename a killed process
+        // would leave files with names.
         for (name, file) in files {
-            let path = partial.join(name);
-            rustix::fs::fchmod(file, Mode::RUSR | Mode::RGRP | Mode::ROTH)
-                .map_err(TemplateError::errno("make read-only", &path))?;
-            file.sync_all()
-                .map_err(TemplateError::io("write to disk", &path))?;
-            let nameless = format!("/proc/self/fd/{}", file.as_raw_fd());
-            rustix::fs::linkat(CWD, nameless, CWD, &path, AtFlags::SYMLINK_FOLLOW)
-                .map_err(TemplateError::errno("give a name to", &path))?;
+            finish(file, &partial.join(name))?;
+        }
+        for (name, file) in files {
+            link(file, &partial.join(name))?;
         }
         sync_dir(partial)?;
         let renamed =
@@ -162,6 +151,52 @@ impl Staging {
         }
         Ok(())
     }
+}
+
+/// Puts `bytes` in the place of an existing read-only file, whole or not at all.
+pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), TemplateError> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    let file = nameless(dir)?;
+    (&file)
+        .write_all(bytes)
+        .map_err(TemplateError::io("write", path))?;
+    finish(&file, path)?;
+    // A link cannot replace a name, a rename can.
+    let mut staged = path.as_os_str().to_owned();
+    staged.push(format!(".new-{}", std::process::id()));
+    let staged = PathBuf::from(staged);
+    link(&file, &staged)?;
+    fs::rename(&staged, path)
+        .map_err(TemplateError::io("put in place", path))
+        .inspect_err(|_| {
+            let _ = fs::remove_file(&staged);
+        })?;
+    sync_dir(dir)
+}
+
+fn nameless(dir: &Path) -> Result<File, TemplateError> {
+    rustix::fs::open(
+        dir,
+        OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
+        Mode::RUSR | Mode::WUSR,
+    )
+    .map(File::from)
+    .map_err(TemplateError::errno("make a file without a name in", dir))
+}
+
+/// Makes a file read-only and durable.
+fn finish(file: &File, path: &Path) -> Result<(), TemplateError> {
+    rustix::fs::fchmod(file, Mode::RUSR | Mode::RGRP | Mode::ROTH)
+        .map_err(TemplateError::errno("make read-only", path))?;
+    file.sync_all()
+        .map_err(TemplateError::io("write to disk", path))
+}
+
+/// Gives a file that has no name this one.
+fn link(file: &File, path: &Path) -> Result<(), TemplateError> {
+    let nameless = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::linkat(CWD, nameless, CWD, path, AtFlags::SYMLINK_FOLLOW)
+        .map_err(TemplateError::errno("give a name to", path))
 }
 
 fn sync_dir(dir: &Path) -> Result<(), TemplateError> {

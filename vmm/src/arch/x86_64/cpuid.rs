@@ -130,9 +130,18 @@ fn filter(entry: &mut CpuidEntry) {
             entry.ebx &= !(1 << 2 | 1 << 4 | 1 << 11 | 1 << 12 | 1 << 14 | 1 << 15 | 1 << 25);
             // OSPKE follows the guest's CR4; shadow stacks; SGX launch control.
             entry.ecx &= !(1 << 4 | 1 << 7 | 1 << 30);
-            // RTM always aborts, TSX load tracking, PCONFIG, LBR, IBT, AMX (22, 24, 25).
-            entry.edx &=
-                !(1 << 11 | 1 << 16 | 1 << 18 | 1 << 19 | 1 << 20 | 1 << 22 | 1 << 24 | 1 << 25);
+            // RTM always aborts, TSX load tracking, PCONFIG, LBR, IBT, AMX (22, 24, 25), and
+            // ARCH_CAPABILITIES: a guest that was frozen where that register says "not vulnerable"
+            // would go on without its mitigations on a host that is.
+            entry.edx &= !(1 << 11
+                | 1 << 16
+                | 1 << 18
+                | 1 << 19
+                | 1 << 20
+                | 1 << 22
+                | 1 << 24
+                | 1 << 25
+                | 1 << 29);
         }
         (0x7, 1) => {
             // Performance counters, FRED, AMX-FP16, MSR lists.
