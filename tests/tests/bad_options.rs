@@ -236,3 +236,49 @@ fn a_reader_that_goes_away() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn a_full_disk_behind_standard_output() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let mut command = std::process::Command::new("sh");
+    command.args([
+        "-c",
+        "exec \"$0\" template inspect --json \"$1\" >/dev/full",
+    ]);
+    command
+        .arg(pando_tests::rig::built_program("pando")?)
+        .arg(template);
+    finish(&mut command)?
+        .expect_code(1)?
+        .expect_error(&["cannot write the output", "No space"])?;
+    Ok(())
+}
+
+#[test]
+fn a_path_that_is_no_text() -> Result<()> {
+    use std::os::unix::ffi::OsStringExt;
+    let dir = tempfile::tempdir()?;
+    let odd = dir
+        .path()
+        .join(std::ffi::OsString::from_vec(b"odd \xff".to_vec()));
+    std::fs::create_dir(&odd)?;
+    let template = make_template(&odd)?;
+    finish(pando(&["template", "inspect", "--json"])?.arg(&template))?
+        .expect_code(0)?
+        .json()?;
+    let serial = odd.join("serial");
+    let running = pando_tests::command::Running::start(
+        pando(&["clone", "--json"])?
+            .arg(&template)
+            .arg("--serial")
+            .arg(&serial),
+    )?;
+    pando_tests::command::eventually("the clone listens", || {
+        std::os::unix::net::UnixStream::connect(serial.join("clone-0.sock")).is_ok()
+    })?;
+    running.signal(rustix::process::Signal::HUP)?;
+    running.finish()?.expect_code(0)?.json()?;
+    assert_eq!(names(&serial)?, Vec::<String>::new());
+    Ok(())
+}

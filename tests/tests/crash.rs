@@ -107,6 +107,11 @@ fn a_killed_clone_does_not_touch_the_others() -> Result<()> {
         .expect_code(1)?
         .expect_error(&["clone 1: it was killed by signal 9", "1 of 3 clones failed"])?;
     assert!(clones.iter().all(|&pid| !is_alive(pid)));
+    assert_eq!(
+        names(&dir.path().join("serial"))?,
+        Vec::<String>::new(),
+        "nor its socket"
+    );
     Ok(())
 }
 
@@ -114,7 +119,7 @@ fn a_killed_clone_does_not_touch_the_others() -> Result<()> {
 fn signals_end_all_clones_cleanly() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let template = make_template(dir.path())?;
-    for signal in [Signal::TERM, Signal::INT] {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let serial = dir.path().join("serial");
         let running = start_clones(&template, &serial, 5)?;
         let clones = running.children();

@@ -87,18 +87,23 @@ pub fn require_engine(engine: Engine, pager: &PagerConfig) -> Result<(), Failure
 /// Runs the clones to their end; whether standard output can still be written to.
 fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<bool, Failure> {
     let failed = |error: crate::clone::supervise::SuperviseError| Failure::of(&error);
-    if args.count == 1 && args.serial.is_none() && std::io::stdin().is_terminal() {
+    if args.count == 1 && args.serial.is_none() && !args.json && std::io::stdin().is_terminal() {
         note!("this terminal is the clone's COM1; Ctrl-A x ends it");
     }
-    // Not through `std::io::stdout`: its lock would be held while a reader stalls.
-    let out = std::io::stdout().as_fd().try_clone_to_owned();
+    // Not through `std::io::stdout`: its lock would be held while a reader stalls. A document must
+    // have standard output to itself.
+    let out = if args.json {
+        std::io::stderr().as_fd().try_clone_to_owned()
+    } else {
+        std::io::stdout().as_fd().try_clone_to_owned()
+    };
     let mut lines = out
         .and_then(|out| LineWriter::new(fs::File::from(out)))
         .map_err(|error| Failure::of(&error))?;
     for number in 0..args.count {
         let plan = match &args.serial {
             Some(dir) => SerialPlan::Unix(dir.join(format!("clone-{number}.sock"))),
-            None if args.count == 1 => SerialPlan::Terminal,
+            None if args.count == 1 && !args.json => SerialPlan::Terminal,
             None => SerialPlan::Supervisor,
         };
         supervisor.start(&plan, &[]);
@@ -238,7 +243,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         })
         .collect();
     json!({
-        "template": args.dir,
+        "template": args.dir.display().to_string(),
         "engine": args.engine,
         "clones": clones,
         "pager": super::demo::pager_document(&supervisor.pager_stats),

@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-
 use super::args::DemoArgs;
 use super::clone::{pager_config, require_engine};
 use super::fail::Failure;
@@ -15,6 +13,7 @@ use super::out::{note, say};
 use super::progress;
 use super::size::{human_bytes, human_us};
 use super::table::table;
+use crate::clone::END_SIGNALS;
 use crate::clone::admit::admit;
 use crate::clone::supervise::{CloneOptions, Event};
 use crate::config::{self, EMBEDDED_KERNEL, MachineRequest};
@@ -42,7 +41,7 @@ pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     let address = metrics::serve(args.metrics)?;
     note!("metrics: http://{address}/metrics");
     let cancel = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+    for signal in END_SIGNALS {
         signal_hook::flag::register(signal, Arc::clone(&cancel))
             .map_err(|error| Failure::of(&error))?;
     }
@@ -72,6 +71,7 @@ pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
         clones: usize::try_from(args.clones).unwrap_or(usize::MAX),
         parallel: args.parallel.map_or_else(default_parallel, |n| n as usize),
         metrics: address,
+        cancel,
     };
     let bar = progress::bar(args.clones.into(), "clones verified").with_prefix("clones");
     let finished = demo.run(template, create, &mut |done| bar.set_position(done as u64))?;
@@ -102,8 +102,14 @@ fn hold(mut finished: Finished) -> Result<Finished, Failure> {
             .supervisor
             .wait(Duration::from_secs(1))
             .map_err(|error| Failure::of(&error))?;
-        if events.contains(&Event::Signal) {
-            return Ok(finished);
+        for event in events {
+            match event {
+                Event::Signal => return Ok(finished),
+                Event::Output(clone) | Event::Ended(clone) => {
+                    finished.supervisor.discard_console(clone);
+                }
+                Event::Started(_) => (),
+            }
         }
     }
 }
@@ -207,7 +213,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
     };
     say!("template {verdict}: {}", template.digest_after.join(", "));
     if args.template.is_some() {
-        say!("kept in {}", template.dir.display());
+        say!("kept in {}", template.dir);
     }
     say!("metrics were served at http://{}/metrics", result.metrics);
 }

@@ -40,7 +40,13 @@ pub fn main() -> u8 {
         crate::observe::log::start(args.verbose);
     }
     match dispatch(args.command, args.verbose) {
-        Ok(code) => code,
+        Ok(code) => match out::lost() {
+            Some(why) => {
+                note!("pando: cannot write the output: {why}");
+                code.max(exit::FAILED)
+            }
+            None => code,
+        },
         Err(failure) => {
             note!("pando: {}", failure.text());
             failure.code()

@@ -68,6 +68,7 @@ pub struct WorkerConfig {
     /// The clone's number.
     pub clone: u64,
     /// The template's directory.
+    #[serde(with = "path_bytes")]
     pub template: PathBuf,
     /// Where memory comes from.
     pub engine: Engine,
@@ -119,11 +120,28 @@ pub enum Serial {
     /// Nowhere.
     Null,
     /// A Unix socket that the worker listens on.
-    Unix(PathBuf),
+    Unix(#[serde(with = "path_bytes")] PathBuf),
     /// One descriptor beside the message: a connected socket.
     Passed,
     /// Two descriptors beside the message: the supervisor's standard input and output.
     Terminal,
+}
+
+/// Paths as they are: serde knows them as text, which a path need not be.
+mod path_bytes {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().as_bytes().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        Vec::deserialize(from).map(|bytes| OsString::from_vec(bytes).into())
+    }
 }
 
 /// From a worker to its supervisor.
@@ -314,11 +332,12 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::io::{Read, Write};
+    use std::os::unix::ffi::OsStringExt;
 
     fn config() -> WorkerConfig {
         WorkerConfig {
             clone: 7,
-            template: "t".into(),
+            template: std::ffi::OsString::from_vec(b"t\xff".to_vec()).into(),
             engine: Engine::Copy,
             serial: Serial::Passed,
             pager: PagerConfig::default(),

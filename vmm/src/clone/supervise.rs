@@ -2,21 +2,22 @@
 //! The supervisor: starts clones, hears what they report, ends them in order.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 
-use super::Engine;
 use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
+use super::{END_SIGNALS, Engine};
 use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::observe::metrics;
@@ -71,7 +72,7 @@ pub enum Event {
     Output(usize),
     /// It ended; its [`Clone::ending`] says how.
     Ended(usize),
-    /// SIGINT or SIGTERM came.
+    /// One of [`END_SIGNALS`] came.
     Signal,
 }
 
@@ -97,6 +98,8 @@ pub struct Clone {
     gauges: HashMap<Series, f64>,
     /// Gives the terminal back when the clone has ended, however it did.
     terminal: Option<SavedTerminal>,
+    /// Its socket, if COM1 goes to one: a worker that is killed cannot remove it.
+    socket: Option<PathBuf>,
 }
 
 impl Clone {
@@ -112,6 +115,7 @@ impl Clone {
             io: String::new(),
             ending: Some(ending),
             gauges: HashMap::new(),
+            socket: None,
             terminal: None,
         }
     }
@@ -132,13 +136,13 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// A supervisor without clones. Takes SIGINT and SIGTERM for itself.
+    /// A supervisor without clones. Takes [`END_SIGNALS`] for itself.
     pub fn new(options: CloneOptions) -> Result<Self, SuperviseError> {
         let system = |action| move |source| SuperviseError::System { action, source };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|errno| system("watch clones")(errno.into()))?;
         let (signals, end) = UnixStream::pair().map_err(system("watch for signals"))?;
-        for signal in [SIGINT, SIGTERM] {
+        for signal in END_SIGNALS {
             end.try_clone()
                 .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
                 .map_err(system("watch for signals"))?;
@@ -228,6 +232,10 @@ impl Supervisor {
             gauges: HashMap::new(),
             process: Some(process),
             console,
+            socket: match serial {
+                SerialPlan::Unix(path) => Some(path.clone()),
+                SerialPlan::Null | SerialPlan::Supervisor | SerialPlan::Terminal => None,
+            },
             terminal,
         })
     }
@@ -322,6 +330,14 @@ impl Supervisor {
         }
     }
 
+    /// Takes what a console has to say and drops it.
+    pub fn discard_console(&mut self, clone: usize) {
+        self.drain_console(clone);
+        if let Some(console) = self.clones.get_mut(clone).and_then(|c| c.console.as_mut()) {
+            while console.take_line().is_some() {}
+        }
+    }
+
     /// Takes what a console has to say and keeps it; a closed one is no longer watched, or it would
     /// be ready for ever.
     fn drain_console(&mut self, clone: usize) {
@@ -413,6 +429,11 @@ impl Supervisor {
         let clone = &mut self.clones[number];
         if let Some(mut process) = clone.process.take() {
             let unsaid = process.reap();
+            if clone.ending.is_none()
+                && let Some(path) = &clone.socket
+            {
+                remove_dead_socket(path);
+            }
             drop(clone.terminal.take());
             let ending = clone.ending.get_or_insert(unsaid);
             if ending.exit_code() != 0 {
@@ -457,5 +478,15 @@ impl Supervisor {
             epoll::EventFlags::IN,
         )
         .map_err(io::Error::from)
+    }
+}
+/// Removes the socket of a worker that was killed, unless somebody else listens there by now.
+fn remove_dead_socket(path: &Path) {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let refuses = UnixStream::connect(path)
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if is_socket && refuses {
+        // Whatever keeps it there: the next clone takes its place.
+        let _ = fs::remove_file(path);
     }
 }

@@ -11,8 +11,8 @@ use anyhow::{Context, bail};
 use pando_pager::{Health, Pager, Serving};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
+use super::END_SIGNALS;
 use super::control::{
     Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, Serial, ToWorker, WorkerConfig, monotonic,
 };
@@ -61,7 +61,7 @@ fn work(channel: &Channel, relay: Option<&Relay>, began: Duration) -> anyhow::Re
     die_with(config.supervisor_pid)?;
     let serial = serial_target(&config.serial, descriptors)?;
     let (signals, signal_end) = UnixStream::pair().context("cannot watch for signals")?;
-    for signal in [SIGINT, SIGTERM] {
+    for signal in END_SIGNALS {
         let end = signal_end.try_clone().context("cannot watch for signals")?;
         signal_hook::low_level::pipe::register(signal, end).context("cannot watch for signals")?;
     }
@@ -117,7 +117,14 @@ fn run_instance(
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
         let handle = &handle;
-        scope.spawn(move || attend(channel, relay, handle, signals, &ended));
+        thread::Builder::new()
+            .name("attend".to_owned())
+            .spawn_scoped(scope, move || {
+                attend(channel, relay, handle, signals, &ended)
+            })
+            .context(
+                "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?",
+            )?;
         let outcome = machine.wait();
         drop(ended_end);
         anyhow::Ok(outcome)

@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -38,6 +38,8 @@ pub struct Demo {
     pub parallel: usize,
     /// Where metrics are served.
     pub metrics: SocketAddr,
+    /// Set when a signal came.
+    pub cancel: Arc<AtomicBool>,
 }
 
 /// A demonstration whose clones were all asked.
@@ -89,12 +91,15 @@ impl Demo {
         create: Duration,
         progress: &mut dyn FnMut(usize),
     ) -> anyhow::Result<Finished> {
+        // First, so that from here on a signal wakes whoever waits; one that came before is in
+        // `cancel`.
+        let supervisor = Supervisor::new(self.options.clone())?;
         let digest_before = template.ram_digests()?;
         let available_before = available_bytes().unwrap_or(0);
         let plan = Plan::new(template.spec().layout().total_bytes());
         let start = Instant::now();
-        let mut run = Run::new(Supervisor::new(self.options.clone())?, plan, self.clones);
-        let interrupted = run.all(self.parallel, progress)?;
+        let mut run = Run::new(supervisor, plan, self.clones);
+        let interrupted = run.all(self.parallel, &self.cancel, progress)?;
         let took = start.elapsed();
         let memory = measure_memory(&run.supervisor, available_before);
         let data_pages = template
@@ -115,7 +120,7 @@ impl Demo {
                 .map_or_else(String::new, |c| c.io.clone()),
             parallel: self.parallel,
             template: TemplateFacts {
-                dir: template.dir().to_owned(),
+                dir: template.dir().display().to_string(),
                 memory_bytes: template.spec().layout().total_bytes(),
                 data_pages,
                 create_ms: create.as_secs_f64() * 1e3,
@@ -197,9 +202,17 @@ impl Run {
     }
 
     /// Whether a signal came before all were done.
-    fn all(&mut self, parallel: usize, progress: &mut dyn FnMut(usize)) -> anyhow::Result<bool> {
+    fn all(
+        &mut self,
+        parallel: usize,
+        cancel: &AtomicBool,
+        progress: &mut dyn FnMut(usize),
+    ) -> anyhow::Result<bool> {
         let mut last_news = Instant::now();
         loop {
+            if cancel.load(Ordering::Relaxed) {
+                return Ok(true);
+            }
             let busy = self
                 .progress
                 .iter()
