@@ -236,6 +236,7 @@ fn a_clone_that_cannot_be_started_does_not_touch_the_others() -> Result<()> {
     let link = || std::os::unix::fs::symlink(built_program("pando").unwrap_or_default(), &program);
     link()?;
     let mut supervisor = Supervisor::new(CloneOptions {
+        host_check: pando_vmm::machine::HostCheck::Due,
         program: program.clone(),
         template,
         name: "t".into(),

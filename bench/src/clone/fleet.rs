@@ -97,6 +97,7 @@ impl Fleet {
     /// Nothing runs yet.
     pub(crate) fn new(program: PathBuf, template: &Path, setup: Setup) -> Result<Self> {
         let supervisor = Supervisor::new(CloneOptions {
+            host_check: pando_vmm::machine::HostCheck::Done,
             program,
             template: template.to_owned(),
             name: "bench".to_owned(),

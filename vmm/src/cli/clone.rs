@@ -44,6 +44,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     }
     let program = std::env::current_exe().map_err(|error| Failure::of(&error))?;
     let mut supervisor = Supervisor::new(CloneOptions {
+        host_check: crate::machine::HostCheck::Done,
         program,
         template: args.dir.clone(),
         name: template.name(),

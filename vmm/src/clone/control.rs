@@ -76,6 +76,8 @@ pub struct WorkerConfig {
     pub serial: Serial,
     /// How the pager works.
     pub pager: PagerConfig,
+    /// Whether the worker must compare the host with the template, because nobody did.
+    pub host_check_is_due: bool,
     /// The process that must be the worker's parent, lest it outlive it unseen.
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
@@ -341,6 +343,7 @@ mod tests {
             engine: Engine::Copy,
             serial: Serial::Passed,
             pager: PagerConfig::default(),
+            host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
         }

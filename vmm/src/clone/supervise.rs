@@ -20,6 +20,7 @@ use super::usage::Usage;
 use super::{END_SIGNALS, Engine};
 use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
+use crate::machine::HostCheck;
 use crate::observe::metrics;
 use crate::observe::relay::{Change, Delta, Series, replay};
 use crate::observe::stats::PagerStats;
@@ -61,6 +62,8 @@ pub struct CloneOptions {
     pub verbosity: u8,
     /// Whether the clones' memory is measured for the metrics while they run.
     pub measure_memory: bool,
+    /// Whether the host was compared with the template; each clone does it otherwise.
+    pub host_check: HostCheck,
 }
 
 /// What happened to a clone.
@@ -207,6 +210,7 @@ impl Supervisor {
             engine: self.options.engine,
             serial: Serial::Null,
             pager: self.options.pager.clone(),
+            host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
         };

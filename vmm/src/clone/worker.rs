@@ -19,7 +19,7 @@ use super::control::{
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
-use crate::machine::{MachineHandle, Outcome};
+use crate::machine::{HostCheck, MachineHandle, Outcome};
 use crate::observe::log;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
@@ -90,11 +90,16 @@ fn run_instance(
     so_far: SoFar,
     signals: &UnixStream,
 ) -> anyhow::Result<Ending> {
+    let host_check = if config.host_check_is_due {
+        HostCheck::Due
+    } else {
+        HostCheck::Done
+    };
     let Instance {
         machine,
         pager,
         stages: more,
-    } = instantiate(template, config.engine, &config.pager, serial)?;
+    } = instantiate(template, config.engine, &config.pager, serial, host_check)?;
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);
     let health = pager.as_ref().map(Pager::<Serving>::health);
