@@ -208,15 +208,22 @@ pub fn signal_pid(pid: u32, signal: rustix::process::Signal) -> Result<()> {
     Ok(())
 }
 
-/// Whether a process exists (a zombie does not count).
+/// Whether any thread of a process is left that is no zombie. The first thread of a killed process
+/// can be one while others still hold its files.
 pub fn is_alive(pid: u32) -> bool {
-    fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        !stat
+    let is_zombie = |stat: String| {
+        let state = stat
             .rsplit(')')
             .next()
             .unwrap_or("")
             .trim_start()
-            .starts_with('Z')
+            .to_owned();
+        state.starts_with('Z') || state.starts_with('X')
+    };
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| {
+        threads.flatten().any(|thread| {
+            fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| !is_zombie(stat))
+        })
     })
 }
 
