@@ -5,8 +5,8 @@ use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
+use pando_vmm::cli::args::IoArg;
 use pando_vmm::clone::Engine;
-use pando_vmm::clone::control::Io;
 
 /// Measures what Pando promises, each figure beside its baseline in the same run.
 #[derive(Debug, Parser)]
@@ -67,7 +67,7 @@ pub(crate) struct CloneArgs {
     pub(crate) engines: Vec<Engine>,
     /// Ways to read the template, with commas between them; one variant of engine copy for each.
     #[arg(long, value_delimiter = ',', default_value = "auto")]
-    pub(crate) io: Vec<Io>,
+    pub(crate) io: Vec<IoArg>,
     /// Measure engine copy also without comparing checksums.
     #[arg(long)]
     pub(crate) no_verify: bool,

@@ -139,6 +139,22 @@ impl Running {
         }
     }
 
+    /// Waits for its end without reading anything, and returns its exit code.
+    pub fn wait(&mut self) -> Result<Option<i32>> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status.code());
+            }
+            ensure!(
+                start.elapsed() < HANG,
+                "it still runs after {} s",
+                HANG.as_secs()
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// Waits for its end.
     pub fn finish(mut self) -> Result<Finished> {
         let mut stdout = self
@@ -159,25 +175,14 @@ impl Running {
             let mut text = String::new();
             stdout.read_to_string(&mut text).map(|_| text)
         });
-        let start = Instant::now();
-        let status = loop {
-            if let Some(status) = self.child.try_wait()? {
-                break status;
-            }
-            ensure!(
-                start.elapsed() < HANG,
-                "it still runs after {} s",
-                HANG.as_secs()
-            );
-            std::thread::sleep(Duration::from_millis(5));
-        };
+        let code = self.wait()?;
         let join = |thread: std::thread::JoinHandle<std::io::Result<String>>| -> Result<String> {
             Ok(thread
                 .join()
                 .map_err(|_| anyhow::anyhow!("a reader panicked"))??)
         };
         Ok(Finished {
-            code: status.code(),
+            code,
             stdout: join(out)?,
             stderr: join(reader)?,
         })
@@ -203,14 +208,21 @@ pub fn signal_pid(pid: u32, signal: rustix::process::Signal) -> Result<()> {
     Ok(())
 }
 
-/// Whether a process has a thread that is not a zombie. Its first thread may be one while others
-/// still hold its descriptors.
+/// Whether any thread of a process is left that is no zombie. The first thread of a killed process
+/// can be one while others still hold its files.
 pub fn is_alive(pid: u32) -> bool {
-    let threads = fs::read_dir(format!("/proc/{pid}/task"));
-    threads.into_iter().flatten().flatten().any(|thread| {
-        fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| {
-            let state = stat.rsplit(')').next().unwrap_or("").trim_start();
-            !state.starts_with('Z')
+    let is_zombie = |stat: String| {
+        let state = stat
+            .rsplit(')')
+            .next()
+            .unwrap_or("")
+            .trim_start()
+            .to_owned();
+        state.starts_with('Z') || state.starts_with('X')
+    };
+    fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|threads| {
+        threads.flatten().any(|thread| {
+            fs::read_to_string(thread.path().join("stat")).is_ok_and(|stat| !is_zombie(stat))
         })
     })
 }

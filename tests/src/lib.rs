@@ -1,5 +1,6 @@
 //! Tests of Pando as a whole. The library holds what tests share; the tests are in `tests/tests`.
 
 pub mod command;
+pub mod metrics;
 pub mod rig;
 pub mod style;

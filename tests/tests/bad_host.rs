@@ -4,8 +4,8 @@
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
-use pando_tests::command::{Finished, finish, names, pando};
+use anyhow::{Context, Result};
+use pando_tests::command::{Finished, finish, make_template, names, pando};
 use pando_tests::rig::built_program;
 
 /// Runs `pando` behind a shell command in a mount namespace of its own.
@@ -57,9 +57,16 @@ fn without_userfaultfd() -> Result<()> {
         command.arg(built_program("pando")?).args(args);
         finish(&mut command)
     };
-    without(&DEMO)?
-        .expect_code(1)?
-        .expect_error(&["userfaultfd"])?;
+    let refused = without(&DEMO)?
+        .expect_code(3)?
+        .expect_error(&["vm.unprivileged_userfaultfd"])?;
+    assert_eq!(refused.stderr.matches("pando: ").count(), 1, "said once");
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let template = template.to_str().context("a plain path")?;
+    without(&["clone", template, "--count", "3"])?
+        .expect_code(3)?
+        .expect_error(&["vm.unprivileged_userfaultfd"])?;
     let doctor = without(&["doctor"])?.expect_code(3)?;
     assert!(
         doctor.stdout.contains("FAIL  userfaultfd"),
@@ -80,8 +87,8 @@ fn without_io_uring_pages_are_read_by_pread() -> Result<()> {
     );
     let forced = [&DEMO[..], &["--io", "uring"]].concat();
     without("io_uring_setup", &forced)?
-        .expect_code(1)?
-        .expect_error(&["io_uring"])?;
+        .expect_code(3)?
+        .expect_error(&["io_uring_disabled"])?;
     let doctor = without("io_uring_setup", &["doctor"])?.expect_code(0)?;
     assert!(
         doctor.stdout.contains("warn  io_uring"),

@@ -229,6 +229,24 @@ fn a_socket_path_in_use() -> Result<()> {
 }
 
 #[test]
+fn more_clones_than_open_files() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-c", "ulimit -n 40 && exec \"$@\"", "sh"])
+        .arg(pando_tests::rig::built_program("pando")?)
+        .arg("clone")
+        .arg(&template)
+        .args(["--count", "20"]);
+    finish(&mut command)?.expect_code(1)?.expect_error(&[
+        "20 clones need 4 x 20 + 64 = 144 open files and this process may have 40",
+        "ulimit -Hn 144",
+    ])?;
+    Ok(())
+}
+
+#[test]
 fn a_metrics_address_in_use() -> Result<()> {
     let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?.to_string();
@@ -270,5 +288,51 @@ fn a_reader_that_goes_away() -> Result<()> {
         ]);
         finish(&mut command)?.expect_error(&[])?;
     }
+    Ok(())
+}
+
+#[test]
+fn a_full_disk_behind_standard_output() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let mut command = std::process::Command::new("sh");
+    command.args([
+        "-c",
+        "exec \"$0\" template inspect --json \"$1\" >/dev/full",
+    ]);
+    command
+        .arg(pando_tests::rig::built_program("pando")?)
+        .arg(template);
+    finish(&mut command)?
+        .expect_code(1)?
+        .expect_error(&["cannot write the output", "No space"])?;
+    Ok(())
+}
+
+#[test]
+fn a_path_that_is_no_text() -> Result<()> {
+    use std::os::unix::ffi::OsStringExt;
+    let dir = tempfile::tempdir()?;
+    let odd = dir
+        .path()
+        .join(std::ffi::OsString::from_vec(b"odd \xff".to_vec()));
+    std::fs::create_dir(&odd)?;
+    let template = make_template(&odd)?;
+    finish(pando(&["template", "inspect", "--json"])?.arg(&template))?
+        .expect_code(0)?
+        .json()?;
+    let serial = odd.join("serial");
+    let running = pando_tests::command::Running::start(
+        pando(&["clone", "--json"])?
+            .arg(&template)
+            .arg("--serial")
+            .arg(&serial),
+    )?;
+    pando_tests::command::eventually("the clone listens", || {
+        std::os::unix::net::UnixStream::connect(serial.join("clone-0.sock")).is_ok()
+    })?;
+    running.signal(rustix::process::Signal::HUP)?;
+    running.finish()?.expect_code(0)?.json()?;
+    assert_eq!(names(&serial)?, Vec::<String>::new());
     Ok(())
 }

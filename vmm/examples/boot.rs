@@ -18,7 +18,9 @@ use anyhow::Context;
 use clap::Parser;
 use pando_vmm::arch::x86_64::boot::{BootSource, KernelImage};
 use pando_vmm::device::legacy::console::SerialTarget;
-use pando_vmm::machine::{Machine, MachineError, MachineState, Outcome, Paused, Running};
+use pando_vmm::machine::{
+    HostCheck, Machine, MachineError, MachineState, Outcome, Paused, Running,
+};
 use pando_vmm::memory::guest::{GuestRam, RamBacking};
 use pando_vmm::spec::{BackendSpec, CpuCount, MachineSpec};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -120,7 +122,7 @@ fn rebuild(
     if let Some(realtime_ns) = &mut state.vm.realtime_ns {
         *realtime_ns = realtime_ns.saturating_sub(args.frozen_for.saturating_mul(1_000_000_000));
     }
-    let machine = Machine::restore(spec, ram, &state, target(args)?)?;
+    let machine = Machine::restore(spec, ram, &state, target(args)?, HostCheck::Due)?;
     report("restored", &machine);
     Ok(machine)
 }

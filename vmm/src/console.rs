@@ -13,6 +13,9 @@ use thiserror::Error;
 /// How much of the console's past is kept for messages, in bytes.
 const KEPT_BYTES: usize = 16 << 10;
 
+/// How long a line may be before it is taken without its end, in bytes.
+const MAX_LINE_BYTES: usize = 16 << 10;
+
 /// Why a console gave nothing.
 #[derive(Debug, Error)]
 pub enum ConsoleError {
@@ -140,9 +143,14 @@ impl GuestConsole {
         }
     }
 
-    /// A whole line if one was received already.
+    /// A whole line if one was received already. A line that is too long to wait for its end comes
+    /// in pieces.
     pub fn take_line(&mut self) -> Option<String> {
-        let end = self.pending.iter().position(|&byte| byte == b'\n')?;
+        let end = self.pending.iter().position(|&byte| byte == b'\n');
+        let end = end.or_else(|| {
+            let too_long = self.pending.len() >= MAX_LINE_BYTES;
+            too_long.then(|| self.pending.len() - 1)
+        })?;
         let line: Vec<u8> = self.pending.drain(..=end).collect();
         Some(String::from_utf8_lossy(&line).trim_end().to_owned())
     }

@@ -18,6 +18,18 @@ pub mod exit {
     pub const TEMPLATE: u8 = 4;
     /// Guest memory could not be read from the template.
     pub const MEMORY: u8 = 5;
+
+    /// What a process that ended with this code wanted to say.
+    pub const fn meaning(code: u8) -> &'static str {
+        match code {
+            OK => "all went well",
+            USAGE => "the command line is wrong",
+            HOST => "this host cannot do it",
+            TEMPLATE => "the template cannot be used",
+            MEMORY => "guest memory could not be read",
+            _ => "something failed",
+        }
+    }
 }
 
 /// An error and its causes, one below the other.

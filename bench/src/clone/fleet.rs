@@ -97,6 +97,7 @@ impl Fleet {
     /// Nothing runs yet.
     pub(crate) fn new(program: PathBuf, template: &Path, setup: Setup) -> Result<Self> {
         let supervisor = Supervisor::new(CloneOptions {
+            host_check: pando_vmm::machine::HostCheck::Done,
             program,
             template: template.to_owned(),
             name: "bench".to_owned(),
@@ -106,6 +107,8 @@ impl Fleet {
                 verify: setup.verify,
                 ..PagerConfig::default()
             },
+            verbosity: 0,
+            measure_memory: false,
         })?;
         Ok(Self { supervisor })
     }
@@ -120,7 +123,7 @@ impl Fleet {
         let (command, expected) = workload.command(seed);
         let number = self
             .supervisor
-            .start(&SerialPlan::Supervisor, &command.encode())?;
+            .start(&SerialPlan::Supervisor, &command.encode());
         let mut answers = Answers::new(expected);
         self.until(|fleet, event| {
             answers.hear(&mut fleet.supervisor, event)?;
@@ -158,7 +161,7 @@ impl Fleet {
         let begun = Instant::now();
         let parallel = (parallel as usize).min(count);
         for _ in 0..parallel {
-            self.supervisor.start(&SerialPlan::Supervisor, &input)?;
+            self.supervisor.start(&SerialPlan::Supervisor, &input);
         }
         let mut wall = Duration::ZERO;
         self.until(|fleet, event| {
@@ -167,7 +170,7 @@ impl Fleet {
             let started = fleet.supervisor.clones().len();
             let wanted = count.min(answers.ticks.len() + parallel);
             for _ in started..wanted {
-                fleet.supervisor.start(&SerialPlan::Supervisor, &input)?;
+                fleet.supervisor.start(&SerialPlan::Supervisor, &input);
             }
             Ok(answers.ticks.len() == count)
         })?;

@@ -11,6 +11,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use pando_vmm::clone::control::Io;
 use pando_vmm::demo::result::PagerFacts;
 use serde::Serialize;
 
@@ -79,7 +80,8 @@ pub(crate) fn run(args: &CloneArgs) -> Result<()> {
         Some(path) => path.clone(),
         None => beside_this_program("pando")?,
     };
-    let setups = Setup::all(&args.engines, &args.io, args.no_verify);
+    let io: Vec<Io> = args.io.iter().map(|&io| io.into()).collect();
+    let setups = Setup::all(&args.engines, &io, args.no_verify);
     ensure!(!setups.is_empty(), "no engine to measure: give --engines");
     let subject = Subject::make(args.memory, args.dir.as_deref())?;
     let floor = Root::new(args.memory, true)?;

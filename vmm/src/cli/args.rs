@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args as ClapArgs, Parser, Subcommand};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
 use super::size::Size;
@@ -191,14 +191,35 @@ pub struct VerifyArgs {
 #[derive(Debug, ClapArgs)]
 pub struct PagerArgs {
     /// How template pages are read
-    #[arg(long, value_enum, default_value_t = Io::Auto)]
-    pub io: Io,
+    #[arg(long, value_enum, default_value_t = IoArg::Auto)]
+    pub io: IoArg,
     /// Do not compare the checksum of each chunk when it is first read
     #[arg(long)]
     pub no_verify: bool,
     /// Give a page up that could not be read within this many seconds
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub fault_deadline: f64,
+}
+
+/// How template pages are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IoArg {
+    /// io_uring, or pread where the kernel refuses it.
+    Auto,
+    /// io_uring, or an error.
+    Uring,
+    /// pread in a few threads.
+    Pread,
+}
+
+impl From<IoArg> for Io {
+    fn from(arg: IoArg) -> Self {
+        match arg {
+            IoArg::Auto => Self::Auto,
+            IoArg::Uring => Self::Uring,
+            IoArg::Pread => Self::Pread,
+        }
+    }
 }
 
 /// `pando clone`

@@ -2,16 +2,20 @@
 //! `pando clone`: starts clones, passes their consoles on, watches over them until they end.
 
 use std::fs;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use serde_json::json;
 
 use super::args::{CloneArgs, PagerArgs};
 use super::fail::Failure;
+use super::lines::{LineWriter, Printed};
 use super::out::{note, say};
 use super::size::human_us;
 use super::table::table;
+use crate::clone::Engine;
+use crate::clone::admit::admit;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
@@ -22,7 +26,7 @@ use crate::report::{chain, exit};
 use crate::template::{Template, TemplateError, compat};
 
 /// Runs the clones.
-pub fn run(args: &CloneArgs) -> Result<u8, Failure> {
+pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     let pager = pager_config(&args.pager)?;
     // Opened here once, so that what is wrong with it is said once and before anything starts.
     let template = Template::open(&args.dir)?;
@@ -33,21 +37,26 @@ pub fn run(args: &CloneArgs) -> Result<u8, Failure> {
         note!("metrics: http://{address}/metrics");
     }
     raise_descriptor_limit();
+    admit(args.count.into()).map_err(|error| Failure::of(&error))?;
+    require_engine(args.engine, &pager)?;
     if let Some(dir) = &args.serial {
         fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
     }
     let program = std::env::current_exe().map_err(|error| Failure::of(&error))?;
     let mut supervisor = Supervisor::new(CloneOptions {
+        host_check: crate::machine::HostCheck::Done,
         program,
         template: args.dir.clone(),
         name: template.name(),
         engine: args.engine,
         pager,
+        verbosity,
+        measure_memory: args.metrics.is_some(),
     })
     .map_err(|error| Failure::of(&error))?;
     drop(template);
-    supervise(args, &mut supervisor)?;
-    report(args, &supervisor)
+    let readable = supervise(args, &mut supervisor)?;
+    report(args, &supervisor, readable)
 }
 
 /// How pagers work, as the flags say.
@@ -62,24 +71,43 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
             ))
         })?;
     Ok(PagerConfig {
-        io: args.io,
+        io: args.io.into(),
         verify: !args.no_verify,
         fault_deadline,
     })
 }
 
-fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<(), Failure> {
+/// Fails when this host refuses what an engine needs: said once, and not by each clone.
+pub fn require_engine(engine: Engine, pager: &PagerConfig) -> Result<(), Failure> {
+    match engine {
+        Engine::Copy => host::require_paging(pager.io).map_err(|error| Failure::of(&error)),
+        Engine::Kernel => Ok(()),
+    }
+}
+
+/// Runs the clones to their end; whether standard output can still be written to.
+fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<bool, Failure> {
     let failed = |error: crate::clone::supervise::SuperviseError| Failure::of(&error);
-    if args.count == 1 && args.serial.is_none() && std::io::stdin().is_terminal() {
+    if args.count == 1 && args.serial.is_none() && !args.json && std::io::stdin().is_terminal() {
         note!("this terminal is the clone's COM1; Ctrl-A x ends it");
     }
+    // Not through `std::io::stdout`: its lock would be held while a reader stalls. A document must
+    // have standard output to itself.
+    let out = if args.json {
+        std::io::stderr().as_fd().try_clone_to_owned()
+    } else {
+        std::io::stdout().as_fd().try_clone_to_owned()
+    };
+    let mut lines = out
+        .and_then(|out| LineWriter::new(fs::File::from(out)))
+        .map_err(|error| Failure::of(&error))?;
     for number in 0..args.count {
         let plan = match &args.serial {
             Some(dir) => SerialPlan::Unix(dir.join(format!("clone-{number}.sock"))),
-            None if args.count == 1 => SerialPlan::Terminal,
+            None if args.count == 1 && !args.json => SerialPlan::Terminal,
             None => SerialPlan::Supervisor,
         };
-        supervisor.start(&plan, &[]).map_err(failed)?;
+        supervisor.start(&plan, &[]);
     }
     while supervisor.live() > 0 {
         for event in supervisor.wait(Duration::from_secs(1)).map_err(failed)? {
@@ -88,16 +116,25 @@ fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<(), Failur
                     tracing::info!(clone, pid = supervisor.clones()[clone].pid, "runs");
                 }
                 Event::Started(_) => (),
-                Event::Output(clone) | Event::Ended(clone) => pass_on(supervisor, clone),
+                Event::Output(clone) | Event::Ended(clone) => {
+                    pass_on(supervisor, clone, &mut lines);
+                }
                 Event::Signal => supervisor.stop_all(STOP_GRACE).map_err(failed)?,
             }
         }
     }
-    Ok(())
+    for clone in 0..supervisor.clones().len() {
+        pass_on(supervisor, clone, &mut lines);
+    }
+    let Printed { dropped, stalled } = lines.finish();
+    if dropped > 0 {
+        note!("pando: {dropped} lines of clones were dropped: standard output was not read");
+    }
+    Ok(!stalled)
 }
 
 /// Prints whole lines of a clone's console, marked with its number.
-fn pass_on(supervisor: &mut Supervisor, number: usize) {
+fn pass_on(supervisor: &mut Supervisor, number: usize, lines: &mut LineWriter) {
     let Some(clone) = supervisor.clone_mut(number) else {
         return;
     };
@@ -109,18 +146,16 @@ fn pass_on(supervisor: &mut Supervisor, number: usize) {
     while ended && open {
         open = console.poll().unwrap_or(false);
     }
-    let mut out = std::io::stdout().lock();
     while let Some(line) = console.take_line() {
-        // Nobody reads any more: the clones go on.
-        let _ = writeln!(out, "[{number}] {line}");
+        lines.print(format!("[{number}] {line}"));
     }
-    let _ = out.flush();
     if !open {
         supervisor.forget_console(number);
     }
 }
 
-fn report(args: &CloneArgs, supervisor: &Supervisor) -> Result<u8, Failure> {
+/// Says how the clones ended, on standard output only if it `is_read`.
+fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8, Failure> {
     let failed: Vec<(usize, &str)> = supervisor
         .clones()
         .iter()
@@ -130,7 +165,9 @@ fn report(args: &CloneArgs, supervisor: &Supervisor) -> Result<u8, Failure> {
             _ => None,
         })
         .collect();
-    if args.json {
+    if !is_read {
+        note!("pando: the report is left out for the same reason");
+    } else if args.json {
         say!("{:#}", document(args, supervisor));
     } else if args.count > 1 {
         print_table(supervisor);
@@ -207,7 +244,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         })
         .collect();
     json!({
-        "template": args.dir,
+        "template": args.dir.display().to_string(),
         "engine": args.engine,
         "clones": clones,
         "pager": super::demo::pager_document(&supervisor.pager_stats),

@@ -6,15 +6,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
-
 use super::args::DemoArgs;
-use super::clone::pager_config;
+use super::clone::{pager_config, require_engine};
 use super::fail::Failure;
 use super::out::{note, say};
 use super::progress;
 use super::size::{human_bytes, human_us};
 use super::table::table;
+use crate::clone::END_SIGNALS;
+use crate::clone::admit::admit;
 use crate::clone::supervise::{CloneOptions, Event};
 use crate::config::{self, EMBEDDED_KERNEL, MachineRequest};
 use crate::demo::drive::{Demo, Finished};
@@ -25,7 +25,7 @@ use crate::observe::stats::PagerStats;
 use crate::report::{chain, exit};
 
 /// Runs the demonstration.
-pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
+pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     let pager = pager_config(&args.pager)?;
     let request = MachineRequest {
         kernel: EMBEDDED_KERNEL.into(),
@@ -35,11 +35,13 @@ pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
         cpus: 1,
     };
     let (spec, _) = config::resolve(&request).map_err(|error| Failure::usage(chain(&error)))?;
+    raise_descriptor_limit();
+    admit(args.clones.into()).map_err(|error| Failure::of(&error))?;
+    require_engine(args.engine, &pager)?;
     let address = metrics::serve(args.metrics)?;
     note!("metrics: http://{address}/metrics");
-    raise_descriptor_limit();
     let cancel = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
+    for signal in END_SIGNALS {
         signal_hook::flag::register(signal, Arc::clone(&cancel))
             .map_err(|error| Failure::of(&error))?;
     }
@@ -58,15 +60,19 @@ pub fn run(args: &DemoArgs) -> Result<u8, Failure> {
     }
     let demo = Demo {
         options: CloneOptions {
+            host_check: crate::machine::HostCheck::Done,
             program: std::env::current_exe().map_err(|error| Failure::of(&error))?,
             template: scratch.dir.clone(),
             name: template.name(),
             engine: args.engine,
             pager,
+            verbosity,
+            measure_memory: true,
         },
         clones: usize::try_from(args.clones).unwrap_or(usize::MAX),
         parallel: args.parallel.map_or_else(default_parallel, |n| n as usize),
         metrics: address,
+        cancel,
     };
     let bar = progress::bar(args.clones.into(), "clones verified").with_prefix("clones");
     let finished = demo.run(template, create, &mut |done| bar.set_position(done as u64))?;
@@ -97,8 +103,14 @@ fn hold(mut finished: Finished) -> Result<Finished, Failure> {
             .supervisor
             .wait(Duration::from_secs(1))
             .map_err(|error| Failure::of(&error))?;
-        if events.contains(&Event::Signal) {
-            return Ok(finished);
+        for event in events {
+            match event {
+                Event::Signal => return Ok(finished),
+                Event::Output(clone) | Event::Ended(clone) => {
+                    finished.supervisor.discard_console(clone);
+                }
+                Event::Started(_) => (),
+            }
         }
     }
 }
@@ -124,7 +136,8 @@ fn show(args: &DemoArgs, result: &DemoResult) -> Result<u8, Failure> {
             "{} of {} clones were verified",
             result.verified, result.clones
         );
-        return Err(Failure::new(exit::FAILED, text));
+        let worst = result.failures.iter().map(|failure| failure.code).max();
+        return Err(Failure::new(worst.unwrap_or(exit::FAILED), text));
     }
     Ok(exit::OK)
 }
@@ -201,7 +214,7 @@ fn print_tables(args: &DemoArgs, result: &DemoResult) {
     };
     say!("template {verdict}: {}", template.digest_after.join(", "));
     if args.template.is_some() {
-        say!("kept in {}", template.dir.display());
+        say!("kept in {}", template.dir);
     }
     say!("metrics were served at http://{}/metrics", result.metrics);
 }

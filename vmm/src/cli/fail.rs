@@ -54,14 +54,7 @@ impl Failure {
 
 impl From<TemplateError> for Failure {
     fn from(error: TemplateError) -> Self {
-        let code = match &error {
-            TemplateError::Exists { .. }
-            | TemplateError::DiskFull { .. }
-            | TemplateError::Output { .. }
-            | TemplateError::Io { .. } => exit::FAILED,
-            _ => exit::TEMPLATE,
-        };
-        Self::new(code, chain(&error))
+        Self::new(error.exit_code(), chain(&error))
     }
 }
 

@@ -6,6 +6,7 @@ pub mod clone;
 pub mod demo;
 pub mod doctor;
 pub mod fail;
+pub mod lines;
 mod out;
 pub mod progress;
 pub mod run;
@@ -34,9 +35,18 @@ pub fn main() -> u8 {
             };
         }
     };
-    crate::observe::log::start(args.verbose);
-    match dispatch(args.command) {
-        Ok(code) => code,
+    // A clone's process learns from its orders how much to log.
+    if !matches!(args.command, Command::CloneWorker) {
+        crate::observe::log::start(args.verbose);
+    }
+    match dispatch(args.command, args.verbose) {
+        Ok(code) => match out::lost() {
+            Some(why) => {
+                note!("pando: cannot write the output: {why}");
+                code.max(exit::FAILED)
+            }
+            None => code,
+        },
         Err(failure) => {
             note!("pando: {}", failure.text());
             failure.code()
@@ -44,12 +54,12 @@ pub fn main() -> u8 {
     }
 }
 
-fn dispatch(command: Command) -> Result<u8, Failure> {
+fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
     match command {
-        Command::Demo(args) => demo::run(&args),
+        Command::Demo(args) => demo::run(&args, verbosity),
         Command::Doctor(args) => doctor::run(&args),
         Command::Template(args) => template::run(args),
-        Command::Clone(args) => clone::run(&args),
+        Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
         Command::Completions { shell } => {
             // Into memory first: clap panics where a reader goes away.

@@ -3,6 +3,7 @@
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
+use std::sync::OnceLock;
 
 /// Prints a line to standard output, as `println!` does, but never panics.
 macro_rules! say {
@@ -16,9 +17,21 @@ macro_rules! note {
 
 pub(super) use {note, say};
 
-/// Writes a line; whoever would read an error about that is gone.
+/// Why output was lost, if it was for another reason than a reader that went away.
+static LOST: OnceLock<String> = OnceLock::new();
+
+/// Writes a line. A reader that went away wanted no more; any other error is kept for the end.
 pub(super) fn line(out: &mut impl Write, text: Arguments<'_>) {
-    let _ = write_line(out, text);
+    if let Err(error) = write_line(out, text)
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        let _ = LOST.set(error.to_string());
+    }
+}
+
+/// Why output was lost, for the end of the program.
+pub(super) fn lost() -> Option<&'static str> {
+    LOST.get().map(String::as_str)
 }
 
 fn write_line(out: &mut impl Write, text: Arguments<'_>) -> io::Result<()> {

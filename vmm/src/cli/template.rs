@@ -125,7 +125,7 @@ fn print_json(facts: &Summary) -> Result<u8, Failure> {
 fn print_summary(facts: &Summary) {
     say!(
         "template {}: {} vCPUs, {} of RAM, made by {}",
-        facts.template.display(),
+        facts.template,
         facts.cpus,
         human_bytes(facts.memory_bytes),
         facts.tool

@@ -21,7 +21,7 @@ use super::Engine;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -65,7 +65,10 @@ pub enum ToWorker {
 /// What a worker is to run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WorkerConfig {
+    /// The clone's number.
+    pub clone: u64,
     /// The template's directory.
+    #[serde(with = "path_bytes")]
     pub template: PathBuf,
     /// Where memory comes from.
     pub engine: Engine,
@@ -73,8 +76,12 @@ pub struct WorkerConfig {
     pub serial: Serial,
     /// How the pager works.
     pub pager: PagerConfig,
+    /// Whether the worker must compare the host with the template, because nobody did.
+    pub host_check_is_due: bool,
     /// The process that must be the worker's parent, lest it outlive it unseen.
     pub supervisor_pid: u32,
+    /// How much it logs, as `observe::log::start` takes it.
+    pub verbosity: u8,
 }
 
 /// How a clone's pager works.
@@ -99,7 +106,7 @@ impl Default for PagerConfig {
 }
 
 /// How template pages are read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Io {
     /// io_uring, or pread where the kernel refuses it.
     Auto,
@@ -115,11 +122,28 @@ pub enum Serial {
     /// Nowhere.
     Null,
     /// A Unix socket that the worker listens on.
-    Unix(PathBuf),
+    Unix(#[serde(with = "path_bytes")] PathBuf),
     /// One descriptor beside the message: a connected socket.
     Passed,
     /// Two descriptors beside the message: the supervisor's standard input and output.
     Terminal,
+}
+
+/// Paths as they are: serde knows them as text, which a path need not be.
+mod path_bytes {
+    use std::ffi::OsString;
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    use std::path::{Path, PathBuf};
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        path.as_os_str().as_bytes().serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        Vec::deserialize(from).map(|bytes| OsString::from_vec(bytes).into())
+    }
 }
 
 /// From a worker to its supervisor.
@@ -310,14 +334,18 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
     use std::io::{Read, Write};
+    use std::os::unix::ffi::OsStringExt;
 
     fn config() -> WorkerConfig {
         WorkerConfig {
-            template: "t".into(),
+            clone: 7,
+            template: std::ffi::OsString::from_vec(b"t\xff".to_vec()).into(),
             engine: Engine::Copy,
             serial: Serial::Passed,
             pager: PagerConfig::default(),
+            host_check_is_due: true,
             supervisor_pid: 1,
+            verbosity: 2,
         }
     }
 
@@ -376,7 +404,7 @@ mod tests {
         let mut bytes = 7_u32.to_le_bytes().to_vec();
         bytes.push(1);
         let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 7, this end speaks 1"), "{error}");
+        assert!(error.contains("version 7, this end speaks 2"), "{error}");
     }
 
     proptest! {

@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::Engine;
 use super::control::{Io, PagerConfig};
 use crate::device::legacy::console::SerialTarget;
-use crate::machine::{Machine, MachineError, Paused};
+use crate::machine::{HostCheck, Machine, MachineError, Paused};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::template::{Template, TemplateError};
 
@@ -48,6 +48,7 @@ pub fn instantiate(
     engine: Engine,
     pager: &PagerConfig,
     serial: SerialTarget,
+    host_check: HostCheck,
 ) -> Result<Instance, CloneError> {
     let start = Instant::now();
     let (backings, pager) = match engine {
@@ -59,7 +60,7 @@ pub fn instantiate(
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
     let memory = start.elapsed();
-    let machine = Machine::restore(template.spec(), ram, template.state(), serial)?;
+    let machine = Machine::restore(template.spec(), ram, template.state(), serial, host_check)?;
     let mut stages = vec![("memory".to_owned(), memory)];
     stages.extend(
         machine

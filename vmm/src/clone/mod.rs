@@ -12,16 +12,24 @@
 //!
 //! A clone whose supervisor dies ends with it, and one that dies takes nobody along.
 
+pub mod admit;
 pub mod control;
 pub mod instantiate;
 pub mod process;
 pub mod supervise;
+mod token;
+mod usage;
 pub mod worker;
 
 use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
+
+/// Signals that end a supervisor, its clones and a demonstration in order: interrupt and quit from
+/// a terminal, its loss, and the request to end.
+pub const END_SIGNALS: [i32; 4] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT];
 
 /// Where a clone's memory comes from.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

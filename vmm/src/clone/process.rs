@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, PidfdFlags, Signal};
@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::control::{Channel, ControlError, Ending, Serial, ToWorker, WorkerConfig, monotonic};
 use crate::console::{ConsoleError, GuestConsole};
+use crate::report::exit;
 
 /// The hidden subcommand that a worker runs.
 pub const WORKER_COMMAND: &str = "clone-worker";
@@ -26,6 +27,9 @@ pub enum SpawnError {
     /// Its orders could not be sent.
     #[error("cannot tell a clone's process what to run")]
     Orders(#[from] ControlError),
+    /// It cannot be watched.
+    #[error("cannot watch a clone's process")]
+    Watch(#[source] io::Error),
     /// Its console could not be made.
     #[error("cannot make a clone's console")]
     Console(#[from] ConsoleError),
@@ -137,22 +141,32 @@ impl CloneProcess {
     /// Takes the end of a process that ended without saying how.
     pub fn reap(&mut self) -> Ending {
         match self.child.wait() {
-            Ok(status) => {
-                let how = match (status.signal(), status.code()) {
-                    (Some(signal), _) => format!("it was killed by signal {signal}"),
-                    (None, Some(code)) => format!("its process ended with code {code}"),
-                    (None, None) => "its process ended".to_owned(),
-                };
-                Ending::Failed {
-                    code: 1,
-                    message: how,
-                }
-            }
+            Ok(status) => unsaid(status),
             Err(error) => Ending::Failed {
-                code: 1,
+                code: exit::FAILED,
                 message: format!("it was lost: {error}"),
             },
         }
+    }
+}
+
+/// How a process ended that did not say so itself.
+fn unsaid(status: ExitStatus) -> Ending {
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    let message = match (status.signal(), code) {
+        (Some(signal), _) => format!("it was killed by signal {signal}"),
+        (None, Some(code)) => {
+            let meaning = exit::meaning(code);
+            format!("its process ended with code {code} ({meaning}) without a word")
+        }
+        (None, None) => "its process ended without a word".to_owned(),
+    };
+    Ending::Failed {
+        // Ending well without saying how is a failure too.
+        code: code
+            .filter(|&code| code != exit::OK)
+            .unwrap_or(exit::FAILED),
+        message,
     }
 }
 
@@ -162,5 +176,32 @@ impl Drop for CloneProcess {
             self.kill();
             let _ = self.child.wait();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(raw_status: i32) -> (u8, String) {
+        match unsaid(ExitStatus::from_raw(raw_status)) {
+            Ending::Failed { code, message } => (code, message),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_worker_without_words_ends_with_the_code_of_its_process() {
+        let (code, message) = said(5 << 8);
+        assert_eq!(code, exit::MEMORY);
+        assert!(
+            message.contains("guest memory could not be read"),
+            "{message}"
+        );
+        let (code, message) = said(9);
+        assert_eq!(code, exit::FAILED);
+        assert!(message.contains("killed by signal 9"), "{message}");
+        assert_eq!(said(0).0, exit::FAILED);
+        assert_eq!(said(3 << 8).0, exit::HOST);
     }
 }

@@ -2,29 +2,34 @@
 //! The supervisor: starts clones, hears what they report, ends them in order.
 
 use std::collections::HashMap;
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
-use signal_hook::consts::{SIGINT, SIGTERM};
 use thiserror::Error;
 
-use super::Engine;
 use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
+use super::token::{self, Kind, parse_token};
+use super::usage::Usage;
+use super::{END_SIGNALS, Engine};
 use crate::console::GuestConsole;
+use crate::device::legacy::console::SavedTerminal;
+use crate::machine::HostCheck;
 use crate::observe::metrics;
 use crate::observe::relay::{Change, Delta, Series, replay};
 use crate::observe::stats::PagerStats;
+use crate::report::{chain, exit};
 
 /// How long clones that were asked to stop may take before they are killed.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
-const SIGNAL_TOKEN: u64 = u64::MAX;
 
 /// Why the supervisor cannot work.
 #[derive(Debug, Error)]
@@ -37,15 +42,6 @@ pub enum SuperviseError {
         /// What the system said.
         #[source]
         source: io::Error,
-    },
-    /// A worker could not be started.
-    #[error("clone {clone} cannot start")]
-    Spawn {
-        /// Its number.
-        clone: usize,
-        /// Why.
-        #[source]
-        source: SpawnError,
     },
 }
 
@@ -62,6 +58,12 @@ pub struct CloneOptions {
     pub engine: Engine,
     /// How pagers work.
     pub pager: PagerConfig,
+    /// How much clones log, as many as the `-v` of this program.
+    pub verbosity: u8,
+    /// Whether the clones' memory is measured for the metrics while they run.
+    pub measure_memory: bool,
+    /// Whether the host was compared with the template; each clone does it otherwise.
+    pub host_check: HostCheck,
 }
 
 /// What happened to a clone.
@@ -73,7 +75,7 @@ pub enum Event {
     Output(usize),
     /// It ended; its [`Clone::ending`] says how.
     Ended(usize),
-    /// SIGINT or SIGTERM came.
+    /// One of [`END_SIGNALS`] came.
     Signal,
 }
 
@@ -84,7 +86,7 @@ pub struct Clone {
     pub process: Option<CloneProcess>,
     /// Its COM1, if the supervisor holds it; outlives the process by what it said last.
     pub console: Option<GuestConsole>,
-    /// Its process number, also after it ended.
+    /// Its process number, also after it ended; 0 if it never had one.
     pub pid: u32,
     /// From the request until the guest ran.
     pub running: Option<Duration>,
@@ -97,6 +99,29 @@ pub struct Clone {
     /// How it ended.
     pub ending: Option<Ending>,
     gauges: HashMap<Series, f64>,
+    /// Gives the terminal back when the clone has ended, however it did.
+    terminal: Option<SavedTerminal>,
+    /// Its socket, if COM1 goes to one: a worker that is killed cannot remove it.
+    socket: Option<PathBuf>,
+}
+
+impl Clone {
+    /// A clone that never came to have a process.
+    fn failed(ending: Ending) -> Self {
+        Self {
+            process: None,
+            console: None,
+            pid: 0,
+            running: None,
+            first_output: None,
+            stages: Vec::new(),
+            io: String::new(),
+            ending: Some(ending),
+            gauges: HashMap::new(),
+            socket: None,
+            terminal: None,
+        }
+    }
 }
 
 /// All clones of one template.
@@ -106,18 +131,21 @@ pub struct Supervisor {
     epoll: OwnedFd,
     signals: UnixStream,
     clones: Vec<Clone>,
+    usage: Usage,
+    /// What happened outside of [`Self::wait`].
+    pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
 }
 
 impl Supervisor {
-    /// A supervisor without clones. Takes SIGINT and SIGTERM for itself.
+    /// A supervisor without clones. Takes [`END_SIGNALS`] for itself.
     pub fn new(options: CloneOptions) -> Result<Self, SuperviseError> {
         let system = |action| move |source| SuperviseError::System { action, source };
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)
             .map_err(|errno| system("watch clones")(errno.into()))?;
         let (signals, end) = UnixStream::pair().map_err(system("watch for signals"))?;
-        for signal in [SIGINT, SIGTERM] {
+        for signal in END_SIGNALS {
             end.try_clone()
                 .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
                 .map_err(system("watch for signals"))?;
@@ -127,9 +155,15 @@ impl Supervisor {
             epoll,
             signals,
             clones: Vec::new(),
+            usage: Usage::default(),
+            pending: Vec::new(),
             pager_stats: PagerStats::default(),
         };
-        supervisor.watch(supervisor.signals.as_fd(), SIGNAL_TOKEN)?;
+        supervisor
+            .watch(supervisor.signals.as_fd(), token::SIGNAL)
+            .map_err(system("watch for signals"))?;
+        metrics::register(&supervisor.options.name);
+        supervisor.publish_counts();
         Ok(supervisor)
     }
 
@@ -151,31 +185,48 @@ impl Supervisor {
             .count()
     }
 
-    /// Starts a clone and returns its number; `input` waits on its console before it runs.
-    pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> Result<usize, SuperviseError> {
+    /// Starts a clone and returns its number; `input` waits on its console before it runs. A clone
+    /// that cannot be started has failed and leaves the others alone: [`Self::wait`] tells of its end
+    /// as of any other.
+    pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> usize {
         let number = self.clones.len();
+        let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
+            metrics::count_failure(&self.options.name);
+            self.pending.push(Event::Ended(number));
+            Clone::failed(Ending::Failed {
+                code: exit::FAILED,
+                message: chain(&error),
+            })
+        });
+        self.clones.push(clone);
+        self.publish_counts();
+        number
+    }
+
+    fn spawn(&self, number: usize, serial: &SerialPlan, input: &[u8]) -> Result<Clone, SpawnError> {
         let config = WorkerConfig {
+            clone: number as u64,
             template: self.options.template.clone(),
             engine: self.options.engine,
             serial: Serial::Null,
             pager: self.options.pager.clone(),
+            host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
+            verbosity: self.options.verbosity,
         };
-        let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)
-            .map_err(|source| SuperviseError::Spawn {
-                clone: number,
-                source,
-            })?;
-        for (kind, fd) in [
-            (Kind::Control, process.channel.as_fd()),
-            (Kind::Process, process.pidfd()),
-        ] {
-            self.watch(fd, token(number, kind))?;
-        }
-        if let Some(console) = &console {
-            self.watch(console.as_fd(), token(number, Kind::Console))?;
-        }
-        self.clones.push(Clone {
+        let terminal = match serial {
+            SerialPlan::Terminal => SavedTerminal::save(std::io::stdin()),
+            SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
+        };
+        let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)?;
+        self.watch(process.channel.as_fd(), token::token(number, Kind::Control))
+            .and_then(|()| self.watch(process.pidfd(), token::token(number, Kind::Process)))
+            .and_then(|()| match &console {
+                Some(console) => self.watch(console.as_fd(), token::token(number, Kind::Console)),
+                None => Ok(()),
+            })
+            .map_err(SpawnError::Watch)?;
+        Ok(Clone {
             pid: process.pid(),
             running: None,
             first_output: None,
@@ -185,13 +236,22 @@ impl Supervisor {
             gauges: HashMap::new(),
             process: Some(process),
             console,
-        });
-        self.publish_counts();
-        Ok(number)
+            socket: match serial {
+                SerialPlan::Unix(path) => Some(path.clone()),
+                SerialPlan::Null | SerialPlan::Supervisor | SerialPlan::Terminal => None,
+            },
+            terminal,
+        })
     }
 
     /// Waits for something to happen, at most until `timeout`.
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
+        let mut events = std::mem::take(&mut self.pending);
+        let timeout = if events.is_empty() {
+            timeout
+        } else {
+            Duration::ZERO
+        };
         let mut ready = Vec::with_capacity(EVENTS);
         let timespec = rustix::event::Timespec {
             tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
@@ -210,16 +270,23 @@ impl Supervisor {
                 });
             }
         }
-        let mut events = Vec::new();
         for event in &ready {
             let data = event.data.u64();
-            if data == SIGNAL_TOKEN {
+            if data == token::SIGNAL {
                 let mut byte = [0];
                 let _ = io::Read::read(&mut &self.signals, &mut byte);
                 events.push(Event::Signal);
             } else if let Some((clone, kind)) = parse_token(data) {
                 events.extend(self.attend(clone, kind));
             }
+        }
+        if self.options.measure_memory {
+            let clones = &self.clones;
+            self.usage
+                .measure(&self.options.name, clones.len(), |clone| {
+                    let process = clones[clone].process.as_ref();
+                    process.map(CloneProcess::pid)
+                });
         }
         Ok(events)
     }
@@ -267,6 +334,14 @@ impl Supervisor {
         }
     }
 
+    /// Takes what a console has to say and drops it.
+    pub fn discard_console(&mut self, clone: usize) {
+        self.drain_console(clone);
+        if let Some(console) = self.clones.get_mut(clone).and_then(|c| c.console.as_mut()) {
+            while console.take_line().is_some() {}
+        }
+    }
+
     /// Takes what a console has to say and keeps it; a closed one is no longer watched, or it would
     /// be ready for ever.
     fn drain_console(&mut self, clone: usize) {
@@ -306,7 +381,7 @@ impl Supervisor {
                     None
                 }
                 Err(error) => {
-                    tracing::error!(clone = number, "{}", crate::report::chain(&error));
+                    tracing::error!(clone = number, "{}", chain(&error));
                     process.kill();
                     None
                 }
@@ -358,6 +433,12 @@ impl Supervisor {
         let clone = &mut self.clones[number];
         if let Some(mut process) = clone.process.take() {
             let unsaid = process.reap();
+            if clone.ending.is_none()
+                && let Some(path) = &clone.socket
+            {
+                remove_dead_socket(path);
+            }
+            drop(clone.terminal.take());
             let ending = clone.ending.get_or_insert(unsaid);
             if ending.exit_code() != 0 {
                 metrics::count_failure(&self.options.name);
@@ -372,6 +453,7 @@ impl Supervisor {
             clone.gauges.get(series).copied().unwrap_or(0.0)
         });
         clone.gauges.clear();
+        self.usage.forget(&self.options.name, number);
         self.publish_counts();
         Event::Ended(number)
     }
@@ -392,50 +474,23 @@ impl Supervisor {
         metrics::set_clones(name, "ended", count(|c| c.process.is_none()));
     }
 
-    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> Result<(), SuperviseError> {
+    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         epoll::add(
             &self.epoll,
             fd,
             epoll::EventData::new_u64(token),
             epoll::EventFlags::IN,
         )
-        .map_err(|errno| SuperviseError::System {
-            action: "watch a clone",
-            source: errno.into(),
-        })
+        .map_err(io::Error::from)
     }
 }
-
-/// Which descriptor of a clone has something to say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Control,
-    Process,
-    Console,
-}
-
-fn token(clone: usize, kind: Kind) -> u64 {
-    (clone as u64) << 2 | kind as u64
-}
-
-fn parse_token(token: u64) -> Option<(usize, Kind)> {
-    let kind = [Kind::Control, Kind::Process, Kind::Console]
-        .into_iter()
-        .find(|kind| *kind as u64 == token & 3)?;
-    Some((usize::try_from(token >> 2).ok()?, kind))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn tokens_go_there_and_back() {
-        for clone in [0, 1, 77, 1 << 40] {
-            for kind in [Kind::Control, Kind::Process, Kind::Console] {
-                assert_eq!(parse_token(token(clone, kind)), Some((clone, kind)));
-            }
-        }
-        assert_eq!(parse_token(3), None);
+/// Removes the socket of a worker that was killed, unless somebody else listens there by now.
+fn remove_dead_socket(path: &Path) {
+    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let refuses = UnixStream::connect(path)
+        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if is_socket && refuses {
+        // Whatever keeps it there: the next clone takes its place.
+        let _ = fs::remove_file(path);
     }
 }

@@ -11,19 +11,24 @@ use anyhow::{Context, bail};
 use pando_pager::{Health, Pager, Serving};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
-use signal_hook::consts::{SIGINT, SIGTERM};
 
-use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
+use super::END_SIGNALS;
+use super::control::{
+    Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, Serial, ToWorker, WorkerConfig, monotonic,
+};
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
-use crate::machine::{MachineHandle, Outcome};
-use crate::observe::relay::Relay;
+use crate::machine::{HostCheck, MachineHandle, Outcome};
+use crate::observe::log;
+use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
 use crate::template::Template;
 
 /// How often metrics go to the supervisor.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
+/// Most bytes of a delta in one message, which has a few of its own.
+const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 
 /// Runs a clone whose control socket is standard input. Returns the process's exit code.
 pub fn run() -> u8 {
@@ -31,6 +36,7 @@ pub fn run() -> u8 {
     let channel = match take_channel() {
         Ok(channel) => channel,
         Err(error) => {
+            log::start(0);
             tracing::error!("{}", chain(error.as_ref()));
             return exit::USAGE;
         }
@@ -41,9 +47,7 @@ pub fn run() -> u8 {
         message: chain(error.as_ref()),
     });
     let code = ending.exit_code();
-    if let Some(relay) = &relay {
-        send(&channel, &FromWorker::Metrics(relay.take()));
-    }
+    send_metrics(&channel, relay.as_ref());
     send(&channel, &FromWorker::Ended(ending));
     code
 }
@@ -53,10 +57,11 @@ fn work(channel: &Channel, relay: Option<&Relay>, began: Duration) -> anyhow::Re
         Some((ToWorker::Start(config), descriptors)) => (config, descriptors),
         Some((ToWorker::Stop, _)) | None => return Ok(Ending::Stopped),
     };
+    log::start_clone(config.verbosity, config.clone);
     die_with(config.supervisor_pid)?;
     let serial = serial_target(&config.serial, descriptors)?;
     let (signals, signal_end) = UnixStream::pair().context("cannot watch for signals")?;
-    for signal in [SIGINT, SIGTERM] {
+    for signal in END_SIGNALS {
         let end = signal_end.try_clone().context("cannot watch for signals")?;
         signal_hook::low_level::pipe::register(signal, end).context("cannot watch for signals")?;
     }
@@ -85,11 +90,16 @@ fn run_instance(
     so_far: SoFar,
     signals: &UnixStream,
 ) -> anyhow::Result<Ending> {
+    let host_check = if config.host_check_is_due {
+        HostCheck::Due
+    } else {
+        HostCheck::Done
+    };
     let Instance {
         machine,
         pager,
         stages: more,
-    } = instantiate(template, config.engine, &config.pager, serial)?;
+    } = instantiate(template, config.engine, &config.pager, serial, host_check)?;
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);
     let health = pager.as_ref().map(Pager::<Serving>::health);
@@ -97,20 +107,29 @@ fn run_instance(
         .as_ref()
         .map_or("none", |pager| pager.io().name())
         .to_owned();
-    let resume_start = Instant::now();
-    let machine = machine.resume().map_err(CloneError::from)?;
     let handle = machine.handle();
     if let Some(health) = &health {
+        // Before a vCPU can touch a page that cannot be had.
         let (on_poison, on_failure) = (handle.clone(), handle.clone());
         health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
         health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
     }
+    let resume_start = Instant::now();
+    let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
     let started = FromWorker::Started { began, stages, io };
     send(channel, &started);
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
-        scope.spawn(|| attend(channel, relay, &handle, signals, ended));
+        let handle = &handle;
+        thread::Builder::new()
+            .name("attend".to_owned())
+            .spawn_scoped(scope, move || {
+                attend(channel, relay, handle, signals, &ended)
+            })
+            .context(
+                "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?",
+            )?;
         let outcome = machine.wait();
         drop(ended_end);
         anyhow::Ok(outcome)
@@ -128,11 +147,11 @@ fn attend(
     relay: Option<&Relay>,
     handle: &MachineHandle,
     signals: &UnixStream,
-    ended: UnixStream,
+    ended: &UnixStream,
 ) {
     let mut stopping = false;
     loop {
-        let mut fds = vec![PollFd::new(&ended, PollFlags::IN)];
+        let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
         if !stopping {
             fds.push(PollFd::new(channel, PollFlags::IN));
             fds.push(PollFd::new(signals, PollFlags::IN));
@@ -146,9 +165,7 @@ fn attend(
         if ready[0] {
             return;
         }
-        if let Some(relay) = relay {
-            send(channel, &FromWorker::Metrics(relay.take()));
-        }
+        send_metrics(channel, relay);
         if ready.get(1) == Some(&true) {
             // Whatever it says or fails to say: there is no other order than to stop.
             let _ = channel.receive::<ToWorker>();
@@ -192,7 +209,7 @@ fn ending(outcome: Outcome, health: Option<&Health>) -> Ending {
 /// The exit code for an error that kept a clone from running.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     match error.downcast_ref::<CloneError>() {
-        Some(CloneError::Template(_)) => exit::TEMPLATE,
+        Some(CloneError::Template(error)) => error.exit_code(),
         Some(error) if host::is_lacking(error) => exit::HOST,
         _ => exit::FAILED,
     }
@@ -238,6 +255,13 @@ fn serial_target(serial: &Serial, descriptors: Vec<OwnedFd>) -> anyhow::Result<S
             SerialTarget::Stdio
         }
     })
+}
+
+/// Sends what was recorded since the last time, in as many messages as it takes; none for nothing.
+fn send_metrics(channel: &Channel, relay: Option<&Relay>) {
+    for delta in relay.map_or_else(Vec::new, |relay| split(relay.take(), MAX_DELTA_BYTES)) {
+        send(channel, &FromWorker::Metrics(delta));
+    }
 }
 
 fn send(channel: &Channel, message: &FromWorker) {

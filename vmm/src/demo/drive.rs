@@ -4,7 +4,7 @@
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
@@ -17,9 +17,9 @@ use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
 use crate::config;
 use crate::observe::memory::{ProcessMemory, available_bytes};
-use crate::observe::metrics;
 use crate::observe::stats::Durations;
 use crate::payload::protocol::{READY_LINE, Reply};
+use crate::report::exit;
 use crate::spec::MachineSpec;
 use crate::template::Template;
 use crate::template::build::{Ready, TemplateVm};
@@ -38,6 +38,8 @@ pub struct Demo {
     pub parallel: usize,
     /// Where metrics are served.
     pub metrics: SocketAddr,
+    /// Set when a signal came.
+    pub cancel: Arc<AtomicBool>,
 }
 
 /// A demonstration whose clones were all asked.
@@ -89,15 +91,17 @@ impl Demo {
         create: Duration,
         progress: &mut dyn FnMut(usize),
     ) -> anyhow::Result<Finished> {
+        // First, so that from here on a signal wakes whoever waits; one that came before is in
+        // `cancel`.
+        let supervisor = Supervisor::new(self.options.clone())?;
         let digest_before = template.ram_digests()?;
         let available_before = available_bytes().unwrap_or(0);
         let plan = Plan::new(template.spec().layout().total_bytes());
         let start = Instant::now();
-        let mut run = Run::new(Supervisor::new(self.options.clone())?, plan, self.clones);
-        let interrupted = run.all(self.parallel, progress)?;
+        let mut run = Run::new(supervisor, plan, self.clones);
+        let interrupted = run.all(self.parallel, &self.cancel, progress)?;
         let took = start.elapsed();
         let memory = measure_memory(&run.supervisor, available_before);
-        publish_memory(&self.options.name, &run.supervisor);
         let data_pages = template
             .index()
             .backends()
@@ -116,7 +120,7 @@ impl Demo {
                 .map_or_else(String::new, |c| c.io.clone()),
             parallel: self.parallel,
             template: TemplateFacts {
-                dir: template.dir().to_owned(),
+                dir: template.dir().display().to_string(),
                 memory_bytes: template.spec().layout().total_bytes(),
                 data_pages,
                 create_ms: create.as_secs_f64() * 1e3,
@@ -144,19 +148,17 @@ impl Finished {
     pub fn finish(mut self) -> anyhow::Result<DemoResult> {
         self.supervisor.stop_all(STOP_GRACE)?;
         for (number, clone) in self.supervisor.clones().iter().enumerate() {
-            let known = self
-                .result
-                .failures
-                .iter()
-                .any(|failure| failure.clone == number);
-            if let Some(Ending::Failed { message, .. }) = &clone.ending
-                && !known
-            {
-                let message = message.clone();
-                self.result.failures.push(CloneFailure {
+            let Some(Ending::Failed { code, message }) = &clone.ending else {
+                continue;
+            };
+            let mut failures = self.result.failures.iter_mut();
+            match failures.find(|failure| failure.clone == number) {
+                Some(known) => known.code = known.code.max(*code),
+                None => self.result.failures.push(CloneFailure {
                     clone: number,
-                    message,
-                });
+                    code: *code,
+                    message: message.clone(),
+                }),
             }
         }
         self.result.pager = PagerFacts::from(&self.supervisor.pager_stats);
@@ -172,7 +174,8 @@ impl Finished {
 struct Progress {
     steps: Vec<Step>,
     answered: usize,
-    failure: Option<String>,
+    /// Exit code and message.
+    failure: Option<(u8, String)>,
 }
 
 impl Progress {
@@ -199,16 +202,24 @@ impl Run {
     }
 
     /// Whether a signal came before all were done.
-    fn all(&mut self, parallel: usize, progress: &mut dyn FnMut(usize)) -> anyhow::Result<bool> {
+    fn all(
+        &mut self,
+        parallel: usize,
+        cancel: &AtomicBool,
+        progress: &mut dyn FnMut(usize),
+    ) -> anyhow::Result<bool> {
         let mut last_news = Instant::now();
         loop {
+            if cancel.load(Ordering::Relaxed) {
+                return Ok(true);
+            }
             let busy = self
                 .progress
                 .iter()
                 .filter(|clone| !clone.is_done())
                 .count();
             for _ in busy..parallel.min(self.wanted - self.progress.len() + busy) {
-                self.start_one()?;
+                self.start_one();
             }
             if self.progress.len() == self.wanted && self.progress.iter().all(Progress::is_done) {
                 return Ok(false);
@@ -232,17 +243,16 @@ impl Run {
         }
     }
 
-    fn start_one(&mut self) -> anyhow::Result<()> {
+    fn start_one(&mut self) {
         let number = self.progress.len();
         let steps = self.plan.clone(number as u64);
         self.supervisor
-            .start(&SerialPlan::Supervisor, &plan::lines(&steps))?;
+            .start(&SerialPlan::Supervisor, &plan::lines(&steps));
         self.progress.push(Progress {
             steps,
             answered: 0,
             failure: None,
         });
-        Ok(())
     }
 
     fn read(&mut self, number: usize) {
@@ -261,7 +271,9 @@ impl Run {
             match check(step, &line) {
                 Ok(()) => state.answered += 1,
                 Err(error) => {
-                    state.failure.get_or_insert_with(|| format!("{error:#}"));
+                    state
+                        .failure
+                        .get_or_insert_with(|| (exit::FAILED, format!("{error:#}")));
                 }
             }
         }
@@ -275,8 +287,8 @@ impl Run {
         if !state.is_done() {
             let ending = self.supervisor.clones()[number].ending.as_ref();
             state.failure = Some(match ending {
-                Some(Ending::Failed { message, .. }) => message.clone(),
-                _ => message.to_owned(),
+                Some(Ending::Failed { code, message }) => (*code, message.clone()),
+                _ => (exit::FAILED, message.to_owned()),
             });
         }
     }
@@ -290,9 +302,10 @@ impl Run {
 
     fn failures(&self, mut result: DemoResult) -> DemoResult {
         for (clone, progress) in self.progress.iter().enumerate() {
-            if let Some(message) = &progress.failure {
+            if let Some((code, message)) = &progress.failure {
                 result.failures.push(CloneFailure {
                     clone,
+                    code: *code,
                     message: message.clone(),
                 });
             }
@@ -361,20 +374,4 @@ fn measure_memory(supervisor: &Supervisor, available_before: u64) -> MemoryFacts
         proportional_bytes_p50: median(|m| m.proportional_bytes),
         available_fell_bytes: fell / (clones.len().max(1) as u64),
     }
-}
-
-fn publish_memory(name: &str, supervisor: &Supervisor) {
-    let mut sum = ProcessMemory::default();
-    for memory in supervisor
-        .clones()
-        .iter()
-        .filter_map(|clone| ProcessMemory::of(clone.pid))
-    {
-        sum.private_dirty_bytes += memory.private_dirty_bytes;
-        sum.private_clean_bytes += memory.private_clean_bytes;
-        sum.shared_bytes += memory.shared_bytes;
-    }
-    metrics::set_memory(name, "private_dirty", sum.private_dirty_bytes);
-    metrics::set_memory(name, "private_clean", sum.private_clean_bytes);
-    metrics::set_memory(name, "shared", sum.shared_bytes);
 }

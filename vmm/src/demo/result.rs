@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -44,6 +43,8 @@ pub struct DemoResult {
 pub struct CloneFailure {
     /// Its number.
     pub clone: usize,
+    /// The exit code that goes with it.
+    pub code: u8,
     /// What was wrong.
     pub message: String,
 }
@@ -52,7 +53,7 @@ pub struct CloneFailure {
 #[derive(Debug, Clone, Serialize)]
 pub struct TemplateFacts {
     /// Its directory; gone afterwards unless it was asked for.
-    pub dir: PathBuf,
+    pub dir: String,
     /// RAM in bytes.
     pub memory_bytes: u64,
     /// Pages with data.

@@ -1,13 +1,29 @@
 #![forbid(unsafe_code)]
 //! What the pager needs of this host.
 
-use pando_pager::{HostFacts, IoPath, PoisonMethod, Refusal, UffdAccess, UffdFacts, probe};
+use pando_pager::{
+    HostFacts, IoPath, PagerError, PoisonMethod, Refusal, UffdAccess, UffdFacts, probe,
+};
 
 use super::doctor::{Finding, Grade};
+use crate::clone::control::Io;
 
 const UFFD: &str = "userfaultfd";
 const UFFD_FEATURES: &str = "uffd features";
 const IO_URING: &str = "io_uring";
+
+/// Fails when this host refuses what clones with a pager need that is told to read in this way.
+pub fn require_paging(io: Io) -> Result<(), PagerError> {
+    let facts = probe();
+    if let Err(refusal) = facts.userfaultfd {
+        return Err(PagerError::Userfaultfd(refusal.error));
+    }
+    match (io, facts.io_uring) {
+        (Io::Uring, Err(refusal)) => Err(PagerError::Uring(refusal.error)),
+        // `Auto` then reads in another way.
+        _ => Ok(()),
+    }
+}
 
 /// Examines userfaultfd and io_uring.
 pub(super) fn examine() -> Vec<Finding> {

@@ -80,6 +80,12 @@ pub enum KvmError {
         /// Which part.
         section: Section,
     },
+    /// State that is not final.
+    #[error("vcpu {vcpu} stopped in the middle of an access: its state cannot be saved")]
+    Inconsistent {
+        /// Which vCPU.
+        vcpu: u8,
+    },
     /// More entries than KVM takes.
     #[error("{actual} {what} are more than the {limit} that KVM takes")]
     TooMany {

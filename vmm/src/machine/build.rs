@@ -30,6 +30,16 @@ use super::lifecycle::{DriverThread, Machine, MachineHandle, Paused};
 use super::stages::{StageTimer, Stages};
 use super::state::{MachineState, VmState};
 
+/// Whether this host was already compared with what a saved state needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostCheck {
+    /// It was not: the restore does it.
+    Due,
+    /// It was, by whoever starts many machines from one state. Asking KVM what it supports takes
+    /// longer than the rest of a vCPU's restore where CPUID leaves an outer VM.
+    Done,
+}
+
 impl Machine<Paused> {
     /// A new machine that will start the kernel in `source`.
     pub fn boot(
@@ -66,6 +76,7 @@ impl Machine<Paused> {
         ram: GuestRam,
         state: &MachineState,
         serial: SerialTarget,
+        host_check: HostCheck,
     ) -> Result<Self, MachineError> {
         let cpus = spec.cpus().get();
         if state.cpus.len() != usize::from(cpus) {
@@ -78,7 +89,10 @@ impl Machine<Paused> {
         // First, because it fails without any work done: a socket in use, a damaged record.
         let devices = Devices::from_records(serial, &state.devices)?;
         let shell = Shell::make(spec, ram, devices, &mut timer)?;
-        refuse_missing_features(&shell.vm, state)?;
+        match host_check {
+            HostCheck::Due => refuse_missing_features(&shell.vm, state)?,
+            HostCheck::Done => (),
+        }
         let cpuids = state.cpus.iter().map(|cpu| cpu.cpuid()).collect();
         let vcpus = shell.make_vcpus(cpuids)?;
         timer.done("vcpus");

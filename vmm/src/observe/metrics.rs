@@ -71,6 +71,16 @@ fn describe() {
     );
 }
 
+/// Makes the series of a template's clones and pagers visible before anything has happened: a rate
+/// needs a first value. Those of starts come with the first clone.
+pub fn register(template: &str) {
+    pando_pager::metrics::register(template);
+    counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
+    for class in ["private_dirty", "private_clean", "shared"] {
+        set_memory(template, class, 0);
+    }
+}
+
 /// Says how many clones of a template are in a state.
 pub fn set_clones(template: &str, state: &'static str, clones: usize) {
     let clones = u32::try_from(clones).unwrap_or(u32::MAX);

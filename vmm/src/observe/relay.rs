@@ -5,8 +5,9 @@
 //! what was recorded and gives it away as a [`Delta`]: counters as differences, gauges as values,
 //! histograms as pairs of value and count with two significant digits.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use hdrhistogram::Histogram as Hdr;
 use metrics::{
@@ -17,6 +18,8 @@ use serde::{Deserialize, Serialize};
 
 /// Longest duration that a histogram tells apart, in nanoseconds: one hour.
 const MAX_NS: u64 = 3_600_000_000_000;
+/// Most bytes that the length of an encoded delta takes.
+const LENGTH_BYTES: usize = 10;
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
 
 /// Name and labels of one series.
@@ -76,6 +79,8 @@ pub type Delta = Vec<(Series, Change)>;
 #[derive(Debug, Clone)]
 pub struct Relay {
     registry: Arc<Registry<Key, AtomicStorage>>,
+    /// The value of each gauge that was given away last.
+    gauges: Arc<Mutex<HashMap<Key, f64>>>,
 }
 
 impl Relay {
@@ -89,10 +94,11 @@ impl Relay {
     fn new() -> Self {
         Self {
             registry: Arc::new(Registry::atomic()),
+            gauges: Arc::default(),
         }
     }
 
-    /// Takes what was recorded since the last call.
+    /// Takes what was recorded since the last call; nothing is in it that did not change.
     pub fn take(&self) -> Delta {
         let mut delta = Delta::new();
         self.registry.visit_counters(|key, counter| {
@@ -101,20 +107,28 @@ impl Relay {
                 delta.push((Series::of(key), Change::Counter(increase)));
             }
         });
+        let mut gauges = self.gauges.lock().unwrap_or_else(PoisonError::into_inner);
         self.registry.visit_gauges(|key, gauge| {
             let value = f64::from_bits(gauge.load(Ordering::Relaxed));
-            delta.push((Series::of(key), Change::Gauge(value)));
+            if gauges.get(key) != Some(&value) {
+                gauges.insert(key.clone(), value);
+                delta.push((Series::of(key), Change::Gauge(value)));
+            }
         });
         self.registry.visit_histograms(|key, bucket| {
-            let Ok(mut hdr) = Hdr::<u64>::new_with_max(MAX_NS, 2) else {
-                return;
-            };
+            // Made with the first value: most histograms of most clones stay empty.
+            let mut hdr: Option<Hdr<u64>> = None;
             bucket.clear_with(|seconds| {
-                for &value in seconds {
-                    hdr.saturating_record(to_ns(value));
+                if hdr.is_none() && !seconds.is_empty() {
+                    hdr = Hdr::new_with_max(MAX_NS, 2).ok();
+                }
+                if let Some(hdr) = &mut hdr {
+                    seconds
+                        .iter()
+                        .for_each(|&value| hdr.saturating_record(to_ns(value)));
                 }
             });
-            if !hdr.is_empty() {
+            if let Some(hdr) = hdr {
                 let pairs = hdr
                     .iter_recorded()
                     .map(|step| (step.value_iterated_to(), step.count_at_value()))
@@ -124,6 +138,26 @@ impl Relay {
         });
         delta
     }
+}
+
+/// Cuts a delta into pieces that take at most `max_bytes` each when they are encoded; a single
+/// series, which is never cut, stays below 128 KiB by the digits that a histogram keeps.
+pub fn split(delta: Delta, max_bytes: usize) -> Vec<Delta> {
+    let mut pieces = Vec::new();
+    let (mut piece, mut piece_bytes) = (Delta::new(), LENGTH_BYTES);
+    for change in delta {
+        let bytes = postcard::experimental::serialized_size(&change).unwrap_or(max_bytes);
+        if !piece.is_empty() && piece_bytes + bytes > max_bytes {
+            pieces.push(std::mem::take(&mut piece));
+            piece_bytes = LENGTH_BYTES;
+        }
+        piece_bytes += bytes;
+        piece.push(change);
+    }
+    if !piece.is_empty() {
+        pieces.push(piece);
+    }
+    pieces
 }
 
 /// Records a delta with this process's own recorder. A gauge is not set, since other processes
@@ -227,7 +261,43 @@ mod tests {
         let second = relay.take();
         assert_eq!(change(&second, "pages_total"), None);
         assert_eq!(change(&second, "fault_seconds"), None);
-        assert_eq!(change(&second, "inflight"), Some(&Change::Gauge(2.0)));
+        assert_eq!(second, Delta::new(), "an idle process says nothing");
+        metrics::with_local_recorder(&relay, || metrics::gauge!("inflight").set(0.0));
+        let third = relay.take();
+        assert_eq!(change(&third, "inflight"), Some(&Change::Gauge(0.0)));
+        assert_eq!(third.len(), 1);
+    }
+
+    #[test]
+    fn a_long_delta_is_cut_into_pieces_within_the_bound() {
+        let series = |number: u32| Series {
+            name: format!("family_{number}"),
+            labels: vec![("template".into(), "x".repeat(200))],
+        };
+        let delta: Delta = (0..3000).map(|n| (series(n), Change::Counter(1))).collect();
+        let bound = 10_000;
+        let pieces = split(delta.clone(), bound);
+        assert!(pieces.len() > 60, "{}", pieces.len());
+        for piece in &pieces {
+            assert!(postcard::to_stdvec(piece).unwrap().len() <= bound);
+        }
+        assert_eq!(pieces.concat(), delta, "nothing is lost");
+        assert!(split(Delta::new(), bound).is_empty());
+    }
+
+    #[test]
+    fn the_longest_histogram_fits_into_a_message() {
+        let relay = Relay::new();
+        metrics::with_local_recorder(&relay, || {
+            let histogram = metrics::histogram!("fault_seconds");
+            let mut seconds = 1e-9;
+            while seconds < 4000.0 {
+                histogram.record(seconds);
+                seconds *= 1.002;
+            }
+        });
+        let bytes = postcard::to_stdvec(&relay.take()).unwrap().len();
+        assert!((1000..100_000).contains(&bytes), "{bytes}");
     }
 
     #[test]

@@ -1,6 +1,6 @@
 // UNSAFETY: installs a signal handler and reads the `siginfo_t` that the kernel hands to it. The
 // handler does only what is async-signal-safe: plain thread-local cells without destructors,
-// write(2) and _exit(2).
+// atomic loads, the function behind one of them that promises the same, write(2) and _exit(2).
 #![expect(unsafe_code, reason = "installs and is a signal handler")]
 //! SIGBUS: guest memory that cannot be read.
 //!
@@ -49,6 +49,15 @@ pub fn in_guest<T>(enter: impl FnOnce() -> T) -> Guarded<T> {
     }
 }
 
+static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
+
+/// Has the handler call `act` before it ends the process. There is one such act; the first stays.
+///
+/// It must be async-signal-safe: the interrupted thread may hold any lock, the allocator's too.
+pub fn before_exit(act: fn()) {
+    let _ = BEFORE_EXIT.set(act);
+}
+
 /// What the line says in place of its guesses, and the exit code, for a process that knows what
 /// SIGBUS means in it. Only the first call counts.
 pub fn explain(text: &str, exit_code: i32) {
@@ -89,6 +98,10 @@ extern "C" fn handle(_signal: i32, info: *mut libc::siginfo_t, _context: *mut li
     if IN_GUEST.get() {
         ADDRESS.set(Some(address));
         return;
+    }
+    // Looking at a `OnceLock` is one atomic load.
+    if let Some(act) = BEFORE_EXIT.get() {
+        act();
     }
     let mut line = *b"pando: guest memory at host address 0x0000000000000000 cannot be had: \
         its page is poisoned, its file was cut short, or its disk is full\n";

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use pando_pager::image::ImageError;
 use thiserror::Error;
 
+use crate::report::exit;
+
 /// Why a template could not be made, opened or used.
 #[derive(Debug, Error)]
 pub enum TemplateError {
@@ -142,6 +144,22 @@ impl TemplateError {
             action,
             path,
             source: errno.into(),
+        }
+    }
+
+    /// What a program that fails with this exits with: a template that must not be used is told from
+    /// a system that did not do what was asked.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Io { .. } | Self::Exists { .. } | Self::Output { .. } | Self::DiskFull { .. } => {
+                exit::FAILED
+            }
+            Self::NotATemplate { .. }
+            | Self::NewerFormat { .. }
+            | Self::Damaged { .. }
+            | Self::Changed { .. }
+            | Self::Image { .. }
+            | Self::Host { .. } => exit::TEMPLATE,
         }
     }
 

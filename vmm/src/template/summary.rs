@@ -1,8 +1,6 @@
 #![forbid(unsafe_code)]
 //! What a template is, in a form for tables and programs.
 
-use std::path::PathBuf;
-
 use pando_pager::image::PageKind;
 use serde::Serialize;
 
@@ -13,7 +11,7 @@ use super::map::ImageMap;
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Summary {
     /// Its directory.
-    pub template: PathBuf,
+    pub template: String,
     /// Format of its manifest.
     pub format: u32,
     /// Who made it.
@@ -38,7 +36,7 @@ pub struct BackendSummary {
     /// Its name.
     pub id: String,
     /// Its RAM file.
-    pub file: PathBuf,
+    pub file: String,
     /// Its size.
     pub bytes: u64,
     /// Where the guest sees its first byte.
@@ -65,7 +63,7 @@ impl Summary {
                 let bytes = |kind| index.count(kind).get() * pando_pager::PAGE_BYTES;
                 BackendSummary {
                     id: entry.id.clone(),
-                    file: template.dir().join(&entry.file),
+                    file: template.dir().join(&entry.file).display().to_string(),
                     bytes: entry.bytes,
                     guest_address: entry.guest_address,
                     data_bytes: bytes(PageKind::Data),
@@ -76,7 +74,7 @@ impl Summary {
             })
             .collect();
         Self {
-            template: template.dir().to_owned(),
+            template: template.dir().display().to_string(),
             format: file.format,
             tool: file.tool.clone(),
             created_unix_s: file.created_unix_s,

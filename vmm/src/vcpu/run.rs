@@ -21,7 +21,7 @@ pub struct Outside {
     pub ram: Arc<GuestRam>,
 }
 
-/// Why a vCPU stopped running. Its state is consistent whatever the reason.
+/// Why a vCPU stopped running.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Stop {
     /// An order is waiting.
@@ -152,13 +152,22 @@ fn suberror_text(suberror: u32) -> &'static str {
     }
 }
 
+/// How a vCPU stopped running.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Left {
+    /// Why.
+    pub stop: Stop,
+    /// Whether its state may be saved ([`VmExit::is_consistent`]).
+    pub is_consistent: bool,
+}
+
 /// Runs vCPU `number` until an order waits or the guest ends.
 ///
-/// The loop is left at `Interrupted` only: whatever ends it, the access that the last exit left
-/// open is retired first, so that state can be saved. `is_ordered` says whether an order waits; it
-/// is asked after the exit flag has been cleared, so that a kick is never lost (see
+/// Unless the guest fails the loop is left at `Interrupted` or `Halted` only: the access that the
+/// last exit left open is retired first, so that state can be saved. `is_ordered` says whether an
+/// order waits; it is asked after the exit flag has been cleared, so that a kick is never lost (see
 /// [`super::thread`]).
-pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn() -> bool) -> Stop {
+pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn() -> bool) -> Left {
     let mut ending = None;
     loop {
         let entry = match ending {
@@ -167,7 +176,18 @@ pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn()
         };
         let exit = match vcpu.enter(entry) {
             Ok(exit) => exit,
-            Err(error) => return failed(kvm_failure(number, &error)),
+            Err(error) => {
+                return Left {
+                    stop: failed(kvm_failure(number, &error)),
+                    // Nobody knows how far it came.
+                    is_consistent: false,
+                };
+            }
+        };
+        let is_consistent = exit.is_consistent();
+        let left = |stop| Left {
+            stop,
+            is_consistent,
         };
         match exit {
             VmExit::PioRead { port, width, data } => {
@@ -186,7 +206,7 @@ pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn()
             } => {
                 if is_ram(&outside.ram, guest_address) {
                     let address = FaultAddress::Guest(guest_address);
-                    return memory_error(vcpu, number, outside, address);
+                    return left(memory_error(vcpu, number, outside, address));
                 }
                 outside.mmio.read(guest_address, data);
             }
@@ -196,7 +216,7 @@ pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn()
             } => {
                 if is_ram(&outside.ram, guest_address) {
                     let address = FaultAddress::Guest(guest_address);
-                    return memory_error(vcpu, number, outside, address);
+                    return left(memory_error(vcpu, number, outside, address));
                 }
                 ending = ending.or(after_write(outside.mmio.write(guest_address, data)));
             }
@@ -204,35 +224,37 @@ pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn()
                 // In this order: an order that is given after the question sets the flag again.
                 vcpu.exit_flag().clear();
                 if let Some(stop) = ending {
-                    return stop;
+                    return left(stop);
                 }
                 if is_ordered() {
-                    return Stop::Ordered;
+                    return left(Stop::Ordered);
                 }
             }
-            VmExit::MemoryError { address } => return memory_error(vcpu, number, outside, address),
+            VmExit::MemoryError { address } => {
+                return left(memory_error(vcpu, number, outside, address));
+            }
             VmExit::Shutdown => {
                 let rip = vcpu.rip();
-                return failed(Failure::TripleFault { cpu: number, rip });
+                return left(failed(Failure::TripleFault { cpu: number, rip }));
             }
             VmExit::EntryFailed { reason } => {
-                return failed(Failure::EntryFailed {
+                return left(failed(Failure::EntryFailed {
                     cpu: number,
                     reason,
-                });
+                }));
             }
             VmExit::InternalError { suberror } => {
-                return failed(Failure::InternalError {
+                return left(failed(Failure::InternalError {
                     cpu: number,
                     suberror,
                     rip: vcpu.rip(),
-                });
+                }));
             }
             VmExit::SystemEvent { event: reason } | VmExit::Unexpected { reason } => {
-                return failed(Failure::UnexpectedExit {
+                return left(failed(Failure::UnexpectedExit {
                     cpu: number,
                     reason,
-                });
+                }));
             }
         }
     }

@@ -172,12 +172,15 @@ impl Drop for VcpuThread {
 /// The body of the thread: order after order until [`Order::Quit`].
 fn obey(mut setup: VcpuSetup, inbox: &Receiver<Order>, report: &impl Fn(u8, Report)) {
     let number = setup.number;
+    let mut is_consistent = true;
     // Ends too when the owner is gone without a word.
     while let Ok(order) = inbox.recv() {
         match order {
             Order::Run => {
                 let is_ordered = || !inbox.is_empty();
-                match run(&mut setup.vcpu, number, &setup.outside, is_ordered) {
+                let left = run(&mut setup.vcpu, number, &setup.outside, is_ordered);
+                is_consistent = left.is_consistent;
+                match left.stop {
                     Stop::Ordered => {}
                     stop @ (Stop::Reset | Stop::PowerOff | Stop::Failed(_)) => {
                         report(number, Report::Ended(stop));
@@ -187,7 +190,11 @@ fn obey(mut setup: VcpuSetup, inbox: &Receiver<Order>, report: &impl Fn(u8, Repo
             Order::Park => report(number, Report::Parked),
             Order::Save { msrs, reply } => {
                 // Nobody waits any more when the machine is being torn down.
-                let _ = reply.send(VcpuState::save(&setup.vcpu, &setup.cpuid, &msrs));
+                let _ = reply.send(if is_consistent {
+                    VcpuState::save(&setup.vcpu, &setup.cpuid, &msrs)
+                } else {
+                    Err(KvmError::Inconsistent { vcpu: number })
+                });
             }
             Order::Quit => return,
         }

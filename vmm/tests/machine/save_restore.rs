@@ -4,7 +4,7 @@
 use crate::program::STRING;
 use crate::support::{Wire, anonymous_ram, boot, chain, copy_ram, spec};
 use pando_vmm::kvm::host_cpuid;
-use pando_vmm::machine::{Machine, MachineError, MachineState, Outcome, Paused};
+use pando_vmm::machine::{HostCheck, Machine, MachineError, MachineState, Outcome, Paused};
 use pando_vmm::memory::guest::GuestRam;
 use pando_vmm::vcpu::state::Section;
 
@@ -31,7 +31,7 @@ fn restore(
     state: &MachineState,
 ) -> Result<(Machine<Paused>, Wire), MachineError> {
     let (wire, target) = Wire::new();
-    Machine::restore(&spec(cpus), ram, state, target).map(|machine| (machine, wire))
+    Machine::restore(&spec(cpus), ram, state, target, HostCheck::Due).map(|machine| (machine, wire))
 }
 
 fn refused(cpus: u32, state: &MachineState) -> String {

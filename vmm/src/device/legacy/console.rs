@@ -23,7 +23,7 @@ pub use error::ConsoleError;
 pub(super) use output::ConsoleWaker;
 pub use output::{BACKLOG_BYTES, ConsoleOutput};
 pub use target::{ParseTargetError, SerialTarget};
-pub use terminal::restore_terminal;
+pub use terminal::SavedTerminal;
 
 use self::endpoint::{Endpoint, Source};
 use self::feed::Feed;

@@ -1,0 +1,41 @@
+#![forbid(unsafe_code)]
+//! Which descriptor of which clone is ready, in the 64 bits that epoll keeps with each.
+
+/// Not of a clone: a signal came.
+pub(super) const SIGNAL: u64 = u64::MAX;
+
+/// Which descriptor of a clone has something to say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Control,
+    Process,
+    Console,
+}
+
+/// What the kernel keeps for a descriptor of a clone.
+pub(super) fn token(clone: usize, kind: Kind) -> u64 {
+    (clone as u64) << 2 | kind as u64
+}
+
+/// Which descriptor of which clone a token is for.
+pub(super) fn parse_token(token: u64) -> Option<(usize, Kind)> {
+    let kind = [Kind::Control, Kind::Process, Kind::Console]
+        .into_iter()
+        .find(|kind| *kind as u64 == token & 3)?;
+    Some((usize::try_from(token >> 2).ok()?, kind))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tokens_go_there_and_back() {
+        for clone in [0, 1, 77, 1 << 40] {
+            for kind in [Kind::Control, Kind::Process, Kind::Console] {
+                assert_eq!(parse_token(token(clone, kind)), Some((clone, kind)));
+            }
+        }
+        assert_eq!(parse_token(3), None);
+    }
+}
