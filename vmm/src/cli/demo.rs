@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! `pando demo`: a template of the built-in guest, clones, a table of what they cost.
 
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,6 +24,7 @@ use crate::host::raise_descriptor_limit;
 use crate::observe::metrics;
 use crate::observe::stats::PagerStats;
 use crate::report::{chain, exit};
+use crate::template::scratch::LockedDir;
 
 /// Runs the demonstration.
 pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
@@ -228,52 +230,25 @@ pub fn pager_document(stats: &PagerStats) -> serde_json::Value {
 #[derive(Debug)]
 struct Scratch {
     dir: PathBuf,
-    remove: Option<PathBuf>,
+    /// Removed with what is in it when this is dropped; by a later run if this one is killed.
+    _temporary: Option<LockedDir>,
 }
 
 impl Scratch {
     fn new(wanted: Option<PathBuf>) -> Result<Self, Failure> {
         if let Some(dir) = wanted {
-            return Ok(Self { dir, remove: None });
+            return Ok(Self {
+                dir,
+                _temporary: None,
+            });
         }
         let base = std::env::temp_dir();
-        sweep(&base);
-        let parent = base.join(format!("{SCRATCH_PREFIX}{}", std::process::id()));
-        std::fs::create_dir(&parent).map_err(|error| {
-            Failure::new(
-                exit::FAILED,
-                format!("cannot make {}: {error}", parent.display()),
-            )
-        })?;
+        let prefix = OsStr::new("pando-demo-");
+        LockedDir::sweep(&base, prefix)?;
+        let temporary = LockedDir::create(&base, prefix)?;
         Ok(Self {
-            dir: parent.join("demo"),
-            remove: Some(parent),
+            dir: temporary.path().join("demo"),
+            _temporary: Some(temporary),
         })
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Some(dir) = &self.remove {
-            // Nothing more can be done about what cannot be removed; the next run tries again.
-            let _ = std::fs::remove_dir_all(dir);
-        }
-    }
-}
-
-const SCRATCH_PREFIX: &str = "pando-demo-";
-
-/// Removes what demonstrations left that were killed.
-fn sweep(base: &std::path::Path) {
-    for entry in std::fs::read_dir(base).into_iter().flatten().flatten() {
-        let name = entry.file_name();
-        let pid = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(SCRATCH_PREFIX));
-        if let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok())
-            && !std::path::Path::new(&format!("/proc/{pid}")).exists()
-        {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
     }
 }

@@ -19,7 +19,7 @@ use super::control::{
 use super::instantiate::{CloneError, Instance, instantiate};
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
-use crate::machine::{HostCheck, MachineHandle, Outcome};
+use crate::machine::{Failure, HostCheck, MachineHandle, Outcome};
 use crate::observe::log;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
@@ -200,7 +200,10 @@ fn ending(outcome: Outcome, health: Option<&Health>) -> Ending {
         Outcome::Reset => Ending::Reset,
         Outcome::Stopped => Ending::Stopped,
         Outcome::Failed(failure) => Ending::Failed {
-            code: exit::FAILED,
+            code: match failure {
+                Failure::MemoryError { .. } => exit::MEMORY,
+                _ => exit::FAILED,
+            },
             message: failure.to_string(),
         },
     }
