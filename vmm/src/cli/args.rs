@@ -196,6 +196,10 @@ pub struct PagerArgs {
     /// Do not compare the checksum of each chunk when it is first read
     #[arg(long)]
     pub no_verify: bool,
+    /// Let the scheduler place a clone's vCPU and pager, instead of keeping both on one CPU while
+    /// pages come in
+    #[arg(long)]
+    pub no_pin: bool,
     /// Give a page up that could not be read within this many seconds
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub fault_deadline: f64,

@@ -73,6 +73,7 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
     Ok(PagerConfig {
         io: args.io.into(),
         verify: !args.no_verify,
+        keep_together: !args.no_pin,
         fault_deadline,
     })
 }

@@ -93,6 +93,8 @@ pub struct PagerConfig {
     pub verify: bool,
     /// How long a fault may take before its page is given up.
     pub fault_deadline: Duration,
+    /// Whether a clone of one vCPU is kept on one CPU with its pager while pages come in.
+    pub keep_together: bool,
 }
 
 impl Default for PagerConfig {
@@ -101,6 +103,7 @@ impl Default for PagerConfig {
             io: Io::Auto,
             verify: true,
             fault_deadline: Duration::from_secs(10),
+            keep_together: true,
         }
     }
 }

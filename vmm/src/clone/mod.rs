@@ -15,6 +15,7 @@
 pub mod admit;
 pub mod control;
 pub mod instantiate;
+pub mod placement;
 pub mod process;
 pub mod supervise;
 mod token;

@@ -12,17 +12,19 @@ use pando_pager::{Health, Pager, Serving};
 use rustix::event::{PollFd, PollFlags};
 use rustix::process::Signal;
 
-use super::END_SIGNALS;
 use super::control::{
     Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, Serial, ToWorker, WorkerConfig, monotonic,
 };
 use super::instantiate::{CloneError, Instance, instantiate};
+use super::placement::Placement;
+use super::{END_SIGNALS, Engine};
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
 use crate::machine::{Failure, HostCheck, MachineHandle, Outcome};
 use crate::observe::log;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
+use crate::spec::CpuCount;
 use crate::template::Template;
 
 /// How often metrics go to the supervisor.
@@ -95,6 +97,7 @@ fn run_instance(
     } else {
         HostCheck::Done
     };
+    let mut placement = placement(config, template);
     let Instance {
         machine,
         pager,
@@ -122,10 +125,15 @@ fn run_instance(
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
         let handle = &handle;
+        let mut review = || {
+            if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
+                placement.review(pager.counts().faults);
+            }
+        };
         thread::Builder::new()
             .name("attend".to_owned())
             .spawn_scoped(scope, move || {
-                attend(channel, relay, handle, signals, &ended)
+                attend(channel, relay, handle, signals, &ended, &mut review)
             })
             .context(
                 "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?",
@@ -140,7 +148,15 @@ fn run_instance(
     Ok(ending(outcome, health.as_ref()))
 }
 
-/// Sends metrics each second and stops the machine when the supervisor says so, dies, or a signal
+/// Keeps the clone on one CPU, where that is of use: one vCPU, and a pager that it waits for.
+fn placement(config: &WorkerConfig, template: &Template) -> Option<Placement> {
+    let is_useful = config.pager.keep_together
+        && config.engine == Engine::Copy
+        && template.spec().cpus() == CpuCount::ONE;
+    is_useful.then(Placement::together).flatten()
+}
+
+/// Sends metrics and reviews the clone's placement each second, and stops the machine when the supervisor says so, dies, or a signal
 /// comes; returns when the other end of `ended` is closed.
 fn attend(
     channel: &Channel,
@@ -148,6 +164,7 @@ fn attend(
     handle: &MachineHandle,
     signals: &UnixStream,
     ended: &UnixStream,
+    review: &mut dyn FnMut(),
 ) {
     let mut stopping = false;
     loop {
@@ -166,6 +183,7 @@ fn attend(
             return;
         }
         send_metrics(channel, relay);
+        review();
         if ready.get(1) == Some(&true) {
             // Whatever it says or fails to say: there is no other order than to stop.
             let _ = channel.receive::<ToWorker>();
