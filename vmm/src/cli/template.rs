@@ -124,9 +124,10 @@ fn print_json(facts: &Summary) -> Result<u8, Failure> {
 
 fn print_summary(facts: &Summary) {
     say!(
-        "template {}: {} vCPUs, {} of RAM, made by {}",
+        "template {}: {} vCPU{}, {} of RAM, made by {}",
         facts.template,
         facts.cpus,
+        if facts.cpus == 1 { "" } else { "s" },
         human_bytes(facts.memory_bytes),
         facts.tool
     );
