@@ -40,6 +40,12 @@ struct Args {
     /// Seconds after which the run is ended
     #[arg(long, default_value_t = 300)]
     limit: u64,
+    /// Accelerator of the emulator, as its -accel takes it
+    #[arg(long)]
+    accelerator: Option<String>,
+    /// Processor of the emulator, as its -cpu takes it
+    #[arg(long)]
+    cpu: Option<String>,
     /// Only download and unpack the kernels
     #[arg(long)]
     fetch: bool,
@@ -67,6 +73,12 @@ fn main() -> Result<ExitCode> {
         .memory_mib(args.memory)
         .limit(Duration::from_secs(args.limit))
         .echo();
+    if let Some(accelerator) = &args.accelerator {
+        l1 = l1.accelerator(accelerator);
+    }
+    if let Some(cpu) = &args.cpu {
+        l1 = l1.cpu(cpu);
+    }
     for tool in ["pando", "say"] {
         if let Ok(path) = built_program(tool) {
             l1 = l1.program(&path, &format!("/bin/{tool}"));

@@ -22,6 +22,8 @@ const TAIL_LINES: usize = 40;
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 /// Room for L1's own kernel and files beside what the scenario needs.
 const DEFAULT_MEMORY_MIB: u32 = 3072;
+const DEFAULT_ACCELERATOR: &str = "tcg,thread=multi";
+const DEFAULT_CPU: &str = "max,+svm";
 const DEFAULT_LIMIT: Duration = Duration::from_secs(300);
 
 /// An outer machine to be booted.
@@ -34,6 +36,8 @@ pub struct L1 {
     memory_mib: u32,
     limit: Duration,
     echo: bool,
+    accelerator: String,
+    cpu: String,
     programs: Vec<(PathBuf, String)>,
     files: Vec<(PathBuf, String)>,
 }
@@ -47,6 +51,8 @@ impl L1 {
             memory_mib: DEFAULT_MEMORY_MIB,
             limit: DEFAULT_LIMIT,
             echo: false,
+            accelerator: DEFAULT_ACCELERATOR.to_owned(),
+            cpu: DEFAULT_CPU.to_owned(),
             programs: Vec::new(),
             files: Vec::new(),
         }
@@ -70,6 +76,20 @@ impl L1 {
     #[must_use]
     pub fn echo(mut self) -> Self {
         self.echo = true;
+        self
+    }
+
+    /// Another accelerator of the emulator, as its `-accel` takes it.
+    #[must_use]
+    pub fn accelerator(mut self, accelerator: &str) -> Self {
+        accelerator.clone_into(&mut self.accelerator);
+        self
+    }
+
+    /// Another processor, as the emulator's `-cpu` takes it; it must offer SVM.
+    #[must_use]
+    pub fn cpu(mut self, cpu: &str) -> Self {
+        cpu.clone_into(&mut self.cpu);
         self
     }
 
@@ -143,9 +163,9 @@ impl L1 {
             ])
             .args([
                 "-accel",
-                "tcg,thread=multi",
+                &self.accelerator,
                 "-cpu",
-                "max,+svm",
+                &self.cpu,
                 "-smp",
                 "2",
                 "-m",
