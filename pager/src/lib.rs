@@ -34,6 +34,7 @@ mod queue;
 mod region;
 mod residency;
 mod retry;
+pub mod root_memory;
 mod serve;
 pub mod source;
 mod stale;

@@ -1,5 +1,6 @@
-// UNSAFETY: protects single pages of a mapping by raw address, which memmap2 has no call for.
-#![expect(unsafe_code, reason = "mprotect of one page of a mapping")]
+// UNSAFETY: protects and collapses pages of a mapping by raw address, which memmap2 has no call
+// for.
+#![expect(unsafe_code, reason = "mprotect and madvise of pages of a mapping")]
 //! The memory of a clone: anonymous, private, never a huge page unless somebody asks later.
 
 use std::io;
@@ -19,23 +20,50 @@ pub(crate) struct ServedMapping {
 impl ServedMapping {
     /// Maps `bytes` of untouched memory. Nothing is allocated.
     pub(crate) fn new(bytes: u64) -> io::Result<Self> {
+        let mapping = Self::inherited(bytes)?;
+        mapping.keep_small_and_own()?;
+        Ok(mapping)
+    }
+
+    /// Maps `bytes` of untouched memory that a fork inherits and that may be collapsed to huge
+    /// pages. Nothing is allocated.
+    pub(crate) fn inherited(bytes: u64) -> io::Result<Self> {
         let length =
             usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let memory = MmapOptions::new()
             .len(length)
             .no_reserve_swap()
             .map_anon()?;
+        Ok(Self {
+            memory: MmapRaw::from(memory),
+        })
+    }
+
+    /// From now on no fault makes a huge page here (those that are there stay), and no fork
+    /// inherits it.
+    pub(crate) fn keep_small_and_own(&self) -> io::Result<()> {
         // With THP each first fault of 2 MiB would clear 2 MiB. EINVAL: a kernel without THP.
-        match memory.advise(Advice::NoHugePage) {
+        match self.memory.advise(Advice::NoHugePage) {
             Err(error) if error.raw_os_error() != Some(libc::EINVAL) => return Err(error),
             _ => {}
         }
         // A forked child is not registered with the uffd: its missing pages would read as zero.
         // Without the mapping it faults loudly instead.
-        memory.advise(Advice::DontFork)?;
-        Ok(Self {
-            memory: MmapRaw::from(memory),
-        })
+        self.memory.advise(Advice::DontFork)
+    }
+
+    /// Puts a huge page in place of `pages`, which are all there.
+    pub(crate) fn collapse(&self, pages: PageRange) -> io::Result<()> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let address = self.address_of(pages).ok_or_else(invalid)?;
+        let length = usize::try_from(pages.bytes()).map_err(|_| invalid())?;
+        // SAFETY: the range lies in this mapping, as `address_of` proved. The advice changes what
+        // the pages are made of, never what they hold, and no reference into them exists.
+        let result = unsafe { libc::madvise(address as *mut _, length, libc::MADV_COLLAPSE) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// First address.
