@@ -48,6 +48,15 @@ pub enum PagerError {
         /// Names of the missing ioctls.
         missing: Vec<&'static str>,
     },
+    /// Memory that a fork inherited could not be registered.
+    #[error("cannot register the holes of memory {image} with userfaultfd")]
+    Holes {
+        /// Id of the image.
+        image: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// An image without a page.
     #[error("memory {image} is empty")]
     Empty {

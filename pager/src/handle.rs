@@ -18,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::options::PagerOptions;
 use crate::port::IoPath;
 use crate::region::Region;
+use crate::root_memory::RootMemory;
 use crate::serve::Served;
 use crate::source::PageSource;
 use crate::sys::mmap::ServedMapping;
@@ -127,6 +128,34 @@ impl Pager<Idle> {
         if !missing.is_empty() {
             let image = id();
             return Err(PagerError::Ioctls { image, missing });
+        }
+        self.state.mappings.push(Region::new(&mapping));
+        let served = Served::new(image, Region::new(&mapping));
+        self.state.images.push(served);
+        Ok(CloneMemory::new(mapping, own))
+    }
+
+    /// Takes over memory that this process inherited from a root: registers its holes, so that
+    /// nothing reads them as zeros. Comes before anything can touch the memory.
+    pub fn attach_inherited(
+        &mut self,
+        image: Image,
+        memory: RootMemory,
+    ) -> Result<CloneMemory, PagerError> {
+        let id = || image.id().to_owned();
+        let holes = |source| PagerError::Holes {
+            image: id(),
+            source,
+        };
+        let (mapping, runs) = memory.into_parts().map_err(holes)?;
+        let own = uffd_sys::duplicate(&self.state.uffd).map_err(holes)?;
+        for run in runs {
+            let missing =
+                uffd_sys::register_pages(&self.state.uffd, &mapping, run).map_err(holes)?;
+            if !missing.is_empty() {
+                let image = id();
+                return Err(PagerError::Ioctls { image, missing });
+            }
         }
         self.state.mappings.push(Region::new(&mapping));
         let served = Served::new(image, Region::new(&mapping));

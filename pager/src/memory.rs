@@ -9,20 +9,28 @@ use crate::sys::mmap::ServedMapping;
 /// Anonymous memory of a clone that its pager fills. It has no way to reach the template's file.
 ///
 /// The memory is unmapped when this is dropped, and only then (or when the pager is done with the
-/// page it is just installing). It holds a descriptor of the userfaultfd of its own: a pager that
+/// page it is just installing). Where pages are missing it holds a descriptor of the userfaultfd of its own: a pager that
 /// ends leaves missing pages missing, never zero.
 #[derive(Debug)]
 pub struct CloneMemory {
     // Before the descriptor: with the last descriptor closed, missing pages would read as zero.
     mapping: Arc<ServedMapping>,
-    _uffd: OwnedFd,
+    _uffd: Option<OwnedFd>,
 }
 
 impl CloneMemory {
     pub(crate) fn new(mapping: Arc<ServedMapping>, uffd: OwnedFd) -> Self {
         Self {
             mapping,
-            _uffd: uffd,
+            _uffd: Some(uffd),
+        }
+    }
+
+    /// Memory without a page that a pager would have to bring.
+    pub(crate) fn complete(mapping: Arc<ServedMapping>) -> Self {
+        Self {
+            mapping,
+            _uffd: None,
         }
     }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use pando_vmm::clone::Engine;
 use pando_vmm::clone::control::{Ending, Io, PagerConfig};
 use pando_vmm::clone::process::SerialPlan;
-use pando_vmm::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
+use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
 use pando_vmm::observe::memory::ProcessMemory;
 use pando_vmm::observe::stats::PagerStats;
 use pando_vmm::payload::protocol::{Outcome, Reply};
@@ -98,6 +98,7 @@ impl Fleet {
     pub(crate) fn new(program: PathBuf, template: &Path, setup: Setup) -> Result<Self> {
         let supervisor = Supervisor::new(CloneOptions {
             host_check: pando_vmm::machine::HostCheck::Done,
+            root: RootOptions::default(),
             program,
             template: template.to_owned(),
             name: "bench".to_owned(),

@@ -15,27 +15,42 @@ use crate::page::PageRange;
 #[derive(Debug)]
 pub(crate) struct ServedMapping {
     memory: MmapRaw,
+    /// Where the memory begins in it.
+    skipped_bytes: usize,
+    bytes: u64,
 }
+
+/// What huge pages are aligned to.
+pub(crate) const HUGE_BYTES: u64 = 2 << 20;
 
 impl ServedMapping {
     /// Maps `bytes` of untouched memory. Nothing is allocated.
     pub(crate) fn new(bytes: u64) -> io::Result<Self> {
-        let mapping = Self::inherited(bytes)?;
+        let mapping = Self::map(bytes, 0)?;
         mapping.keep_small_and_own()?;
         Ok(mapping)
     }
 
     /// Maps `bytes` of untouched memory that a fork inherits and that may be collapsed to huge
-    /// pages. Nothing is allocated.
+    /// pages: it begins where one can. Nothing is allocated.
     pub(crate) fn inherited(bytes: u64) -> io::Result<Self> {
-        let length =
-            usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
+        Self::map(bytes, HUGE_BYTES)
+    }
+
+    fn map(bytes: u64, alignment: u64) -> io::Result<Self> {
+        let number =
+            |bytes| usize::try_from(bytes).map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory));
         let memory = MmapOptions::new()
-            .len(length)
+            .len(number(bytes.saturating_add(alignment))?)
             .no_reserve_swap()
             .map_anon()?;
+        let memory = MmapRaw::from(memory);
+        let base = memory.as_mut_ptr() as u64;
+        let start = base.next_multiple_of(alignment.max(1));
         Ok(Self {
-            memory: MmapRaw::from(memory),
+            memory,
+            skipped_bytes: number(start - base)?,
+            bytes,
         })
     }
 
@@ -68,12 +83,12 @@ impl ServedMapping {
 
     /// First address.
     pub(crate) fn address(&self) -> *mut u8 {
-        self.memory.as_mut_ptr()
+        self.memory.as_mut_ptr().wrapping_add(self.skipped_bytes)
     }
 
     /// Length in bytes.
     pub(crate) fn bytes(&self) -> u64 {
-        self.memory.len() as u64
+        self.bytes
     }
 
     /// The address of the first byte of `pages`, when they all lie inside.

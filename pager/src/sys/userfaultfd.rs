@@ -175,6 +175,21 @@ pub(crate) fn register(
     Ok(missing_ioctls(offered))
 }
 
+/// Registers a part of `mapping` in the same way.
+pub(crate) fn register_pages(
+    uffd: &Uffd,
+    mapping: &ServedMapping,
+    pages: PageRange,
+) -> io::Result<Vec<&'static str>> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let start = mapping.address_of(pages).ok_or_else(outside)?;
+    let length = usize::try_from(pages.bytes()).map_err(|_| outside())?;
+    let offered = uffd
+        .register(start as *mut _, length)
+        .map_err(io::Error::other)?;
+    Ok(missing_ioctls(offered))
+}
+
 fn missing_ioctls(offered: IoctlFlags) -> Vec<&'static str> {
     let needed = [
         (IoctlFlags::COPY, "UFFDIO_COPY"),

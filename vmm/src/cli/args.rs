@@ -57,6 +57,9 @@ pub enum Command {
     /// The process of one clone; started by `pando clone`
     #[command(hide = true, name = "clone-worker")]
     CloneWorker,
+    /// The root process of a template; started by `pando clone --engine root`
+    #[command(hide = true, name = "root-worker")]
+    RootWorker,
 }
 
 /// `pando demo`
@@ -68,7 +71,8 @@ pub struct DemoArgs {
     /// RAM of the template VM
     #[arg(long, default_value = "128M", value_name = "SIZE")]
     pub memory: Size,
-    /// Where clone memory comes from: copy (the pager) or kernel (a private mapping)
+    /// Where clone memory comes from: copy (all of it by the pager), root (forks that share what
+    /// their root process holds, copy-on-write) or kernel (a private mapping)
     #[arg(long, default_value_t = Engine::Copy)]
     pub engine: Engine,
     /// How many clones may be starting at once [default: one per processor]
@@ -234,7 +238,8 @@ pub struct CloneArgs {
     /// How many clones
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub count: u32,
-    /// Where clone memory comes from: copy (the pager) or kernel (a private mapping)
+    /// Where clone memory comes from: copy (all of it by the pager), root (forks that share what
+    /// their root process holds, copy-on-write) or kernel (a private mapping)
     #[arg(long, default_value_t = Engine::Copy)]
     pub engine: Engine,
     /// Put the COM1 of clone K on a Unix socket, DIR/clone-K.sock [default: this terminal for one
@@ -244,6 +249,10 @@ pub struct CloneArgs {
     /// How the clones' pagers work.
     #[command(flatten)]
     pub pager: PagerArgs,
+    /// Engine root: most template memory that the root holds for all clones; each clone's pager
+    /// brings the rest [default: half of what the host has free]
+    #[arg(long, value_name = "SIZE")]
+    pub root_memory: Option<Size>,
     /// Serve Prometheus metrics at http://ADDR/metrics; port 0 takes a free one
     #[arg(long, value_name = "ADDR")]
     pub metrics: Option<SocketAddr>,

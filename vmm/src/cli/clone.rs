@@ -18,7 +18,7 @@ use crate::clone::Engine;
 use crate::clone::admit::admit;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::process::SerialPlan;
-use crate::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
+use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
 use crate::host::{self, raise_descriptor_limit};
 use crate::observe::metrics;
 use crate::observe::stats::Durations;
@@ -45,6 +45,10 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     let program = std::env::current_exe().map_err(|error| Failure::of(&error))?;
     let mut supervisor = Supervisor::new(CloneOptions {
         host_check: crate::machine::HostCheck::Done,
+        root: RootOptions {
+            budget_bytes: args.root_memory.map(|size| size.0),
+            ..RootOptions::default()
+        },
         program,
         template: args.dir.clone(),
         name: template.name(),
@@ -81,7 +85,9 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
 /// Fails when this host refuses what an engine needs: said once, and not by each clone.
 pub fn require_engine(engine: Engine, pager: &PagerConfig) -> Result<(), Failure> {
     match engine {
-        Engine::Copy => host::require_paging(pager.io).map_err(|error| Failure::of(&error)),
+        Engine::Copy | Engine::Root => {
+            host::require_paging(pager.io).map_err(|error| Failure::of(&error))
+        }
         Engine::Kernel => Ok(()),
     }
 }

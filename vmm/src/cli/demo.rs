@@ -63,6 +63,7 @@ pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     let demo = Demo {
         options: CloneOptions {
             host_check: crate::machine::HostCheck::Done,
+            root: crate::clone::member::RootOptions::default(),
             program: std::env::current_exe().map_err(|error| Failure::of(&error))?,
             template: scratch.dir.clone(),
             name: template.name(),

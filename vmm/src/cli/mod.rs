@@ -36,7 +36,7 @@ pub fn main() -> u8 {
         }
     };
     // A clone's process learns from its orders how much to log.
-    if !matches!(args.command, Command::CloneWorker) {
+    if !matches!(args.command, Command::CloneWorker | Command::RootWorker) {
         crate::observe::log::start(args.verbose);
     }
     match dispatch(args.command, args.verbose) {
@@ -69,5 +69,6 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
             Ok(exit::OK)
         }
         Command::CloneWorker => Ok(crate::clone::worker::run()),
+        Command::RootWorker => Ok(crate::root::worker::run()),
     }
 }

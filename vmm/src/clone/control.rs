@@ -21,7 +21,7 @@ use super::Engine;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -133,18 +133,18 @@ pub enum Serial {
 }
 
 /// Paths as they are: serde knows them as text, which a path need not be.
-mod path_bytes {
+pub(crate) mod path_bytes {
     use std::ffi::OsString;
     use std::os::unix::ffi::{OsStrExt, OsStringExt};
     use std::path::{Path, PathBuf};
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    pub(crate) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
         path.as_os_str().as_bytes().serialize(to)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
         Vec::deserialize(from).map(|bytes| OsString::from_vec(bytes).into())
     }
 }
@@ -152,6 +152,8 @@ mod path_bytes {
 /// From a worker to its supervisor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromWorker {
+    /// A fork has made its machine and waits for [`ToWorker::Start`].
+    Warm,
     /// The guest runs; how long each stage took, in order.
     Started {
         /// When the worker's own code began, on the monotonic clock.

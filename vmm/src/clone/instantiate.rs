@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use pando_pager::{IoMode, Pager, PagerError, PagerOptions, Serving, Verify};
+use pando_pager::{Idle, IoMode, Pager, PagerError, PagerOptions, RootMemory, Serving, Verify};
 use thiserror::Error;
 
 use super::Engine;
@@ -19,6 +19,9 @@ pub enum CloneError {
     /// The template.
     #[error(transparent)]
     Template(#[from] TemplateError),
+    /// Engine `root` without a root.
+    #[error("a clone of engine root can only be a fork of its root process")]
+    NotForked,
     /// The pager.
     #[error("the clone's pager cannot start")]
     Pager(#[from] PagerError),
@@ -57,6 +60,7 @@ pub fn instantiate(
             (backings, Some(pager))
         }
         Engine::Kernel => (mapped(template)?, None),
+        Engine::Root => return Err(CloneError::NotForked),
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
     let memory = start.elapsed();
@@ -75,11 +79,34 @@ pub fn instantiate(
     })
 }
 
-fn paged(
+/// The memory that a fork inherited: as it is where nothing is missing, else with a pager that
+/// brings the rest. Must come before anything touches it.
+pub(super) fn inherited(
     template: &Template,
+    memories: Vec<RootMemory>,
     config: &PagerConfig,
-) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
-    let mut pager = Pager::new(PagerOptions {
+) -> Result<(Vec<RamBacking>, Option<Pager<Serving>>), CloneError> {
+    let mut pager = None;
+    let mut backings = Vec::new();
+    for (image, memory) in template.images()?.into_iter().zip(memories) {
+        let memory = match memory.into_complete() {
+            Ok(memory) => memory,
+            Err(memory) => {
+                let pager = match &mut pager {
+                    Some(pager) => pager,
+                    None => pager.insert(Pager::new(options(template, config))?),
+                };
+                pager.attach_inherited(image, memory)?
+            }
+        };
+        backings.push(RamBacking::Paged(memory));
+    }
+    let pager = pager.map(Pager::<Idle>::serve).transpose()?;
+    Ok((backings, pager))
+}
+
+fn options(template: &Template, config: &PagerConfig) -> PagerOptions {
+    PagerOptions {
         template: template.name(),
         io: match config.io {
             Io::Auto => IoMode::Auto,
@@ -93,7 +120,14 @@ fn paged(
         },
         fault_deadline: config.fault_deadline,
         ..PagerOptions::default()
-    })?;
+    }
+}
+
+fn paged(
+    template: &Template,
+    config: &PagerConfig,
+) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
+    let mut pager = Pager::new(options(template, config))?;
     let backings = template
         .images()?
         .into_iter()

@@ -13,9 +13,14 @@
 //! A clone whose supervisor dies ends with it, and one that dies takes nobody along.
 
 pub mod admit;
+mod attend;
 pub mod control;
+pub mod forked;
+mod forks;
 pub mod instantiate;
+pub mod member;
 pub mod placement;
+pub mod pool;
 pub mod process;
 pub mod supervise;
 mod token;
@@ -39,18 +44,22 @@ pub enum Engine {
     /// Anonymous memory; the pager installs every page. Nothing is shared with other clones.
     #[default]
     Copy,
+    /// A fork of the template's root process: what the root holds is shared copy-on-write, the
+    /// pager process brings the rest.
+    Root,
     /// A private mapping of the file: no pager. The baseline.
     Kernel,
 }
 
 impl Engine {
     /// All engines, the default first.
-    pub const ALL: [Self; 2] = [Self::Copy, Self::Kernel];
+    pub const ALL: [Self; 3] = [Self::Copy, Self::Root, Self::Kernel];
 
     /// Its name on the command line and in metrics.
     pub fn name(self) -> &'static str {
         match self {
             Self::Copy => "copy",
+            Self::Root => "root",
             Self::Kernel => "kernel",
         }
     }
@@ -69,6 +78,6 @@ impl FromStr for Engine {
         Self::ALL
             .into_iter()
             .find(|engine| engine.name() == text)
-            .ok_or_else(|| format!("'{text}' is no engine: this version has copy and kernel"))
+            .ok_or_else(|| format!("'{text}' is no engine: the engines are copy, root and kernel"))
     }
 }

@@ -3,12 +3,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 use thiserror::Error;
 
 use super::control::{Channel, ControlError, Ending, Serial, ToWorker, WorkerConfig, monotonic};
@@ -48,11 +47,85 @@ pub enum SerialPlan {
     Terminal,
 }
 
+/// A process whose end this one is told of: a child that was started or forked. Dropping it kills
+/// it and takes its exit status.
+#[derive(Debug)]
+pub struct ChildProcess {
+    pid: u32,
+    pidfd: OwnedFd,
+    is_reaped: bool,
+}
+
+impl ChildProcess {
+    /// Starts a program.
+    pub fn spawn(command: &mut Command) -> Result<Self, SpawnError> {
+        let child = command.spawn().map_err(SpawnError::Spawn)?;
+        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
+            .map_err(|errno| SpawnError::Spawn(errno.into()))?;
+        // Dropping a `Child` neither ends nor awaits it.
+        Ok(Self::new(child.id(), pidfd))
+    }
+
+    /// A child that somebody else made for this process.
+    pub fn new(pid: u32, pidfd: OwnedFd) -> Self {
+        Self {
+            pid,
+            pidfd,
+            is_reaped: false,
+        }
+    }
+
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.pid
+    }
+
+    /// Ends it at once.
+    pub fn kill(&self) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Waits for its end and takes its exit status.
+    fn wait(&mut self) -> io::Result<Option<WaitIdStatus>> {
+        self.is_reaped = true;
+        let id = || WaitId::PidFd(self.pidfd.as_fd());
+        Ok(rustix::io::retry_on_intr(|| {
+            waitid(id(), WaitIdOptions::EXITED)
+        })?)
+    }
+}
+
+impl AsFd for ChildProcess {
+    /// Becomes readable when the process ends.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Drop for ChildProcess {
+    fn drop(&mut self) {
+        if !self.is_reaped {
+            self.kill();
+            let _ = self.wait();
+        }
+    }
+}
+
+/// Orders on their way to a worker: its control socket, with its first message in it.
+#[derive(Debug)]
+pub struct Orders {
+    /// The supervisor's end.
+    pub channel: Channel,
+    /// The worker's end.
+    pub theirs: OwnedFd,
+    /// The worker's console, if the supervisor is to hold it.
+    pub console: Option<GuestConsole>,
+}
+
 /// A worker that was started.
 #[derive(Debug)]
 pub struct CloneProcess {
-    child: Child,
-    pidfd: OwnedFd,
+    process: ChildProcess,
     /// Messages to and from it.
     pub channel: Channel,
     /// When it was asked for.
@@ -63,10 +136,61 @@ pub struct CloneProcess {
     pub spawned: Duration,
 }
 
+/// Tells the worker at the other end of `channel` what to run; gives its console, if the
+/// supervisor is to hold it, to which `input` was sent before anything runs.
+pub fn give_orders(
+    channel: &Channel,
+    config: WorkerConfig,
+    serial: &SerialPlan,
+    input: &[u8],
+) -> Result<Option<GuestConsole>, SpawnError> {
+    let mut console = None;
+    let mut passed = Vec::new();
+    let serial = match serial {
+        SerialPlan::Null => Serial::Null,
+        SerialPlan::Unix(path) => Serial::Unix(path.clone()),
+        SerialPlan::Supervisor => {
+            let (mut ours, end) = GuestConsole::pair()?;
+            ours.send(input)?;
+            console = Some(ours);
+            passed.push(end);
+            Serial::Passed
+        }
+        SerialPlan::Terminal => Serial::Terminal,
+    };
+    let mut descriptors: Vec<BorrowedFd<'_>> = passed.iter().map(AsFd::as_fd).collect();
+    if serial == Serial::Terminal {
+        descriptors.extend([rustix::stdio::stdin(), rustix::stdio::stdout()]);
+    }
+    channel.send(
+        &ToWorker::Start(WorkerConfig { serial, ..config }),
+        &descriptors,
+    )?;
+    Ok(console)
+}
+
+impl Orders {
+    /// A new control socket with the orders waiting in it: the process reads them as soon as it
+    /// runs.
+    pub fn new(
+        config: WorkerConfig,
+        serial: &SerialPlan,
+        input: &[u8],
+    ) -> Result<Self, SpawnError> {
+        let (channel, theirs) = Channel::pair()?;
+        let console = give_orders(&channel, config, serial, input)?;
+        Ok(Self {
+            channel,
+            theirs,
+            console,
+        })
+    }
+}
+
 impl CloneProcess {
-    /// Starts `program` as a worker; with it comes its console, if the supervisor is to hold it, to
-    /// which `input` was sent before anything runs. Must be called on a thread that lives as long
-    /// as the clone, for the kernel ends a worker with the thread that started it.
+    /// Starts `program` as a worker; with it comes its console, if the supervisor is to hold it.
+    /// Must be called on a thread that lives as long as the clone, for the kernel ends a worker
+    /// with the thread that started it.
     pub fn spawn(
         program: &Path,
         config: WorkerConfig,
@@ -74,57 +198,39 @@ impl CloneProcess {
         input: &[u8],
     ) -> Result<(Self, Option<GuestConsole>), SpawnError> {
         let requested = Instant::now();
-        let (channel, theirs) = Channel::pair()?;
-        let mut console = None;
-        let mut passed = Vec::new();
-        let serial = match serial {
-            SerialPlan::Null => Serial::Null,
-            SerialPlan::Unix(path) => Serial::Unix(path.clone()),
-            SerialPlan::Supervisor => {
-                let (mut ours, end) = GuestConsole::pair()?;
-                ours.send(input)?;
-                console = Some(ours);
-                passed.push(end);
-                Serial::Passed
-            }
-            SerialPlan::Terminal => Serial::Terminal,
-        };
-        let mut descriptors: Vec<BorrowedFd<'_>> = passed.iter().map(AsFd::as_fd).collect();
-        if serial == Serial::Terminal {
-            descriptors.extend([rustix::stdio::stdin(), rustix::stdio::stdout()]);
-        }
-        // The orders wait in the socket: the process reads them as soon as it runs.
-        channel.send(
-            &ToWorker::Start(WorkerConfig { serial, ..config }),
-            &descriptors,
-        )?;
-        let child = Command::new(program)
+        let Orders {
+            channel,
+            theirs,
+            console,
+        } = Orders::new(config, serial, input)?;
+        let mut command = Command::new(program);
+        command
             .arg(WORKER_COMMAND)
             .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .spawn()
-            .map_err(SpawnError::Spawn)?;
-        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
-            .map_err(|errno| SpawnError::Spawn(errno.into()))?;
-        let process = Self {
-            child,
-            pidfd,
+            .stdout(Stdio::null());
+        let process = ChildProcess::spawn(&mut command)?;
+        Ok((Self::adopt(process, channel, requested), console))
+    }
+
+    /// A worker that was made for this process by now.
+    pub fn adopt(process: ChildProcess, channel: Channel, requested: Instant) -> Self {
+        Self {
+            process,
             channel,
             requested,
             spawn: requested.elapsed(),
             spawned: monotonic(),
-        };
-        Ok((process, console))
+        }
     }
 
     /// Its process number.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.process.pid()
     }
 
     /// Becomes readable when the process ends.
     pub fn pidfd(&self) -> BorrowedFd<'_> {
-        self.pidfd.as_fd()
+        self.process.as_fd()
     }
 
     /// Asks it to stop.
@@ -135,13 +241,14 @@ impl CloneProcess {
 
     /// Ends it at once.
     pub fn kill(&self) {
-        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.process.kill();
     }
 
     /// Takes the end of a process that ended without saying how.
     pub fn reap(&mut self) -> Ending {
-        match self.child.wait() {
-            Ok(status) => unsaid(status),
+        match self.process.wait() {
+            Ok(Some(status)) => unsaid(status.terminating_signal(), status.exit_status()),
+            Ok(None) => unsaid(None, None),
             Err(error) => Ending::Failed {
                 code: exit::FAILED,
                 message: format!("it was lost: {error}"),
@@ -151,9 +258,9 @@ impl CloneProcess {
 }
 
 /// How a process ended that did not say so itself.
-fn unsaid(status: ExitStatus) -> Ending {
-    let code = status.code().and_then(|code| u8::try_from(code).ok());
-    let message = match (status.signal(), code) {
+fn unsaid(signal: Option<i32>, code: Option<i32>) -> Ending {
+    let code = code.and_then(|code| u8::try_from(code).ok());
+    let message = match (signal, code) {
         (Some(signal), _) => format!("it was killed by signal {signal}"),
         (None, Some(code)) => {
             let meaning = exit::meaning(code);
@@ -170,21 +277,12 @@ fn unsaid(status: ExitStatus) -> Ending {
     }
 }
 
-impl Drop for CloneProcess {
-    fn drop(&mut self) {
-        if matches!(self.child.try_wait(), Ok(None)) {
-            self.kill();
-            let _ = self.child.wait();
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn said(raw_status: i32) -> (u8, String) {
-        match unsaid(ExitStatus::from_raw(raw_status)) {
+    fn said(signal: Option<i32>, code: Option<i32>) -> (u8, String) {
+        match unsaid(signal, code) {
             Ending::Failed { code, message } => (code, message),
             other => panic!("{other:?}"),
         }
@@ -192,16 +290,16 @@ mod tests {
 
     #[test]
     fn a_worker_without_words_ends_with_the_code_of_its_process() {
-        let (code, message) = said(5 << 8);
+        let (code, message) = said(None, Some(5));
         assert_eq!(code, exit::MEMORY);
         assert!(
             message.contains("guest memory could not be read"),
             "{message}"
         );
-        let (code, message) = said(9);
+        let (code, message) = said(Some(9), None);
         assert_eq!(code, exit::FAILED);
         assert!(message.contains("killed by signal 9"), "{message}");
-        assert_eq!(said(0).0, exit::FAILED);
-        assert_eq!(said(3 << 8).0, exit::HOST);
+        assert_eq!(said(None, Some(0)).0, exit::FAILED);
+        assert_eq!(said(None, Some(3)).0, exit::HOST);
     }
 }

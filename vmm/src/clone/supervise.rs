@@ -1,19 +1,20 @@
 #![forbid(unsafe_code)]
 //! The supervisor: starts clones, hears what they report, ends them in order.
 
-use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use thiserror::Error;
 
-use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
+use super::control::{Ending, FromWorker, Serial, WorkerConfig};
+use super::forks::Forks;
+pub use super::member::{Clone, CloneOptions, Event, RootOptions};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
@@ -22,7 +23,7 @@ use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::machine::HostCheck;
 use crate::observe::metrics;
-use crate::observe::relay::{Change, Delta, Series, replay};
+use crate::observe::relay::{Change, Delta, replay};
 use crate::observe::stats::PagerStats;
 use crate::report::{chain, exit};
 
@@ -45,95 +46,18 @@ pub enum SuperviseError {
     },
 }
 
-/// What clones have in common.
-#[derive(Debug, Clone)]
-pub struct CloneOptions {
-    /// The `pando` program.
-    pub program: PathBuf,
-    /// The template's directory.
-    pub template: PathBuf,
-    /// The template's name in metrics.
-    pub name: String,
-    /// Where memory comes from.
-    pub engine: Engine,
-    /// How pagers work.
-    pub pager: PagerConfig,
-    /// How much clones log, as many as the `-v` of this program.
-    pub verbosity: u8,
-    /// Whether the clones' memory is measured for the metrics while they run.
-    pub measure_memory: bool,
-    /// Whether the host was compared with the template; each clone does it otherwise.
-    pub host_check: HostCheck,
-}
-
-/// What happened to a clone.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Event {
-    /// It runs.
-    Started(usize),
-    /// Its console, which the supervisor holds, has something to read or is closed.
-    Output(usize),
-    /// It ended; its [`Clone::ending`] says how.
-    Ended(usize),
-    /// One of [`END_SIGNALS`] came.
-    Signal,
-}
-
-/// One clone.
-#[derive(Debug)]
-pub struct Clone {
-    /// Its process, until it ended.
-    pub process: Option<CloneProcess>,
-    /// Its COM1, if the supervisor holds it; outlives the process by what it said last.
-    pub console: Option<GuestConsole>,
-    /// Its process number, also after it ended; 0 if it never had one.
-    pub pid: u32,
-    /// From the request until the guest ran.
-    pub running: Option<Duration>,
-    /// From the request until the guest's first output, where the supervisor holds the console.
-    pub first_output: Option<Duration>,
-    /// Duration of each stage of the start.
-    pub stages: Vec<(String, Duration)>,
-    /// How its pager reads.
-    pub io: String,
-    /// How it ended.
-    pub ending: Option<Ending>,
-    gauges: HashMap<Series, f64>,
-    /// Gives the terminal back when the clone has ended, however it did.
-    terminal: Option<SavedTerminal>,
-    /// Its socket, if COM1 goes to one: a worker that is killed cannot remove it.
-    socket: Option<PathBuf>,
-}
-
-impl Clone {
-    /// A clone that never came to have a process.
-    fn failed(ending: Ending) -> Self {
-        Self {
-            process: None,
-            console: None,
-            pid: 0,
-            running: None,
-            first_output: None,
-            stages: Vec::new(),
-            io: String::new(),
-            ending: Some(ending),
-            gauges: HashMap::new(),
-            socket: None,
-            terminal: None,
-        }
-    }
-}
-
 /// All clones of one template.
 #[derive(Debug)]
 pub struct Supervisor {
-    options: CloneOptions,
-    epoll: OwnedFd,
+    pub(super) options: CloneOptions,
+    pub(super) epoll: OwnedFd,
     signals: UnixStream,
-    clones: Vec<Clone>,
+    pub(super) clones: Vec<Clone>,
+    /// Engine `root`: the root, its shells, and the clones that are being forked.
+    pub(super) forks: Forks,
     usage: Usage,
     /// What happened outside of [`Self::wait`].
-    pending: Vec<Event>,
+    pub(super) pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
 }
@@ -155,6 +79,7 @@ impl Supervisor {
             epoll,
             signals,
             clones: Vec::new(),
+            forks: Forks::default(),
             usage: Usage::default(),
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
@@ -179,10 +104,7 @@ impl Supervisor {
 
     /// How many clones have not ended.
     pub fn live(&self) -> usize {
-        self.clones
-            .iter()
-            .filter(|clone| clone.process.is_some())
-            .count()
+        self.clones.iter().filter(|clone| clone.is_live()).count()
     }
 
     /// Starts a clone and returns its number; `input` waits on its console before it runs. A clone
@@ -190,21 +112,25 @@ impl Supervisor {
     /// as of any other.
     pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> usize {
         let number = self.clones.len();
-        let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
-            metrics::count_failure(&self.options.name);
-            self.pending.push(Event::Ended(number));
-            Clone::failed(Ending::Failed {
-                code: exit::FAILED,
-                message: chain(&error),
-            })
-        });
-        self.clones.push(clone);
+        if self.options.engine == Engine::Root {
+            self.start_fork(number, serial, input);
+        } else {
+            let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
+                metrics::count_failure(&self.options.name);
+                self.pending.push(Event::Ended(number));
+                Clone::failed(Ending::Failed {
+                    code: exit::FAILED,
+                    message: chain(&error),
+                })
+            });
+            self.clones.push(clone);
+        }
         self.publish_counts();
         number
     }
 
-    fn spawn(&self, number: usize, serial: &SerialPlan, input: &[u8]) -> Result<Clone, SpawnError> {
-        let config = WorkerConfig {
+    pub(super) fn config(&self, number: usize) -> WorkerConfig {
+        WorkerConfig {
             clone: number as u64,
             template: self.options.template.clone(),
             engine: self.options.engine,
@@ -213,12 +139,28 @@ impl Supervisor {
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
-        };
-        let terminal = match serial {
-            SerialPlan::Terminal => SavedTerminal::save(std::io::stdin()),
-            SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
-        };
+        }
+    }
+
+    fn spawn(&self, number: usize, serial: &SerialPlan, input: &[u8]) -> Result<Clone, SpawnError> {
+        let config = self.config(number);
+        let terminal = saved_terminal(serial);
         let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)?;
+        let spawn = process.spawn;
+        let mut clone = Clone::new(serial, terminal);
+        clone.stages.push(("spawn".to_owned(), spawn));
+        self.adopt(number, &mut clone, process, console)?;
+        Ok(clone)
+    }
+
+    /// Watches a process and makes it the clone's.
+    pub(super) fn adopt(
+        &self,
+        number: usize,
+        clone: &mut Clone,
+        process: CloneProcess,
+        console: Option<GuestConsole>,
+    ) -> Result<(), SpawnError> {
         self.watch(process.channel.as_fd(), token::token(number, Kind::Control))
             .and_then(|()| self.watch(process.pidfd(), token::token(number, Kind::Process)))
             .and_then(|()| match &console {
@@ -226,22 +168,10 @@ impl Supervisor {
                 None => Ok(()),
             })
             .map_err(SpawnError::Watch)?;
-        Ok(Clone {
-            pid: process.pid(),
-            running: None,
-            first_output: None,
-            stages: vec![("spawn".to_owned(), process.spawn)],
-            io: String::new(),
-            ending: None,
-            gauges: HashMap::new(),
-            process: Some(process),
-            console,
-            socket: match serial {
-                SerialPlan::Unix(path) => Some(path.clone()),
-                SerialPlan::Null | SerialPlan::Supervisor | SerialPlan::Terminal => None,
-            },
-            terminal,
-        })
+        clone.pid = process.pid();
+        clone.process = Some(process);
+        clone.console = console;
+        Ok(())
     }
 
     /// Waits for something to happen, at most until `timeout`.
@@ -276,10 +206,14 @@ impl Supervisor {
                 let mut byte = [0];
                 let _ = io::Read::read(&mut &self.signals, &mut byte);
                 events.push(Event::Signal);
+            } else if data == token::ROOT {
+                self.hear_root();
             } else if let Some((clone, kind)) = parse_token(data) {
                 events.extend(self.attend(clone, kind));
             }
         }
+        self.tend_forks();
+        events.append(&mut self.pending);
         if self.options.measure_memory {
             let clones = &self.clones;
             self.usage
@@ -294,6 +228,7 @@ impl Supervisor {
     /// Asks every clone to stop, waits, and kills those that take longer than `grace`.
     pub fn stop_all(&mut self, grace: Duration) -> Result<(), SuperviseError> {
         let deadline = Instant::now() + grace;
+        self.end_forks();
         for process in self
             .clones
             .iter()
@@ -354,6 +289,10 @@ impl Supervisor {
     }
 
     fn attend(&mut self, number: usize, kind: Kind) -> Option<Event> {
+        if kind == Kind::Shell {
+            self.hear_shell(number);
+            return None;
+        }
         let clone = self.clones.get_mut(number)?;
         if kind == Kind::Console {
             if let Some(process) = &clone.process
@@ -372,7 +311,7 @@ impl Supervisor {
         }
         let process = clone.process.as_mut()?;
         match kind {
-            Kind::Console => None,
+            Kind::Console | Kind::Shell => None,
             Kind::Control => match process.channel.receive::<FromWorker>() {
                 Ok(Some((message, _))) => self.hear(number, message),
                 Ok(None) => {
@@ -397,9 +336,11 @@ impl Supervisor {
                 clone.io = io;
                 if let Some(process) = &clone.process {
                     clone.running = Some(process.requested.elapsed());
-                    // The loader and what runs before the program's own code.
-                    let exec = began.saturating_sub(process.spawned);
-                    clone.stages.push(("exec".to_owned(), exec));
+                    if self.options.engine != Engine::Root {
+                        // The loader and what runs before the program's own code.
+                        let exec = began.saturating_sub(process.spawned);
+                        clone.stages.push(("exec".to_owned(), exec));
+                    }
                 }
                 clone.stages.extend(stages);
                 for (stage, took) in &clone.stages {
@@ -416,6 +357,8 @@ impl Supervisor {
                 });
                 None
             }
+            // A shell that was asked for while it said so.
+            FromWorker::Warm => None,
             FromWorker::Ended(ending) => {
                 clone.ending = Some(ending);
                 None
@@ -458,23 +401,24 @@ impl Supervisor {
         Event::Ended(number)
     }
 
-    fn publish_counts(&self) {
+    pub(super) fn publish_counts(&self) {
         let count = |state: fn(&Clone) -> bool| self.clones.iter().filter(|c| state(c)).count();
         let name = &self.options.name;
         metrics::set_clones(
             name,
             "starting",
-            count(|c| c.process.is_some() && c.running.is_none()),
+            count(|c| c.is_live() && c.running.is_none()),
         );
         metrics::set_clones(
             name,
             "running",
-            count(|c| c.process.is_some() && c.running.is_some()),
+            count(|c| c.is_live() && c.running.is_some()),
         );
-        metrics::set_clones(name, "ended", count(|c| c.process.is_none()));
+        metrics::set_clones(name, "ended", count(|c| !c.is_live()));
+        metrics::set_clones(name, "warm", self.forks.warm());
     }
 
-    fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
+    pub(super) fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {
         epoll::add(
             &self.epoll,
             fd,
@@ -484,6 +428,15 @@ impl Supervisor {
         .map_err(io::Error::from)
     }
 }
+
+/// The terminal's settings, where a clone is to have it.
+pub(super) fn saved_terminal(serial: &SerialPlan) -> Option<SavedTerminal> {
+    match serial {
+        SerialPlan::Terminal => SavedTerminal::save(std::io::stdin()),
+        SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
+    }
+}
+
 /// Removes the socket of a worker that was killed, unless somebody else listens there by now.
 fn remove_dead_socket(path: &Path) {
     let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());

@@ -4,12 +4,17 @@
 /// Not of a clone: a signal came.
 pub(super) const SIGNAL: u64 = u64::MAX;
 
+/// Not of a clone: the root process has something to say.
+pub(super) const ROOT: u64 = u64::MAX - 1;
+
 /// Which descriptor of a clone has something to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Control,
     Process,
     Console,
+    /// Of a fork that is no clone yet; numbers of shells are their own.
+    Shell,
 }
 
 /// What the kernel keeps for a descriptor of a clone.
@@ -19,7 +24,7 @@ pub(super) fn token(clone: usize, kind: Kind) -> u64 {
 
 /// Which descriptor of which clone a token is for.
 pub(super) fn parse_token(token: u64) -> Option<(usize, Kind)> {
-    let kind = [Kind::Control, Kind::Process, Kind::Console]
+    let kind = [Kind::Control, Kind::Process, Kind::Console, Kind::Shell]
         .into_iter()
         .find(|kind| *kind as u64 == token & 3)?;
     Some((usize::try_from(token >> 2).ok()?, kind))
@@ -32,10 +37,10 @@ mod tests {
     #[test]
     fn tokens_go_there_and_back() {
         for clone in [0, 1, 77, 1 << 40] {
-            for kind in [Kind::Control, Kind::Process, Kind::Console] {
+            for kind in [Kind::Control, Kind::Process, Kind::Console, Kind::Shell] {
                 assert_eq!(parse_token(token(clone, kind)), Some((clone, kind)));
             }
         }
-        assert_eq!(parse_token(3), None);
+        assert!(![SIGNAL, ROOT].contains(&token(1 << 40, Kind::Shell)));
     }
 }

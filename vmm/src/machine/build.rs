@@ -238,6 +238,7 @@ impl Shell {
             vm: self.vm,
             msrs: msr::to_save(&listed),
             tsc_khz,
+            handle: MachineHandle::new(requests.clone()),
         };
         let name = "machine".to_owned();
         let thread = thread::Builder::new()

@@ -92,6 +92,13 @@ impl Devices {
         vm.flush_irq(self.com1_irq.event(), COM1_GSI)
     }
 
+    /// Says where COM1 goes, for a machine that was made before that was known.
+    pub(super) fn bind_serial(&mut self, target: SerialTarget) -> Result<(), MachineError> {
+        self.console
+            .bind(target)
+            .map_err(|e| device_error(SERIAL_KIND, e))
+    }
+
     /// Lets input in from outside. `on_quit` is called when somebody at a terminal asks to quit.
     pub(super) fn attach(&mut self, on_quit: Box<dyn Fn() + Send>) -> Result<(), MachineError> {
         self.console

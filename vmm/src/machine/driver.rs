@@ -11,6 +11,7 @@
 
 use crossbeam::channel::{Receiver, Sender};
 
+use crate::device::legacy::console::SerialTarget;
 use crate::kvm::KvmError;
 use crate::kvm::irq::Chip;
 use crate::kvm::vm::Vm;
@@ -19,7 +20,7 @@ use crate::vcpu::thread::{Report, VcpuThread};
 
 use super::devices::Devices;
 use super::error::MachineError;
-use super::lifecycle::Outcome;
+use super::lifecycle::{MachineHandle, Outcome};
 use super::request::{Phase, Refusal, Request, Verdict, decide};
 use super::state::{MachineState, VmState};
 
@@ -32,6 +33,8 @@ pub(super) enum Message {
     Pause(Sender<Result<(), Refusal>>),
     /// Read the state.
     Save(Sender<Result<MachineState, MachineError>>),
+    /// COM1 goes there from now on; it was to be said later.
+    BindSerial(SerialTarget, Sender<Result<(), MachineError>>),
     /// End the machine.
     Stop { reason: String },
     /// A vCPU has something to say.
@@ -48,6 +51,8 @@ pub(super) struct Driver {
     /// Registers to save, in the order in which to write them back.
     pub(super) msrs: Vec<u32>,
     pub(super) tsc_khz: Option<u32>,
+    /// The way into this driver, for those that its devices call.
+    pub(super) handle: MachineHandle,
 }
 
 /// What the machine is doing, with what belongs to it.
@@ -73,7 +78,7 @@ impl Doing {
 
 impl Driver {
     /// The body of the thread: from paused until the machine ends.
-    pub(super) fn run(self, inbox: &Receiver<Message>) -> Outcome {
+    pub(super) fn run(mut self, inbox: &Receiver<Message>) -> Outcome {
         let mut doing = Doing::Paused;
         let outcome = loop {
             // Every handle is gone: nobody can ever ask for anything again.
@@ -89,7 +94,7 @@ impl Driver {
         outcome
     }
 
-    fn handle(&self, doing: Doing, message: Message) -> Result<Doing, Outcome> {
+    fn handle(&mut self, doing: Doing, message: Message) -> Result<Doing, Outcome> {
         match message {
             Message::Resume(reply) => Ok(self.resume(doing, &reply)),
             Message::Pause(reply) => Ok(self.pause(doing, reply)),
@@ -99,6 +104,10 @@ impl Driver {
                     Verdict::Refuse(refusal) => Err(refusal.into()),
                     _ => self.save(),
                 });
+                Ok(doing)
+            }
+            Message::BindSerial(target, reply) => {
+                let _ = reply.send(self.bind_serial(target));
                 Ok(doing)
             }
             Message::Stop { reason } => {
@@ -115,6 +124,13 @@ impl Driver {
                 },
             },
         }
+    }
+
+    fn bind_serial(&mut self, target: SerialTarget) -> Result<(), MachineError> {
+        self.devices.bind_serial(target)?;
+        let on_quit = self.handle.clone();
+        self.devices
+            .attach(Box::new(move || on_quit.stop("asked to at its terminal")))
     }
 
     fn resume(&self, doing: Doing, reply: &Sender<Result<(), Refusal>>) -> Doing {

@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, bounded};
 
+use crate::device::legacy::console::SerialTarget;
 use crate::memory::guest::GuestRam;
 use crate::vcpu::run::Failure;
 
@@ -111,6 +112,13 @@ impl Machine<Paused> {
             pty,
             state: PhantomData,
         }
+    }
+
+    /// Says where COM1 goes, for a machine that was made with [`SerialTarget::Later`].
+    pub fn bind_serial(&self, target: SerialTarget) -> Result<(), MachineError> {
+        let (reply, answer) = bounded(1);
+        self.driver.send(Message::BindSerial(target, reply));
+        answer.recv().map_err(|_| MachineError::Gone)?
     }
 
     /// Lets the vCPUs run.

@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::io::IsTerminal;
+use std::sync::{PoisonError, RwLock};
 
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -16,16 +17,39 @@ use tracing_subscriber::registry::LookupSpan;
 ///
 /// A standard error that is gone loses its lines and nothing else.
 pub fn start(verbosity: u8) {
-    start_with(verbosity, Marked(String::new()));
+    start_with(verbosity, "");
 }
 
 /// Starts logging in the process of a clone: each line begins with the clone's number, whichever
 /// thread wrote it, because all clones share the supervisor's standard error.
 pub fn start_clone(verbosity: u8, clone: u64) {
-    start_with(verbosity, Marked(format!("clone={clone} ")));
+    start_with(verbosity, &format!("clone={clone} "));
 }
 
-fn start_with(verbosity: u8, format: Marked) {
+/// Starts logging in the root process of a template.
+pub fn start_root(verbosity: u8) {
+    start_with(verbosity, "root ");
+}
+
+/// Logs from now on as a fork that is no clone yet.
+pub fn become_shell(id: u64) {
+    set_mark(&format!("shell={id} "));
+}
+
+/// Logs from now on as a clone, in a process that logs already.
+pub fn become_clone(clone: u64) {
+    set_mark(&format!("clone={clone} "));
+}
+
+/// What each line of this process begins with.
+static MARK: RwLock<String> = RwLock::new(String::new());
+
+fn set_mark(mark: &str) {
+    mark.clone_into(&mut MARK.write().unwrap_or_else(PoisonError::into_inner));
+}
+
+fn start_with(verbosity: u8, mark: &str) {
+    set_mark(mark);
     let level = match verbosity {
         0 => LevelFilter::WARN,
         1 => LevelFilter::INFO,
@@ -44,12 +68,12 @@ fn start_with(verbosity: u8, format: Marked) {
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal())
         .log_internal_errors(false)
-        .event_format(format)
+        .event_format(Marked)
         .try_init();
 }
 
 /// The usual form of a line behind a mark.
-struct Marked(String);
+struct Marked;
 
 impl<S, N> FormatEvent<S, N> for Marked
 where
@@ -62,7 +86,7 @@ where
         mut writer: Writer<'_>,
         event: &Event<'_>,
     ) -> fmt::Result {
-        writer.write_str(&self.0)?;
+        writer.write_str(&MARK.read().unwrap_or_else(PoisonError::into_inner))?;
         Format::default()
             .with_target(false)
             .format_event(context, writer, event)

@@ -65,6 +65,11 @@ fn describe() {
         Unit::Bytes,
         "Memory of all clones of a template by class, as last measured"
     );
+    describe_gauge!(
+        "pando_root_memory_bytes",
+        Unit::Bytes,
+        "Guest memory that the root process of a template holds for all its clones"
+    );
     describe_counter!(
         "pando_clone_failures_total",
         "Clones that ended otherwise than asked"
@@ -76,6 +81,7 @@ fn describe() {
 pub fn register(template: &str) {
     pando_pager::metrics::register(template);
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
+    set_root_memory(template, 0);
     for class in ["private_dirty", "private_clean", "shared"] {
         set_memory(template, class, 0);
     }
@@ -103,6 +109,11 @@ pub fn record_start(template: &str, engine: &str, stage: &str, duration: Duratio
 pub fn set_memory(template: &str, class: &'static str, bytes: u64) {
     gauge!("pando_clone_memory_bytes", "template" => template.to_owned(), "class" => class)
         .set(bytes as f64);
+}
+
+/// Says how much guest memory the root process of a template holds for all its clones.
+pub fn set_root_memory(template: &str, bytes: u64) {
+    gauge!("pando_root_memory_bytes", "template" => template.to_owned()).set(bytes as f64);
 }
 
 /// Counts a clone that ended otherwise than asked.

@@ -53,6 +53,15 @@ impl Console {
         })
     }
 
+    /// Opens the endpoint of a console that was opened for [`SerialTarget::Later`]; what was
+    /// printed meanwhile goes out. [`Console::attach`] comes after.
+    pub fn bind(&mut self, target: SerialTarget) -> Result<(), ConsoleError> {
+        let (endpoint, sink) = endpoint::open(target)?;
+        self.endpoint = endpoint;
+        self.output.redirect(sink);
+        Ok(())
+    }
+
     /// Where the UART writes to.
     #[must_use]
     pub fn output(&self) -> ConsoleOutput {

@@ -56,6 +56,7 @@ impl Endpoint {
 pub(super) fn open(target: SerialTarget) -> Result<(Endpoint, Sink), ConsoleError> {
     match target {
         SerialTarget::Null => Ok((Endpoint::new(Source::Nothing), Sink::Discard)),
+        SerialTarget::Later => Ok((Endpoint::new(Source::Nothing), Sink::Absent)),
         SerialTarget::Stdio => stdio(),
         SerialTarget::File(path) => file(&path),
         SerialTarget::Pty => pty().map_err(ConsoleError::Pty),

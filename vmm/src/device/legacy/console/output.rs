@@ -135,6 +135,13 @@ impl ConsoleOutput {
         self.shared.hungry.store(hungry, Ordering::Release);
     }
 
+    /// From now on output goes there, what waits in the queue first.
+    pub(super) fn redirect(&self, sink: Sink) {
+        let mut outlet = self.shared.lock();
+        outlet.sink = sink;
+        outlet.flush();
+    }
+
     /// A client has come: it gets what waits in the queue.
     pub(super) fn connect(&self, fd: Arc<OwnedFd>) {
         let mut outlet = self.shared.lock();

@@ -21,6 +21,9 @@ pub enum SerialTarget {
     /// A Unix socket to listen on, for one client at a time. What the guest prints while there is
     /// none is kept for the next, up to [`BACKLOG_BYTES`](super::BACKLOG_BYTES).
     Unix(PathBuf),
+    /// Not known yet: output is kept until [`Console::bind`](super::Console::bind) says where it
+    /// goes.
+    Later,
     /// An open descriptor (socket, pipe, terminal), which is made non-blocking.
     Fd(OwnedFd),
 }

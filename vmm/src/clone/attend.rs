@@ -1,0 +1,189 @@
+#![forbid(unsafe_code)]
+//! A clone from its resumption to its end: metrics out, orders and signals in.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use pando_pager::{Health, Pager, Serving};
+use rustix::event::{PollFd, PollFlags};
+
+use super::END_SIGNALS;
+use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
+use super::instantiate::CloneError;
+use super::placement::Placement;
+use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
+use crate::observe::relay::{Relay, split};
+use crate::report::{chain, exit};
+
+/// How often metrics go to the supervisor.
+const METRICS_PERIOD: Duration = Duration::from_secs(1);
+/// Most bytes of a delta in one message, which has a few of its own.
+const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
+
+/// A clone that is ready to run.
+pub(super) struct Ready<'a> {
+    pub(super) channel: &'a Channel,
+    pub(super) relay: Option<&'a Relay>,
+    pub(super) machine: Machine<Paused>,
+    /// Where it has one of its own.
+    pub(super) pager: Option<Pager<Serving>>,
+    pub(super) placement: Option<Placement>,
+    /// When this process's own code began, on the monotonic clock.
+    pub(super) began: Duration,
+    /// How long each step took so far.
+    pub(super) stages: Vec<(String, Duration)>,
+    pub(super) signals: &'a UnixStream,
+}
+
+/// Readable once one of [`END_SIGNALS`] came.
+pub(super) fn watch_signals() -> anyhow::Result<UnixStream> {
+    let (signals, signal_end) = UnixStream::pair().context("cannot watch for signals")?;
+    for signal in END_SIGNALS {
+        let end = signal_end.try_clone().context("cannot watch for signals")?;
+        signal_hook::low_level::pipe::register(signal, end).context("cannot watch for signals")?;
+    }
+    Ok(signals)
+}
+
+/// Lets the guest run until it ends or is stopped.
+pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
+    let Ready {
+        channel,
+        relay,
+        machine,
+        pager,
+        mut placement,
+        began,
+        mut stages,
+        signals,
+    } = ready;
+    let health = pager.as_ref().map(Pager::<Serving>::health);
+    let io = pager
+        .as_ref()
+        .map_or("none", |pager| pager.io().name())
+        .to_owned();
+    let handle = machine.handle();
+    if let Some(health) = &health {
+        // Before a vCPU can touch a page that cannot be had.
+        let (on_poison, on_failure) = (handle.clone(), handle.clone());
+        health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
+        health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
+    }
+    let resume_start = Instant::now();
+    let machine = machine.resume().map_err(CloneError::from)?;
+    stages.push(("resume".to_owned(), resume_start.elapsed()));
+    let started = FromWorker::Started { began, stages, io };
+    send(channel, &started);
+    let outcome = thread::scope(|scope| {
+        let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
+        let handle = &handle;
+        let mut review = || {
+            if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
+                placement.review(pager.counts().faults);
+            }
+        };
+        thread::Builder::new()
+            .name("attend".to_owned())
+            .spawn_scoped(scope, move || {
+                attend(channel, relay, handle, signals, &ended, &mut review)
+            })
+            .context(
+                "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?",
+            )?;
+        let outcome = machine.wait();
+        drop(ended_end);
+        anyhow::Ok(outcome)
+    })?;
+    if let Some(pager) = pager {
+        pager.stop().map_err(CloneError::from)?;
+    }
+    Ok(ending(outcome, health.as_ref()))
+}
+
+/// Sends metrics and reviews the clone's placement each second, and stops the machine when the supervisor says so, dies, or a signal
+/// comes; returns when the other end of `ended` is closed.
+fn attend(
+    channel: &Channel,
+    relay: Option<&Relay>,
+    handle: &MachineHandle,
+    signals: &UnixStream,
+    ended: &UnixStream,
+    review: &mut dyn FnMut(),
+) {
+    let mut stopping = false;
+    loop {
+        let mut fds = vec![PollFd::new(ended, PollFlags::IN)];
+        if !stopping {
+            fds.push(PollFd::new(channel, PollFlags::IN));
+            fds.push(PollFd::new(signals, PollFlags::IN));
+        }
+        let timeout = rustix::event::Timespec {
+            tv_sec: i64::try_from(METRICS_PERIOD.as_secs()).unwrap_or(1),
+            tv_nsec: 0,
+        };
+        let _ = rustix::event::poll(&mut fds, Some(&timeout));
+        let ready: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+        if ready[0] {
+            return;
+        }
+        send_metrics(channel, relay);
+        review();
+        if ready.get(1) == Some(&true) {
+            // Whatever it says or fails to say: there is no other order than to stop.
+            let _ = channel.receive::<ToWorker>();
+            handle.stop("the supervisor asked for it");
+            stopping = true;
+        }
+        if ready.get(2) == Some(&true) {
+            let mut signals = signals;
+            let _ = signals.read(&mut [0]);
+            handle.stop("a signal asked for it");
+            stopping = true;
+        }
+    }
+}
+
+fn ending(outcome: Outcome, health: Option<&Health>) -> Ending {
+    if let Some(page) = health.and_then(|health| health.poisoned().into_iter().next()) {
+        return Ending::Failed {
+            code: exit::MEMORY,
+            message: format!("guest memory could not be read: {page}"),
+        };
+    }
+    if let Some(why) = health.and_then(Health::failure) {
+        let message = format!("the clone's pager failed: {why}");
+        return Ending::Failed {
+            code: exit::MEMORY,
+            message,
+        };
+    }
+    match outcome {
+        Outcome::PowerOff => Ending::PowerOff,
+        Outcome::Reset => Ending::Reset,
+        Outcome::Stopped => Ending::Stopped,
+        Outcome::Failed(failure) => Ending::Failed {
+            code: match failure {
+                Failure::MemoryError { .. } => exit::MEMORY,
+                _ => exit::FAILED,
+            },
+            message: failure.to_string(),
+        },
+    }
+}
+
+/// Sends what was recorded since the last time, in as many messages as it takes; none for nothing.
+pub(super) fn send_metrics(channel: &Channel, relay: Option<&Relay>) {
+    for delta in relay.map_or_else(Vec::new, |relay| split(relay.take(), MAX_DELTA_BYTES)) {
+        send(channel, &FromWorker::Metrics(delta));
+    }
+}
+
+pub(super) fn send(channel: &Channel, message: &FromWorker) {
+    // A supervisor that is gone takes this process along; there is nobody else to tell.
+    if let Err(error) = channel.send(message, &[]) {
+        tracing::debug!("{}", chain(&error));
+    }
+}

@@ -1,0 +1,152 @@
+#![forbid(unsafe_code)]
+//! A clone that is a fork of its root: a shell with memory and machine made, which waits for its
+//! orders, and then runs.
+
+use std::time::Instant;
+
+use anyhow::Context;
+use pando_pager::RootMemory;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
+use super::control::{Channel, Ending, FromWorker, PagerConfig, ToWorker, WorkerConfig, monotonic};
+use super::instantiate::{CloneError, inherited};
+use super::placement::Placement;
+use super::worker::{die_with, exit_code, serial_target};
+use crate::device::legacy::console::SerialTarget;
+use crate::machine::{HostCheck, Machine, Paused};
+use crate::memory::guest::GuestRam;
+use crate::observe::log;
+use crate::observe::relay::Relay;
+use crate::report::chain;
+use crate::spec::CpuCount;
+use crate::template::Template;
+
+/// What a fork has of its root.
+#[derive(Debug)]
+pub struct Inheritance {
+    /// What the supervisor calls this process.
+    pub id: u64,
+    /// The template, open and proven.
+    pub template: Template,
+    /// Its memory, one per backend, in the machine's order. Holes are not registered yet.
+    pub memories: Vec<RootMemory>,
+    /// How its pager works, where it needs one.
+    pub pager: PagerConfig,
+    /// Whether this host was compared with the template.
+    pub host_check: HostCheck,
+    /// The process that must be its parent, lest it outlive it unseen.
+    pub supervisor_pid: u32,
+}
+
+/// Runs the clone. Returns the process's exit code.
+pub fn run(channel: &Channel, inheritance: Inheritance) -> u8 {
+    log::become_shell(inheritance.id);
+    // Only a pager records anything here.
+    let is_complete = inheritance.memories.iter().all(RootMemory::is_complete);
+    let relay = if is_complete { None } else { Relay::install() };
+    let ending =
+        work(channel, relay.as_ref(), inheritance).unwrap_or_else(|error| Ending::Failed {
+            code: exit_code(&error),
+            message: chain(error.as_ref()),
+        });
+    let code = ending.exit_code();
+    send_metrics(channel, relay.as_ref());
+    send(channel, &FromWorker::Ended(ending));
+    code
+}
+
+fn work(
+    channel: &Channel,
+    relay: Option<&Relay>,
+    inheritance: Inheritance,
+) -> anyhow::Result<Ending> {
+    let Inheritance {
+        template,
+        memories,
+        pager: config,
+        host_check,
+        supervisor_pid,
+        ..
+    } = inheritance;
+    let mut began = monotonic();
+    let start = Instant::now();
+    die_with(supervisor_pid)?;
+    let signals = watch_signals()?;
+    let needs_pager = !memories.iter().all(RootMemory::is_complete);
+    let is_together =
+        needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
+    let placement = is_together.then(Placement::together).flatten();
+    let (backings, pager) = inherited(&template, memories, &config)?;
+    let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
+    let mut stages = vec![("memory".to_owned(), start.elapsed())];
+    let machine = Machine::restore(
+        template.spec(),
+        ram,
+        template.state(),
+        SerialTarget::Later,
+        host_check,
+    )
+    .map_err(CloneError::from)?;
+    stages.extend(
+        machine
+            .stages()
+            .iter()
+            .map(|(name, took)| (name.to_owned(), took)),
+    );
+    let is_warm = !has_orders(channel);
+    if is_warm {
+        send(channel, &FromWorker::Warm);
+    }
+    let Some(orders) = receive_orders(channel)? else {
+        return Ok(Ending::Stopped);
+    };
+    if is_warm {
+        // Made ahead of the request: what counts begins now.
+        began = monotonic();
+        stages.clear();
+    }
+    connect(&machine, orders, &mut stages)?;
+    run_to_end(Ready {
+        channel,
+        relay,
+        machine,
+        pager,
+        placement,
+        began,
+        stages,
+        signals: &signals,
+    })
+}
+
+type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
+
+/// `None` when it is not needed, or its supervisor is gone.
+fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
+    match channel.receive::<ToWorker>()? {
+        Some((ToWorker::Start(config), descriptors)) => Ok(Some((config, descriptors))),
+        Some((ToWorker::Stop, _)) | None => Ok(None),
+    }
+}
+
+/// Gives the machine its identity: so far, its console.
+fn connect(
+    machine: &Machine<Paused>,
+    (config, descriptors): Orders,
+    stages: &mut Vec<(String, std::time::Duration)>,
+) -> anyhow::Result<()> {
+    let start = Instant::now();
+    log::become_clone(config.clone);
+    let serial = serial_target(&config.serial, descriptors)?;
+    machine
+        .bind_serial(serial)
+        .map_err(CloneError::from)
+        .context("cannot connect its serial port")?;
+    stages.push(("identity".to_owned(), start.elapsed()));
+    Ok(())
+}
+
+fn has_orders(channel: &Channel) -> bool {
+    let mut fds = [PollFd::new(channel, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
+}

@@ -1,0 +1,55 @@
+#![forbid(unsafe_code)]
+//! A root process as its supervisor sees it.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use super::protocol::{FromRoot, RootConfig, ToRoot};
+use crate::clone::control::{Channel, ControlError};
+use crate::clone::process::{ChildProcess, SpawnError};
+
+/// The hidden subcommand that a root runs.
+pub const ROOT_COMMAND: &str = "root-worker";
+
+/// A root that was started; dropping it ends it, and leaves its clones alone.
+#[derive(Debug)]
+pub struct RootProcess {
+    process: ChildProcess,
+    channel: Channel,
+}
+
+impl RootProcess {
+    /// Starts `program` as a root. Must be called on a thread that lives as long as the root.
+    pub fn start(program: &Path, config: RootConfig) -> Result<Self, SpawnError> {
+        let (channel, theirs) = Channel::pair()?;
+        channel.send(&ToRoot::Start(config), &[])?;
+        let mut command = Command::new(program);
+        command
+            .arg(ROOT_COMMAND)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null());
+        let process = ChildProcess::spawn(&mut command)?;
+        Ok(Self { process, channel })
+    }
+
+    /// Asks for a fork whose control socket is `theirs`.
+    pub fn fork(&self, id: u64, theirs: BorrowedFd<'_>) -> Result<(), ControlError> {
+        self.channel.send(&ToRoot::Fork { id }, &[theirs])
+    }
+
+    /// The next message; `None` when the root is ending.
+    pub fn receive(&self) -> Result<Option<(FromRoot, Vec<OwnedFd>)>, ControlError> {
+        self.channel.receive()
+    }
+
+    /// Becomes readable when there is a message.
+    pub fn channel(&self) -> BorrowedFd<'_> {
+        self.channel.as_fd()
+    }
+
+    /// Its process number.
+    pub fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+}

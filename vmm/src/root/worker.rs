@@ -1,0 +1,169 @@
+#![forbid(unsafe_code)]
+//! The root process: fills its memory once, then forks clones as it is told. One thread, no ring,
+//! no KVM: a fork must find nothing of another thread's half done.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use pando_pager::{PAGE_BYTES, Root};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::protocol::{FromRoot, RootConfig, ToRoot};
+use crate::clone::control::Channel;
+use crate::clone::forked::{self, Inheritance};
+use crate::clone::worker::{die_with, exit_code, take_channel};
+use crate::clone::{END_SIGNALS, instantiate::CloneError};
+use crate::machine::HostCheck;
+use crate::observe::log;
+use crate::report::{chain, exit};
+use crate::sys::fork::{Forked, OneThread, fork_sibling};
+use crate::template::Template;
+
+/// Runs a root whose control socket is standard input, or the clone that a fork of it became.
+/// Returns the process's exit code.
+pub fn run() -> u8 {
+    let channel = match take_channel() {
+        Ok(channel) => channel,
+        Err(error) => {
+            log::start(0);
+            tracing::error!("{}", chain(error.as_ref()));
+            return exit::USAGE;
+        }
+    };
+    match serve(channel) {
+        Ok(code) => code,
+        Err((channel, error)) => {
+            let code = exit_code(&error);
+            let message = chain(error.as_ref());
+            // A supervisor that is gone needs no answer.
+            let _ = channel.send(&FromRoot::Failed { code, message }, &[]);
+            code
+        }
+    }
+}
+
+/// What a root is made of.
+struct Ready {
+    template: Template,
+    root: Root,
+    one_thread: OneThread,
+}
+
+/// Serves until the supervisor goes; in a fork, until the clone has ended.
+fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
+    let (mut ready, config) = match prepare(&channel) {
+        Ok(Some(prepared)) => prepared,
+        Ok(None) => return Ok(exit::OK),
+        Err(error) => return Err((channel, error)),
+    };
+    loop {
+        // Clones first; what makes the next fork cheaper comes when nothing is to be done.
+        while !has_order(&channel) && ready.root.collapse_next() {}
+        let (id, theirs) = match next_order(&channel) {
+            Ok(Some(order)) => order,
+            Ok(None) => return Ok(exit::OK),
+            Err(error) => return Err((channel, error)),
+        };
+        match fork_sibling(&ready.one_thread) {
+            Ok(Forked::Child) => {
+                drop(channel);
+                let Ready { template, root, .. } = ready;
+                let inheritance = Inheritance {
+                    id,
+                    template,
+                    memories: root.into_memories(),
+                    pager: config.pager,
+                    host_check: if config.host_check_is_due {
+                        HostCheck::Due
+                    } else {
+                        HostCheck::Done
+                    },
+                    supervisor_pid: config.supervisor_pid,
+                };
+                return Ok(forked::run(&Channel::new(theirs), inheritance));
+            }
+            Ok(Forked::Parent { pid, pidfd }) => {
+                let pid = pid.as_raw_nonzero().get().unsigned_abs();
+                let sent = channel.send(&FromRoot::Forked { id, pid }, &[pidfd.as_fd()]);
+                if let Err(error) = sent {
+                    return Err((channel, error.into()));
+                }
+            }
+            Err(error) => {
+                let message = format!("cannot fork: {error}; {FORK_HINT}");
+                if let Err(error) = channel.send(&FromRoot::NotForked { id, message }, &[]) {
+                    return Err((channel, error.into()));
+                }
+            }
+        }
+    }
+}
+
+const FORK_HINT: &str =
+    "is the limit of processes (ulimit -u, pids.max) or of memory (vm.overcommit_memory) reached?";
+
+/// Opens the template and fills the memory.
+fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
+    let Some((message, _)) = channel.receive::<ToRoot>()? else {
+        return Ok(None);
+    };
+    let ToRoot::Start(config) = message else {
+        bail!("the first message to a root was not what to be a root of");
+    };
+    log::start_root(config.verbosity);
+    die_with(config.supervisor_pid)?;
+    ignore_end_signals()?;
+    let start = Instant::now();
+    let template = Template::open(&config.template).map_err(CloneError::from)?;
+    let images = template.images().map_err(CloneError::from)?;
+    let budget_pages = config.budget_bytes / PAGE_BYTES;
+    let root = Root::fill(&images, budget_pages, config.pager.verify).map_err(CloneError::from)?;
+    let filled = root.filled();
+    // Last: whatever was called before might have started a thread.
+    let one_thread = OneThread::prove().context("a root cannot fork")?;
+    channel.send(
+        &FromRoot::Ready {
+            filled_bytes: filled.pages * PAGE_BYTES,
+            hole_bytes: filled.hole_pages * PAGE_BYTES,
+            took: start.elapsed(),
+        },
+        &[],
+    )?;
+    let ready = Ready {
+        template,
+        root,
+        one_thread,
+    };
+    Ok(Some((ready, config)))
+}
+
+/// A terminal sends its signals to the whole group; only the supervisor decides what they mean.
+fn ignore_end_signals() -> anyhow::Result<()> {
+    for signal in END_SIGNALS {
+        let seen = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+        signal_hook::flag::register(signal, seen).context("cannot ignore signals")?;
+    }
+    Ok(())
+}
+
+fn has_order(channel: &Channel) -> bool {
+    let mut fds = [PollFd::new(channel, PollFlags::IN)];
+    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
+}
+
+/// The next fork to make; `None` when the supervisor is gone.
+fn next_order(channel: &Channel) -> anyhow::Result<Option<(u64, OwnedFd)>> {
+    let Some((message, descriptors)) = channel.receive::<ToRoot>()? else {
+        return Ok(None);
+    };
+    let ToRoot::Fork { id } = message else {
+        bail!("a root was told twice what to be a root of");
+    };
+    let mut descriptors = descriptors.into_iter();
+    match (descriptors.next(), descriptors.next()) {
+        (Some(theirs), None) => Ok(Some((id, theirs))),
+        _ => Err(io::Error::other("an order to fork came without its one descriptor").into()),
+    }
+}

@@ -1,0 +1,3 @@
+//! System calls that no crate wraps safely.
+
+pub mod fork;
