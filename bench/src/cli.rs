@@ -63,7 +63,7 @@ pub(crate) struct CloneArgs {
     #[arg(long, default_value = "5")]
     pub(crate) starts: NonZeroU32,
     /// Engines to compare, with commas between them.
-    #[arg(long, value_delimiter = ',', default_value = "kernel,copy")]
+    #[arg(long, value_delimiter = ',', default_value = "kernel,copy,root")]
     pub(crate) engines: Vec<Engine>,
     /// Ways to read the template, with commas between them; one variant of engine copy for each.
     #[arg(long, value_delimiter = ',', default_value = "auto")]

@@ -105,7 +105,7 @@ fn the_table_says_when_the_clock_runs_and_what_is_met() {
 #[test]
 fn what_cannot_be_measured_is_refused() {
     for (arguments, message) in [
-        (["--engines", "root"], "'root' is no engine"),
+        (["--engines", "fork"], "'fork' is no engine"),
         (["--memory", "12"], "12"),
         (
             ["--pando", "/nowhere/pando"],

@@ -249,7 +249,10 @@ const CRATES: &[(&str, &[&str], &str)] = &[
         &[
             "vmm/src/main.rs",
             "vmm/src/cli/",
+            "vmm/src/clone/attend.rs",
+            "vmm/src/clone/forked.rs",
             "vmm/src/clone/worker.rs",
+            "vmm/src/root/worker.rs",
             "vmm/src/demo/",
             "vmm/src/host/doctor.rs",
             "vmm/examples/",

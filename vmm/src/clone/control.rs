@@ -409,7 +409,10 @@ mod tests {
         let mut bytes = 7_u32.to_le_bytes().to_vec();
         bytes.push(1);
         let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 7, this end speaks 2"), "{error}");
+        assert!(
+            error.contains(&format!("version 7, this end speaks {VERSION}")),
+            "{error}"
+        );
     }
 
     proptest! {

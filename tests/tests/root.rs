@@ -1,0 +1,369 @@
+#![forbid(unsafe_code)]
+//! Engine `root`: forks that share what their root holds, and nothing that any of them writes.
+
+use std::collections::{HashMap, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use pando_tests::command::{
+    HANG, Running, eventually, finish, is_alive, make_template, names, pando, signal_pid,
+};
+use pando_tests::rig::built_program;
+use pando_vmm::clone::Engine;
+use pando_vmm::clone::control::{Ending, PagerConfig};
+use pando_vmm::clone::pool::PoolLimits;
+use pando_vmm::clone::process::SerialPlan;
+use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
+use pando_vmm::config::{self, MachineRequest};
+use pando_vmm::demo::drive::Demo;
+use pando_vmm::demo::plan::{self, Plan, Step};
+use pando_vmm::machine::HostCheck;
+use pando_vmm::payload::LAYOUT;
+use pando_vmm::payload::protocol::{Command, Outcome, Pattern, Reply, Visit};
+use rustix::process::Signal;
+
+const MEMORY_BYTES: u64 = 64 << 20;
+
+/// A template whose guest wrote 4096 pages, and clones of it that answer for what they do.
+struct Grove {
+    supervisor: Supervisor,
+    plan: Plan,
+    /// What each clone has not answered yet.
+    open: HashMap<usize, VecDeque<Step>>,
+    _dir: tempfile::TempDir,
+}
+
+fn template_in(dir: &Path) -> Result<PathBuf> {
+    let (spec, _) = config::resolve(&MachineRequest {
+        kernel: config::EMBEDDED_KERNEL.into(),
+        initrd: None,
+        append: String::new(),
+        memory_bytes: MEMORY_BYTES,
+        cpus: 1,
+    })?;
+    let path = dir.join("template");
+    Demo::make_template(&path, &spec, Arc::new(AtomicBool::new(false)))?;
+    Ok(path)
+}
+
+impl Grove {
+    fn new(root: RootOptions) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let supervisor = Supervisor::new(CloneOptions {
+            program: built_program("pando")?,
+            template: template_in(dir.path())?,
+            name: "grove".into(),
+            engine: Engine::Root,
+            pager: PagerConfig::default(),
+            verbosity: 0,
+            measure_memory: false,
+            host_check: HostCheck::Due,
+            root,
+        })?;
+        Ok(Self {
+            supervisor,
+            plan: Plan::new(MEMORY_BYTES),
+            open: HashMap::new(),
+            _dir: dir,
+        })
+    }
+
+    /// Starts a clone that verifies what the template holds and what it writes itself.
+    fn start(&mut self) -> usize {
+        let number = self.supervisor.clones().len();
+        let steps = self.plan.clone(number as u64);
+        self.supervisor
+            .start(&SerialPlan::Supervisor, &plan::lines(&steps));
+        self.open.insert(number, steps.into());
+        number
+    }
+
+    fn ask(&mut self, number: usize, steps: &[Step]) -> Result<()> {
+        let console = self.supervisor.clone_mut(number);
+        let console = console.and_then(|clone| clone.console.as_mut());
+        console.context("no console")?.send(&plan::lines(steps))?;
+        self.open.entry(number).or_default().extend(steps.to_vec());
+        Ok(())
+    }
+
+    /// Waits for `until`; every answer is checked, and a clone that ends is an error unless it is
+    /// in `may_end`.
+    fn run(&mut self, may_end: &[usize], until: impl Fn(&Self) -> bool) -> Result<()> {
+        let deadline = Instant::now() + HANG;
+        while !until(self) {
+            ensure!(Instant::now() < deadline, "open: {:?}", self.open.keys());
+            for event in self.supervisor.wait(Duration::from_millis(20))? {
+                match event {
+                    Event::Output(number) => self.hear(number)?,
+                    Event::Ended(number) if !may_end.contains(&number) => bail!(
+                        "clone {number} ended: {:?}",
+                        self.supervisor.clones()[number].ending
+                    ),
+                    _ => (),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn hear(&mut self, number: usize) -> Result<()> {
+        let clone = self.supervisor.clone_mut(number).context("no clone")?;
+        let console = clone.console.as_mut().context("no console")?;
+        let is_open = console.poll()?;
+        while let Some(line) = console.take_line() {
+            let open = self.open.get_mut(&number).context("nothing was asked")?;
+            let (command, expected) = open.pop_front().context("more answers than questions")?;
+            let outcome = Reply::parse(&line)?.outcome;
+            ensure!(
+                expected.is_none_or(|expected| expected == outcome),
+                "clone {number}: {command:?} gave {outcome:?}"
+            );
+        }
+        if !is_open {
+            self.supervisor.forget_console(number);
+        }
+        Ok(())
+    }
+
+    fn all_answer(&mut self) -> Result<()> {
+        self.run(&[], |grove| grove.open.values().all(VecDeque::is_empty))
+    }
+
+    fn stop(mut self) -> Result<()> {
+        self.supervisor.stop_all(STOP_GRACE)?;
+        for (number, clone) in self.supervisor.clones().iter().enumerate() {
+            ensure!(
+                clone.ending == Some(Ending::Stopped),
+                "clone {number}: {:?}",
+                clone.ending
+            );
+            ensure!(!is_alive(clone.pid), "clone {number} is left");
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn clones_of_a_root_see_the_template_and_only_their_own_writes() -> Result<()> {
+    let mut grove = Grove::new(RootOptions::default())?;
+    (0..24).for_each(|_| {
+        grove.start();
+    });
+    grove.all_answer()?;
+    let (filled, holes) = grove.supervisor.forks().filled.context("no root")?;
+    assert!(filled >= 4096 * 4096, "{filled}");
+    assert_eq!(holes, 0);
+    assert_eq!(
+        grove.supervisor.pager_stats.fault_total.len(),
+        0,
+        "no pager is needed"
+    );
+    grove.stop()
+}
+
+#[test]
+fn what_does_not_fit_the_root_is_brought_by_the_clones_pagers() -> Result<()> {
+    for budget_bytes in [0, 5 << 20] {
+        let mut grove = Grove::new(RootOptions {
+            budget_bytes: Some(budget_bytes),
+            ..RootOptions::default()
+        })?;
+        (0..6).for_each(|_| {
+            grove.start();
+        });
+        grove.all_answer()?;
+        let (filled, holes) = grove.supervisor.forks().filled.context("no root")?;
+        assert!(filled <= budget_bytes && holes > 0, "{filled} {holes}");
+        grove.stop()?;
+    }
+    Ok(())
+}
+
+/// Rounds of writes of whole quarters of memory, by clones of different age, beside clones that
+/// come and go: none may ever see another's.
+#[test]
+fn no_byte_crosses_between_clones() -> Result<()> {
+    const CLONES: usize = 12;
+    const ROUNDS: u64 = 6;
+    let quarter = MEMORY_BYTES / 4096 / 4;
+    let mut grove = Grove::new(RootOptions::default())?;
+    (0..CLONES).for_each(|_| {
+        grove.start();
+    });
+    grove.all_answer()?;
+    for round in 0..ROUNDS {
+        for number in 0..CLONES {
+            let visit = Visit {
+                first_page: LAYOUT.first_data_page,
+                range_pages: quarter,
+                count: quarter,
+                pattern: Pattern::Random {
+                    seed: round * 1000 + number as u64,
+                },
+            };
+            let salt = (round << 32) + number as u64 + 1;
+            let count = quarter;
+            let steps: [Step; 2] = [
+                (
+                    Command::Write { visit, salt },
+                    Some(Outcome::Written { count }),
+                ),
+                (
+                    Command::Verify { visit, salt },
+                    Some(Outcome::Verified {
+                        count,
+                        mismatches: 0,
+                        first_mismatch: None,
+                    }),
+                ),
+            ];
+            grove.ask(number, &steps)?;
+        }
+        let passing = grove.start();
+        grove.all_answer()?;
+        // Once more, when all the others have written.
+        for number in 0..CLONES {
+            let visit = Visit::all(LAYOUT.first_data_page, quarter);
+            let salt = (round << 32) + number as u64 + 1;
+            let expected = Outcome::Verified {
+                count: quarter,
+                mismatches: 0,
+                first_mismatch: None,
+            };
+            grove.ask(number, &[(Command::Verify { visit, salt }, Some(expected))])?;
+        }
+        grove.all_answer()?;
+        let process = grove.supervisor.clones()[passing].process.as_ref();
+        process.context("no process")?.kill();
+        grove.run(&[passing], |grove| {
+            grove.supervisor.clones()[passing].process.is_none()
+        })?;
+    }
+    grove.supervisor.stop_all(STOP_GRACE)?;
+    Ok(())
+}
+
+#[test]
+fn clones_outlive_their_root_and_new_ones_come_from_another() -> Result<()> {
+    let mut grove = Grove::new(RootOptions::default())?;
+    for round in 0..4 {
+        (0..3).for_each(|_| {
+            grove.start();
+        });
+        // In the first rounds while clones are being forked, later when they all run.
+        if round > 1 {
+            grove.all_answer()?;
+        } else {
+            grove.run(&[], |grove| grove.supervisor.forks().root_pid().is_some())?;
+        }
+        let root = grove.supervisor.forks().root_pid().context("no root")?;
+        signal_pid(root, Signal::KILL)?;
+        grove.run(&[], |grove| {
+            grove.supervisor.forks().root_pid() != Some(root)
+        })?;
+        grove.start();
+        grove.all_answer()?;
+    }
+    assert!(grove.supervisor.forks().roots_started >= 5);
+    // Those of the first root still have all of their memory.
+    let first = grove.plan.clone(0);
+    grove.ask(0, &first[5..6])?;
+    grove.all_answer()?;
+    grove.stop()
+}
+
+#[test]
+fn a_shell_becomes_a_clone_and_the_pool_fills_again() -> Result<()> {
+    let shells = PoolLimits {
+        floor: 2,
+        ceiling: 4,
+    };
+    let mut grove = Grove::new(RootOptions {
+        shells,
+        ..RootOptions::default()
+    })?;
+    grove.run(&[], |grove| grove.supervisor.forks().warm() == 2)?;
+    for _ in 0..5 {
+        let number = grove.start();
+        assert!(
+            grove.supervisor.clones()[number].process.is_some(),
+            "a shell was there"
+        );
+        grove.all_answer()?;
+        let stages: Vec<_> = grove.supervisor.clones()[number]
+            .stages
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert_eq!(stages, ["identity", "resume"]);
+        grove.run(&[], |grove| grove.supervisor.forks().warm() >= 2)?;
+    }
+    grove.stop()
+}
+
+fn start_clones(template: &Path, serial: &Path, count: u32) -> Result<Running> {
+    let running = Running::start(
+        pando(&["clone", "--engine", "root"])?
+            .arg(template)
+            .args(["--count", &count.to_string(), "--serial"])
+            .arg(serial),
+    )?;
+    eventually("all clones listen", || {
+        (0..count).all(|k| {
+            let socket = serial.join(format!("clone-{k}.sock"));
+            std::os::unix::net::UnixStream::connect(socket).is_ok()
+        })
+    })?;
+    Ok(running)
+}
+
+#[test]
+fn root_and_clones_end_with_their_supervisor() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let serial = dir.path().join("serial");
+    let mut running = start_clones(&template, &serial, 4)?;
+    let processes = running.children();
+    assert_eq!(processes.len(), 5, "a root and four clones");
+    running.child.kill()?;
+    running.child.wait()?;
+    eventually("all are gone", || {
+        processes.iter().all(|&pid| !is_alive(pid))
+    })?;
+    let running = start_clones(&template, &serial, 4)?;
+    let processes = running.children();
+    running.signal(Signal::TERM)?;
+    running.finish()?.expect_code(0)?;
+    assert!(processes.iter().all(|&pid| !is_alive(pid)));
+    assert_eq!(names(&serial)?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn a_damaged_template_is_refused_by_the_root_and_told_once_for_each_clone() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let state = template.join("state.bin");
+    let bytes = std::fs::read(&state)?;
+    std::fs::remove_file(&state)?;
+    std::fs::write(&state, bytes)?;
+    finish(pando(&["clone", "--engine", "root"])?.arg(&template))?
+        .expect_code(4)?
+        .expect_error(&["state.bin"])?;
+    Ok(())
+}
+
+#[test]
+fn a_demo_with_engine_root_verifies_every_clone() -> Result<()> {
+    let done = finish(&mut pando(&[
+        "demo", "--engine", "root", "--clones", "30", "--memory", "64M", "--json",
+    ])?)?
+    .expect_code(0)?
+    .json()?;
+    assert_eq!(done["verified"], 30, "{done:#}");
+    assert_eq!(done["template"]["unchanged"], true, "{done:#}");
+    Ok(())
+}
