@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use pando_vmm::clone::Engine;
 use pando_vmm::clone::control::{Ending, Io, PagerConfig};
+use pando_vmm::clone::pool::PoolLimits;
 use pando_vmm::clone::process::SerialPlan;
 use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
 use pando_vmm::observe::memory::ProcessMemory;
@@ -29,6 +30,8 @@ pub(crate) struct Setup {
     pub(crate) io: Io,
     /// Whether checksums are compared.
     pub(crate) verify: bool,
+    /// Whether a shell waits for the request: process, memory and machine made ahead.
+    pub(crate) warm: bool,
 }
 
 impl Setup {
@@ -40,9 +43,16 @@ impl Setup {
         for &engine in kernel_first.chain(others) {
             let paged = engine != Engine::Kernel;
             for &io in if paged { io } else { &[Io::Auto] } {
-                for verify in [true, false] {
-                    let setup = Self { engine, io, verify };
-                    if (verify || (paged && also_unverified)) && !all.contains(&setup) {
+                for (verify, warm) in [(true, false), (true, true), (false, false)] {
+                    let setup = Self {
+                        engine,
+                        io,
+                        verify,
+                        warm,
+                    };
+                    let is_wanted =
+                        (verify || (paged && also_unverified)) && (!warm || engine == Engine::Root);
+                    if is_wanted && !all.contains(&setup) {
                         all.push(setup);
                     }
                 }
@@ -59,7 +69,8 @@ impl Setup {
             Io::Pread => ", pread",
         };
         let verify = if self.verify { "" } else { ", not verified" };
-        format!("{}{io}{verify}", self.engine)
+        let warm = if self.warm { ", warm shell" } else { "" };
+        format!("{}{io}{verify}{warm}", self.engine)
     }
 }
 
@@ -91,6 +102,7 @@ pub(crate) struct Wave {
 #[derive(Debug)]
 pub(crate) struct Fleet {
     supervisor: Supervisor,
+    setup: Setup,
 }
 
 impl Fleet {
@@ -98,7 +110,13 @@ impl Fleet {
     pub(crate) fn new(program: PathBuf, template: &Path, setup: Setup) -> Result<Self> {
         let supervisor = Supervisor::new(CloneOptions {
             host_check: pando_vmm::machine::HostCheck::Done,
-            root: RootOptions::default(),
+            root: RootOptions {
+                shells: PoolLimits {
+                    floor: usize::from(setup.warm),
+                    ceiling: usize::from(setup.warm),
+                },
+                ..RootOptions::default()
+            },
             program,
             template: template.to_owned(),
             name: "bench".to_owned(),
@@ -111,7 +129,22 @@ impl Fleet {
             verbosity: 0,
             measure_memory: false,
         })?;
-        Ok(Self { supervisor })
+        Ok(Self { supervisor, setup })
+    }
+
+    /// Waits until what is made ahead of requests is there.
+    fn settle(&mut self) -> Result<()> {
+        if self.setup.engine != Engine::Root {
+            return Ok(());
+        }
+        self.supervisor.prepare();
+        let begun = Instant::now();
+        let wanted = usize::from(self.setup.warm);
+        while self.supervisor.forks().filled.is_none() || self.supervisor.forks().warm() < wanted {
+            ensure!(begun.elapsed() < SILENCE, "the root is not ready");
+            self.supervisor.wait(Duration::from_millis(1))?;
+        }
+        Ok(())
     }
 
     /// What all pagers did.
@@ -121,6 +154,7 @@ impl Fleet {
 
     /// Starts a clone, has it do `workload` and ends it.
     pub(crate) fn run_one(&mut self, workload: Workload, seed: u64) -> Result<Sample> {
+        self.settle()?;
         let (command, expected) = workload.command(seed);
         let number = self
             .supervisor
@@ -158,6 +192,7 @@ impl Fleet {
         let (command, expected) = Workload::FirstOutput.command(0);
         let (input, count) = (command.encode(), clones as usize);
         let mut answers = Answers::new(expected);
+        self.settle()?;
         let before = settled_memory_bytes()?;
         let begun = Instant::now();
         let parallel = (parallel as usize).min(count);

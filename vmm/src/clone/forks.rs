@@ -109,6 +109,17 @@ impl Supervisor {
         &self.forks
     }
 
+    /// Engine `root`: has the root made, and its pool filled, before the first clone is asked for.
+    /// What goes wrong is the first clone's to tell.
+    pub fn prepare(&mut self) {
+        if self.forks.root.is_none()
+            && !self.forks.is_ended
+            && let Err(message) = self.start_root()
+        {
+            tracing::warn!("{message}");
+        }
+    }
+
     /// Starts a clone as a fork of the root: a shell that waits, or a new one.
     pub(super) fn start_fork(&mut self, number: usize, serial: &SerialPlan, input: &[u8]) {
         let requested = Instant::now();
