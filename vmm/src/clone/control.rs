@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Engine;
+use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
@@ -162,6 +163,8 @@ pub enum FromWorker {
         stages: Vec<(String, Duration)>,
         /// How template pages are read (`pando_pager::IoPath`), or `none` without a pager.
         io: String,
+        /// Where each backend's memory lies in the worker.
+        places: Vec<MemoryPlace>,
     },
     /// What was recorded since the last time.
     Metrics(Delta),
@@ -409,7 +412,7 @@ mod tests {
         let mut bytes = 7_u32.to_le_bytes().to_vec();
         bytes.push(1);
         let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 7, this end speaks 2"), "{error}");
+        assert!(error.contains("version 7, this end speaks 3"), "{error}");
     }
 
     proptest! {

@@ -313,6 +313,7 @@ impl Supervisor {
         let Some(flight) = self.forks.flying.remove(&id) else {
             return;
         };
+        self.usage.made();
         match flight.purpose {
             Purpose::Clone {
                 number, requested, ..
@@ -368,6 +369,7 @@ impl Supervisor {
         };
         tracing::warn!(shell = id, "a shell is lost: {ended}");
         let shell = self.forks.shells.swap_remove(at);
+        self.usage.unmade();
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         self.publish_counts();
     }
@@ -415,6 +417,7 @@ impl Supervisor {
         } else if self.forks.warm() > target
             && let Some(shell) = self.forks.take_warm()
         {
+            self.usage.unmade();
             let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         }
     }

@@ -24,7 +24,7 @@ pub mod pool;
 pub mod process;
 pub mod supervise;
 mod token;
-mod usage;
+pub mod usage;
 pub mod worker;
 
 use std::fmt;

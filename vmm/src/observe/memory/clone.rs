@@ -8,7 +8,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::ram::{Accuracy, HostRange, RamMemory};
+use super::ram::{Accuracy, MemoryPlace, RamMemory};
 use super::{ProcessMemory, field_bytes};
 
 /// What one clone takes of this host's memory.
@@ -31,10 +31,15 @@ pub struct CloneMemory {
 }
 
 impl CloneMemory {
-    /// Measures process `pid`, whose RAM is at `ranges` and whose cgroup is `cgroup`, if it has one of
+    /// Measures process `pid`, whose RAM is at `ranges`, which a pager fills or not, and whose cgroup is `cgroup`, if it has one of
     /// its own. An error when it is gone or may not be looked at.
-    pub fn of(pid: u32, ranges: &[HostRange], cgroup: Option<&Path>) -> io::Result<Self> {
-        let (ram, accuracy) = RamMemory::of(pid, ranges)?;
+    pub fn of(
+        pid: u32,
+        ranges: &[MemoryPlace],
+        is_paged: bool,
+        cgroup: Option<&Path>,
+    ) -> io::Result<Self> {
+        let (ram, accuracy) = RamMemory::of(pid, ranges, is_paged)?;
         let gone = || io::Error::from(io::ErrorKind::NotFound);
         let all = ProcessMemory::of(pid).ok_or_else(gone)?;
         let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
@@ -134,11 +139,11 @@ mod tests {
         for page in 1024..1280 {
             assert_eq!(std::hint::black_box(memory[page * 4096]), 0);
         }
-        let range = HostRange {
+        let range = MemoryPlace {
             address: memory.as_ptr() as u64,
             bytes: 8 * MIB,
         };
-        let clone = CloneMemory::of(std::process::id(), &[range], None).unwrap();
+        let clone = CloneMemory::of(std::process::id(), &[range], false, None).unwrap();
         assert_eq!(clone.ram.private_dirty_bytes, 2 * MIB);
         assert_eq!(clone.ram.shared_bytes, 0);
         assert_eq!(clone.ram.swapped_bytes, 0);
@@ -152,7 +157,7 @@ mod tests {
         assert!(clone.process_private_bytes > 0 && clone.page_tables_bytes > 0);
         assert_eq!(clone.kernel_bytes, None, "said to be unknown");
         assert!(clone.own_bytes() >= 2 * MIB);
-        assert!(CloneMemory::of(u32::MAX, &[range], None).is_err());
+        assert!(CloneMemory::of(u32::MAX, &[range], false, None).is_err());
     }
 
     #[test]

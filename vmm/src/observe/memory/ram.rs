@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::sys::pagemap::{Categories, Entry, PAGE_BYTES, PageRun, Pagemap, Query};
 
 /// Most ranges of RAM that a clone may report; a machine has one for each of its backends.
-pub const MAX_RANGES: usize = 64;
+pub const MAX_PLACES: usize = 64;
 /// Runs of pages taken from the kernel at once.
 const RUNS: usize = 512;
 /// Entries of the page map read at once.
@@ -26,7 +26,7 @@ const ENTRIES: usize = 4096;
 
 /// Memory of a process that is guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostRange {
+pub struct MemoryPlace {
     /// First address in that process.
     pub address: u64,
     /// Length.
@@ -65,11 +65,12 @@ pub struct RamMemory {
 }
 
 impl RamMemory {
-    /// Measures the RAM that process `pid` has at `ranges`.
-    pub fn of(pid: u32, ranges: &[HostRange]) -> io::Result<(Self, Accuracy)> {
+    /// Measures the RAM that process `pid` has at `ranges`. Where no pager fills it (`is_paged`), private
+    /// anonymous pages can come from its own writes alone.
+    pub fn of(pid: u32, ranges: &[MemoryPlace], is_paged: bool) -> io::Result<(Self, Accuracy)> {
         let map = Pagemap::of(pid)?;
         if map.can_scan()? {
-            exact(&map, ranges)
+            exact(&map, ranges, is_paged)
         } else {
             let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
             Ok((sums(&text, ranges), Accuracy::Sums))
@@ -97,14 +98,18 @@ impl RamMemory {
         self.private_bytes() + self.shared_bytes + self.zero_bytes + self.swapped_bytes
     }
 
-    fn with_the_rest_absent(mut self, ranges: &[HostRange]) -> Self {
+    fn with_the_rest_absent(mut self, ranges: &[MemoryPlace]) -> Self {
         let total: u64 = ranges.iter().map(|range| range.bytes).sum();
         self.absent_bytes = total.saturating_sub(self.in_memory_bytes());
         self
     }
 }
 
-fn exact(map: &Pagemap, ranges: &[HostRange]) -> io::Result<(RamMemory, Accuracy)> {
+fn exact(
+    map: &Pagemap,
+    ranges: &[MemoryPlace],
+    is_paged: bool,
+) -> io::Result<(RamMemory, Accuracy)> {
     let query = Query {
         any: Categories::PRESENT.and(Categories::SWAPPED),
         tell: Categories::PRESENT
@@ -139,7 +144,7 @@ fn exact(map: &Pagemap, ranges: &[HostRange]) -> io::Result<(RamMemory, Accuracy
                         ram.private_clean_bytes += exclusive;
                     } else {
                         ram.private_dirty_bytes += exclusive;
-                        if exclusive > 0 && !is(Categories::WRITE_TRACKED) {
+                        if is_paged && exclusive > 0 && !is(Categories::WRITE_TRACKED) {
                             accuracy = Accuracy::WrittenUnknown;
                         }
                     }
@@ -174,7 +179,7 @@ fn exclusive_bytes(map: &Pagemap, run: &PageRun, entries: &mut [Entry]) -> io::R
 }
 
 /// Adds up what `/proc/PID/smaps` says of mappings that begin in `ranges`.
-fn sums(text: &str, ranges: &[HostRange]) -> RamMemory {
+fn sums(text: &str, ranges: &[MemoryPlace]) -> RamMemory {
     let mut ram = RamMemory::default();
     let mut is_ram = false;
     for line in text.lines() {
@@ -184,7 +189,7 @@ fn sums(text: &str, ranges: &[HostRange]) -> RamMemory {
         if let Some((start, _)) = name.split_once('-') {
             // A mapping: START-END, in hexadecimal.
             is_ram = u64::from_str_radix(start, 16).is_ok_and(|start| {
-                let within = |range: &HostRange| {
+                let within = |range: &MemoryPlace| {
                     start
                         .checked_sub(range.address)
                         .is_some_and(|at| at < range.bytes)
@@ -221,7 +226,7 @@ Size:               1024 kB\nRss: 100 kB\nShared_Clean: 8 kB\nShared_Dirty: 4 kB
 Private_Clean: 16 kB\nPrivate_Dirty: 32 kB\nSwap: 12 kB\nVmFlags: rd wr um uw\n\
 7f0000200000-7f0000300000 r-xp 00000000 08:01 42 /usr/bin/pando\n\
 Private_Dirty: 500 kB\n";
-        let range = |address, bytes| HostRange { address, bytes };
+        let range = |address, bytes| MemoryPlace { address, bytes };
         let ram = sums(text, &[range(0x7f00_0000_0000, 1 << 20)]);
         let kib: Vec<u64> = ram.classes().iter().map(|(_, bytes)| bytes >> 10).collect();
         assert_eq!(kib, [32, 16, 12, 0, 1024 - 72, 12]);
