@@ -320,6 +320,7 @@ impl Supervisor {
             } => {
                 let is_wanted = self.clones.get(number).is_some_and(|c| c.ending.is_none());
                 if !is_wanted {
+                    self.usage.unmade();
                     return;
                 }
                 let process = CloneProcess::adopt(process, flight.channel, requested);
@@ -456,7 +457,9 @@ impl Supervisor {
     fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
         metrics::count_failure(&self.options.name);
         if let Some(clone) = self.clones.get_mut(number) {
-            clone.process = None;
+            if clone.process.take().is_some() {
+                self.usage.unmade();
+            }
             let message = message.to_owned();
             clone.ending = Some(Ending::Failed { code, message });
             self.pending.push(Event::Ended(number));

@@ -17,6 +17,7 @@ mod attend;
 pub mod control;
 pub mod forked;
 mod forks;
+pub mod give_back;
 pub mod instantiate;
 pub mod member;
 pub mod placement;

@@ -68,6 +68,8 @@ const _: () = assert!(PAGEMAP_SCAN == 0xc060_6610);
 pub struct Categories(u64);
 
 impl Categories {
+    /// Nothing.
+    pub const NONE: Self = Self(0);
     /// The range is registered for asynchronous write protection: [`Self::WRITTEN`] means something.
     pub const WRITE_TRACKED: Self = Self(1 << 0);
     /// Not write-protected: written since it was protected, or never protected.
@@ -224,8 +226,8 @@ mod tests {
     use memmap2::MmapMut;
 
     const ANY: Query = Query {
-        all: Categories(0),
-        none: Categories(0),
+        all: Categories::NONE,
+        none: Categories::NONE,
         any: Categories::PRESENT.and(Categories::SWAPPED),
         tell: Categories::PRESENT.and(Categories::ZERO),
     };
@@ -273,6 +275,6 @@ mod tests {
 
     #[test]
     fn a_process_that_is_gone_has_no_map() {
-        assert!(Pagemap::of(u32::MAX).is_err());
+        Pagemap::of(u32::MAX).unwrap_err();
     }
 }
