@@ -11,6 +11,7 @@ use serde_json::json;
 use super::args::{CloneArgs, PagerArgs};
 use super::fail::Failure;
 use super::lines::{LineWriter, Printed};
+use super::memory::{memory_document, print_memory};
 use super::out::{note, say};
 use super::size::human_us;
 use super::table::table;
@@ -55,7 +56,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         engine: args.engine,
         pager,
         verbosity,
-        measure_memory: args.metrics.is_some(),
+        measure_memory: args.metrics.is_some() || args.json || args.count > 1,
     })
     .map_err(|error| Failure::of(&error))?;
     drop(template);
@@ -226,6 +227,7 @@ fn print_table(supervisor: &Supervisor) {
     if !supervisor.pager_stats.fault_total.is_empty() {
         say!("\n{faults}");
     }
+    print_memory(supervisor.usage());
 }
 
 fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
@@ -247,6 +249,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
                 "running_us": clone.running.map(us),
                 "stages_us": stages,
                 "ending": clone.ending,
+                "memory": supervisor.usage().of(number),
             })
         })
         .collect();
@@ -254,6 +257,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         "template": args.dir.display().to_string(),
         "engine": args.engine,
         "clones": clones,
+        "memory": memory_document(supervisor.usage()),
         "pager": super::demo::pager_document(&supervisor.pager_stats),
     })
 }

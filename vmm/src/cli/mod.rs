@@ -7,6 +7,7 @@ pub mod demo;
 pub mod doctor;
 pub mod fail;
 pub mod lines;
+pub mod memory;
 mod out;
 pub mod progress;
 pub mod run;

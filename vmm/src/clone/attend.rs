@@ -72,10 +72,16 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
         health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
     }
+    let places = machine.ram().places().collect();
     let resume_start = Instant::now();
     let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
-    let started = FromWorker::Started { began, stages, io };
+    let started = FromWorker::Started {
+        began,
+        stages,
+        io,
+        places,
+    };
     send(channel, &started);
     let outcome = thread::scope(|scope| {
         let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;

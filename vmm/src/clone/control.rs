@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Engine;
+use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
@@ -162,6 +163,8 @@ pub enum FromWorker {
         stages: Vec<(String, Duration)>,
         /// How template pages are read (`pando_pager::IoPath`), or `none` without a pager.
         io: String,
+        /// Where each backend's memory lies in the worker.
+        places: Vec<MemoryPlace>,
     },
     /// What was recorded since the last time.
     Metrics(Delta),

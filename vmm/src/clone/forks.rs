@@ -324,12 +324,14 @@ impl Supervisor {
         let Some(flight) = self.forks.flying.remove(&id) else {
             return;
         };
+        self.usage.made();
         match flight.purpose {
             Purpose::Clone {
                 number, requested, ..
             } => {
                 let is_wanted = self.clones.get(number).is_some_and(|c| c.ending.is_none());
                 if !is_wanted {
+                    self.usage.unmade();
                     return;
                 }
                 let process = CloneProcess::adopt(process, flight.channel, requested);
@@ -379,6 +381,7 @@ impl Supervisor {
         };
         tracing::warn!(shell = id, "a shell is lost: {ended}");
         let shell = self.forks.shells.swap_remove(at);
+        self.usage.unmade();
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         self.publish_counts();
     }
@@ -426,6 +429,7 @@ impl Supervisor {
         } else if self.forks.warm() > target
             && let Some(shell) = self.forks.take_warm()
         {
+            self.usage.unmade();
             let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         }
     }
@@ -464,7 +468,9 @@ impl Supervisor {
     fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
         metrics::count_failure(&self.options.name);
         if let Some(clone) = self.clones.get_mut(number) {
-            clone.process = None;
+            if clone.process.take().is_some() {
+                self.usage.unmade();
+            }
             let message = message.to_owned();
             clone.ending = Some(Ending::Failed { code, message });
             self.pending.push(Event::Ended(number));

@@ -17,6 +17,7 @@ mod attend;
 pub mod control;
 pub mod forked;
 mod forks;
+pub mod give_back;
 pub mod instantiate;
 pub mod member;
 pub mod placement;
@@ -24,7 +25,7 @@ pub mod pool;
 pub mod process;
 pub mod supervise;
 mod token;
-mod usage;
+pub mod usage;
 pub mod worker;
 
 use std::fmt;

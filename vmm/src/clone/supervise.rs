@@ -55,7 +55,7 @@ pub struct Supervisor {
     pub(super) clones: Vec<Clone>,
     /// Engine `root`: the root, its shells, and the clones that are being forked.
     pub(super) forks: Forks,
-    usage: Usage,
+    pub(super) usage: Usage,
     /// What happened outside of [`Self::wait`].
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
@@ -97,6 +97,11 @@ impl Supervisor {
         &self.clones
     }
 
+    /// What the clones take of this host's memory.
+    pub fn usage(&self) -> &Usage {
+        &self.usage
+    }
+
     /// One clone.
     pub fn clone_mut(&mut self, clone: usize) -> Option<&mut Clone> {
         self.clones.get_mut(clone)
@@ -123,6 +128,9 @@ impl Supervisor {
                     message: chain(&error),
                 })
             });
+            if clone.process.is_some() {
+                self.usage.made();
+            }
             self.clones.push(clone);
         }
         self.publish_counts();
@@ -216,11 +224,10 @@ impl Supervisor {
         events.append(&mut self.pending);
         if self.options.measure_memory {
             let clones = &self.clones;
-            self.usage
-                .measure(&self.options.name, clones.len(), |clone| {
-                    let process = clones[clone].process.as_ref();
-                    process.map(CloneProcess::pid)
-                });
+            self.usage.measure(&self.options.name, |clone| {
+                let process = clones.get(clone)?.process.as_ref();
+                process.map(CloneProcess::pid)
+            });
         }
         Ok(events)
     }
@@ -332,7 +339,12 @@ impl Supervisor {
     fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
         let clone = self.clones.get_mut(number)?;
         match message {
-            FromWorker::Started { began, stages, io } => {
+            FromWorker::Started {
+                began,
+                stages,
+                io,
+                places,
+            } => {
                 clone.io = io;
                 if let Some(process) = &clone.process {
                     clone.running = Some(process.requested.elapsed());
@@ -347,6 +359,9 @@ impl Supervisor {
                     let engine = self.options.engine.name();
                     metrics::record_start(&self.options.name, engine, stage, *took);
                 }
+                let is_paged = clone.io != "none";
+                self.usage
+                    .started(&self.options.name, number, places, is_paged, None);
                 self.publish_counts();
                 Some(Event::Started(number))
             }
@@ -396,7 +411,7 @@ impl Supervisor {
             clone.gauges.get(series).copied().unwrap_or(0.0)
         });
         clone.gauges.clear();
-        self.usage.forget(&self.options.name, number);
+        self.usage.ended(&self.options.name, number);
         self.publish_counts();
         Event::Ended(number)
     }

@@ -1,9 +1,13 @@
 #![forbid(unsafe_code)]
 //! What clones take of this host's memory, measured in passing.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::observe::memory::ProcessMemory;
+use crate::observe::memory::available_bytes;
+use crate::observe::memory::clone::{CloneMemory, MemoryTotal};
+use crate::observe::memory::marginal::{Marginal, MarginalCost};
+use crate::observe::memory::ram::{MAX_PLACES, MemoryPlace};
 use crate::observe::metrics;
 
 /// How often clones are measured.
@@ -17,58 +21,167 @@ const TIME_AT_ONCE: Duration = Duration::from_millis(20);
 /// however big the clones are.
 const REST: u32 = 20;
 
+/// What is known of one clone.
+#[derive(Debug, Default)]
+struct Known {
+    /// Where its RAM lies; nothing while it has not started.
+    places: Vec<MemoryPlace>,
+    /// A pager installs pages of it that it did not write.
+    is_paged: bool,
+    /// Its own cgroup, if it has one.
+    cgroup: Option<PathBuf>,
+    is_alive: bool,
+    /// What it took when it was measured last.
+    memory: Option<CloneMemory>,
+}
+
 /// What all clones of a template take, as last measured.
 #[derive(Debug, Default)]
-pub(super) struct Usage {
-    clones: Vec<ProcessMemory>,
+pub struct Usage {
+    clones: Vec<Known>,
     /// Whose turn it is.
     next: usize,
     not_before: Option<Instant>,
+    marginal: Marginal,
+    /// What the last starts in a row showed; it stays when they end.
+    cost: Option<MarginalCost>,
+    /// Processes that are alive, and those of them that run.
+    made: u64,
+    running: u64,
+    most: MemoryTotal,
 }
 
 impl Usage {
-    /// Measures some clones if it is time; `pid` gives the process of each that lives.
-    pub(super) fn measure(
+    /// What a clone took when it was measured last; `None` if it never was.
+    pub fn of(&self, clone: usize) -> Option<&CloneMemory> {
+        self.clones.get(clone)?.memory.as_ref()
+    }
+
+    /// The sum over clones when most of them were known.
+    pub fn most(&self) -> &MemoryTotal {
+        &self.most
+    }
+
+    /// What one more clone costs, as the last starts in a row showed it.
+    pub fn marginal(&self) -> Option<MarginalCost> {
+        self.cost
+    }
+
+    /// A process for a clone has been made.
+    pub(super) fn made(&mut self) {
+        self.made += 1;
+        self.sample();
+    }
+
+    fn sample(&mut self) {
+        if let Some(available) = available_bytes() {
+            self.marginal.sample(self.made, self.running, available);
+        }
+    }
+
+    /// A process that was made is gone, and never was a clone.
+    pub(super) fn unmade(&mut self) {
+        self.made = self.made.saturating_sub(1);
+    }
+
+    /// A clone runs, with its RAM at `places`, which a pager fills or not, and in a cgroup of its own
+    /// or none.
+    pub(super) fn started(
         &mut self,
         template: &str,
-        clones: usize,
-        pid: impl Fn(usize) -> Option<u32>,
+        clone: usize,
+        places: Vec<MemoryPlace>,
+        is_paged: bool,
+        cgroup: Option<PathBuf>,
     ) {
+        if self.clones.len() <= clone {
+            self.clones.resize_with(clone + 1, Known::default);
+        }
+        if places.len() > MAX_PLACES {
+            tracing::warn!(
+                clone,
+                places = places.len(),
+                limit = MAX_PLACES,
+                "too many ranges of RAM: its memory is not measured"
+            );
+            metrics::count_unmeasured(template, "places");
+            return;
+        }
+        self.clones[clone] = Known {
+            places,
+            is_paged,
+            cgroup,
+            is_alive: true,
+            memory: None,
+        };
+        self.running += 1;
+        self.sample();
+        if let Some(cost) = self.marginal.cost() {
+            metrics::set_marginal(template, cost.bytes);
+            self.cost = Some(cost);
+        }
+    }
+
+    /// Measures some clones if it is time; `pid` gives the process of each that lives.
+    pub(super) fn measure(&mut self, template: &str, pid: impl Fn(usize) -> Option<u32>) {
         let start = Instant::now();
+        let clones = self.clones.len();
         if clones == 0 || self.not_before.is_some_and(|time| start < time) {
             return;
         }
-        self.clones.resize(clones, ProcessMemory::default());
         let mut measured = 0;
         for _ in 0..clones {
             if measured == CLONES_AT_ONCE || start.elapsed() >= TIME_AT_ONCE {
                 break;
             }
             self.next %= clones;
-            let memory = pid(self.next).map(|pid| {
+            let known = &mut self.clones[self.next];
+            if let Some(pid) = pid(self.next).filter(|_| known.is_alive) {
                 measured += 1;
-                ProcessMemory::of(pid).unwrap_or_default()
-            });
-            self.clones[self.next] = memory.unwrap_or_default();
+                match CloneMemory::of(pid, &known.places, known.is_paged, known.cgroup.as_deref()) {
+                    Ok(memory) => known.memory = Some(memory),
+                    Err(error) => {
+                        // Nearly always one that is just ending.
+                        tracing::debug!(clone = self.next, %error, "cannot be measured");
+                        metrics::count_unmeasured(template, "error");
+                    }
+                }
+            }
             self.next += 1;
         }
         self.publish(template);
         self.not_before = Some(Instant::now() + PERIOD.max(start.elapsed() * REST));
     }
 
-    /// A clone has ended and takes nothing any more.
-    pub(super) fn forget(&mut self, template: &str, clone: usize) {
-        if let Some(memory) = self.clones.get_mut(clone) {
-            *memory = ProcessMemory::default();
-            self.publish(template);
+    /// A clone's process has ended and takes nothing any more.
+    pub(super) fn ended(&mut self, template: &str, clone: usize) {
+        self.made = self.made.saturating_sub(1);
+        if let Some(known) = self.clones.get_mut(clone).filter(|known| known.is_alive) {
+            known.is_alive = false;
+            let was_measured = known.memory.is_some();
+            self.running = self.running.saturating_sub(1);
+            if was_measured {
+                self.publish(template);
+            }
         }
     }
 
-    fn publish(&self, template: &str) {
-        let sum = |of: fn(&ProcessMemory) -> u64| self.clones.iter().map(of).sum();
-        metrics::set_memory(template, "private_dirty", sum(|m| m.private_dirty_bytes));
-        metrics::set_memory(template, "private_clean", sum(|m| m.private_clean_bytes));
-        metrics::set_memory(template, "shared", sum(|m| m.shared_bytes));
+    fn publish(&mut self, template: &str) {
+        let alive = self.clones.iter().filter(|known| known.is_alive);
+        let total = MemoryTotal::of(alive.filter_map(|known| known.memory.as_ref()));
+        for (class, bytes) in total.ram.classes() {
+            metrics::set_memory(template, class, bytes);
+        }
+        metrics::set_memory(template, "process_private", total.process_private_bytes);
+        metrics::set_memory(template, "process_shared", total.process_shared_bytes);
+        metrics::set_memory(template, "page_tables", total.page_tables_bytes);
+        // A series that is not there: unknown. Zero would be a claim.
+        if let Some(bytes) = total.kernel_bytes {
+            metrics::set_memory(template, "kernel", bytes);
+        }
+        if total.clones >= self.most.clones {
+            self.most = total;
+        }
     }
 }
 
@@ -77,24 +190,46 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clones_are_measured_in_turn_and_forgotten_when_they_end() {
+    fn clones_are_measured_in_turn_and_keep_their_last_figures() {
+        let clones = CLONES_AT_ONCE * 3;
         let mut usage = Usage::default();
         let this = std::process::id();
-        usage.measure("t", CLONES_AT_ONCE * 3, |_| Some(this));
-        let measured = |usage: &Usage| {
-            let used = |memory: &&ProcessMemory| memory.private_dirty_bytes > 0;
-            usage.clones.iter().filter(used).count()
-        };
+        usage.measure("t", |_| Some(this));
+        for clone in 0..clones {
+            usage.made();
+            usage.started("t", clone, Vec::new(), true, None);
+        }
+        let measured = |usage: &Usage| (0..clones).filter(|&c| usage.of(c).is_some()).count();
+        usage.measure("t", |_| Some(this));
         let first = measured(&usage);
         assert!((1..=CLONES_AT_ONCE).contains(&first), "{first}");
-        usage.measure("t", CLONES_AT_ONCE * 3, |_| Some(this));
+        usage.measure("t", |_| Some(this));
         assert_eq!(measured(&usage), first, "it rests");
         usage.not_before = None;
-        usage.measure("t", CLONES_AT_ONCE * 3, |_| Some(this));
-        assert!(measured(&usage) > first, "others have their turn");
-        for clone in 0..CLONES_AT_ONCE * 3 {
-            usage.forget("t", clone);
+        usage.measure("t", |_| Some(this));
+        let second = measured(&usage);
+        assert!(second > first, "others have their turn");
+        for clone in 0..clones {
+            usage.ended("t", clone);
+            usage.ended("t", clone);
         }
-        assert_eq!(measured(&usage), 0);
+        assert_eq!((usage.made, usage.running), (0, 0));
+        assert_eq!(measured(&usage), second, "kept for the report");
+        assert_eq!(usage.most().clones, second as u64);
+        usage.not_before = None;
+        usage.measure("t", |_| Some(this));
+        assert_eq!(measured(&usage), second, "the dead are not measured");
+    }
+
+    #[test]
+    fn more_ranges_than_a_machine_can_have_are_not_looked_at() {
+        let mut usage = Usage::default();
+        let place = MemoryPlace {
+            address: 0,
+            bytes: 4096,
+        };
+        usage.started("t", 0, vec![place; MAX_PLACES + 1], true, None);
+        usage.measure("t", |_| Some(std::process::id()));
+        assert!(usage.of(0).is_none());
     }
 }

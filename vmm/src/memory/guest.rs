@@ -19,6 +19,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::layout::RamLayout;
 use super::slots::Slots;
+use crate::observe::memory::ram::MemoryPlace;
 
 /// Why guest memory could not be made or touched.
 #[derive(Debug, Error)]
@@ -213,6 +214,14 @@ impl GuestRam {
     /// The backings, in the machine's order.
     pub fn backings(&self) -> &[RamBacking] {
         &self.backings
+    }
+
+    /// Where each backend lies in this process, in the machine's order.
+    pub fn places(&self) -> impl Iterator<Item = MemoryPlace> {
+        self.backings.iter().map(|backing| MemoryPlace {
+            address: backing.host_address() as u64,
+            bytes: backing.bytes(),
+        })
     }
 
     /// The same RAM for code written against `vm-memory` (loaders, virtqueues).

@@ -1,6 +1,10 @@
 #![forbid(unsafe_code)]
 //! What processes cost, as the kernel accounts it.
 
+pub mod clone;
+pub mod marginal;
+pub mod ram;
+
 use std::fs;
 
 use serde::Serialize;

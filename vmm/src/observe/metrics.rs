@@ -10,6 +10,8 @@ use metrics::{
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
 use thiserror::Error;
 
+use super::memory::ram::RamMemory;
+
 /// Histogram buckets for durations, in seconds: from 1 us, each 1-2-5 step to 10 s.
 pub const BUCKETS_SECONDS: [f64; 22] = [
     1e-6, 2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1,
@@ -63,7 +65,16 @@ fn describe() {
     describe_gauge!(
         "pando_clone_memory_bytes",
         Unit::Bytes,
-        "Memory of all clones of a template by class, as last measured"
+        "Memory of all clones of a template by class, as last measured; class kernel is there where it is known"
+    );
+    describe_gauge!(
+        "pando_clone_marginal_bytes",
+        Unit::Bytes,
+        "What one more clone of a template costs this host, by how available memory fell over the last starts"
+    );
+    describe_counter!(
+        "pando_clone_memory_errors_total",
+        "Measurements of a clone's memory that could not be made"
     );
     describe_gauge!(
         "pando_root_memory_bytes",
@@ -82,8 +93,14 @@ pub fn register(template: &str) {
     pando_pager::metrics::register(template);
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
     set_root_memory(template, 0);
-    for class in ["private_dirty", "private_clean", "shared"] {
+    for (class, bytes) in RamMemory::default().classes() {
+        set_memory(template, class, bytes);
+    }
+    for class in ["process_private", "process_shared", "page_tables"] {
         set_memory(template, class, 0);
+    }
+    for reason in ["error", "places"] {
+        unmeasured(template, reason).increment(0);
     }
 }
 
@@ -114,6 +131,20 @@ pub fn set_memory(template: &str, class: &'static str, bytes: u64) {
 /// Says how much guest memory the root process of a template holds for all its clones.
 pub fn set_root_memory(template: &str, bytes: u64) {
     gauge!("pando_root_memory_bytes", "template" => template.to_owned()).set(bytes as f64);
+}
+
+/// Says what one more clone costs this host.
+pub fn set_marginal(template: &str, bytes: f64) {
+    gauge!("pando_clone_marginal_bytes", "template" => template.to_owned()).set(bytes);
+}
+
+/// Counts a measurement of a clone's memory that could not be made.
+pub fn count_unmeasured(template: &str, reason: &'static str) {
+    unmeasured(template, reason).increment(1);
+}
+
+fn unmeasured(template: &str, reason: &'static str) -> metrics::Counter {
+    counter!("pando_clone_memory_errors_total", "template" => template.to_owned(), "reason" => reason)
 }
 
 /// Counts a clone that ended otherwise than asked.

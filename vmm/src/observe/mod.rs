@@ -6,5 +6,6 @@
 pub mod log;
 pub mod memory;
 pub mod metrics;
+pub mod pressure;
 pub mod relay;
 pub mod stats;

@@ -1,3 +1,4 @@
 //! System calls that no crate wraps safely.
 
 pub mod fork;
+pub mod pagemap;
