@@ -41,6 +41,7 @@ mod stale;
 mod sys;
 mod thread;
 mod token;
+pub mod working_set;
 
 pub use budget::Budget;
 pub use counts::Counts;
