@@ -20,6 +20,7 @@ pub mod seal;
 pub mod staging;
 pub mod state_file;
 pub mod summary;
+pub mod working_set;
 
 pub use error::TemplateError;
 pub use load::Template;
@@ -30,3 +31,5 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const STATE_FILE: &str = "state.bin";
 /// Name of the page index.
 pub const INDEX_FILE: &str = "pages.idx";
+/// Name of the file with what clones taught, the one that changes after sealing.
+pub const WORKING_SET_FILE: &str = "working-set";
