@@ -31,6 +31,7 @@ mod port;
 mod prefetch;
 mod probe;
 mod queue;
+mod record;
 mod region;
 mod residency;
 mod retry;
