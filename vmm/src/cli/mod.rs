@@ -6,6 +6,7 @@ pub mod clone;
 pub mod demo;
 pub mod doctor;
 pub mod fail;
+pub mod inspect;
 pub mod lines;
 mod out;
 pub mod progress;
@@ -13,6 +14,7 @@ pub mod run;
 pub mod size;
 pub mod table;
 pub mod template;
+pub mod warm;
 
 use clap::{CommandFactory, Parser};
 use out::{note, say};
@@ -58,7 +60,7 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
     match command {
         Command::Demo(args) => demo::run(&args, verbosity),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Template(args) => template::run(args),
+        Command::Template(args) => template::run(args, verbosity),
         Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
         Command::Completions { shell } => {

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Engine;
+use super::record::{Recording, TracePiece};
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
@@ -82,6 +83,8 @@ pub struct WorkerConfig {
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
     pub verbosity: u8,
+    /// When its run ends, if what it touches is to be recorded: nothing is read ahead then.
+    pub record: Option<Recording>,
 }
 
 /// How a clone's pager works.
@@ -165,6 +168,8 @@ pub enum FromWorker {
     },
     /// What was recorded since the last time.
     Metrics(Delta),
+    /// A part of what a recorded run touched; all parts come before the last message.
+    Touched(TracePiece),
     /// The last message: how the machine ended.
     Ended(Ending),
 }
@@ -351,6 +356,10 @@ mod tests {
             host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
+            record: Some(Recording {
+                idle: Duration::from_secs(1),
+                limit: Duration::from_secs(10),
+            }),
         }
     }
 

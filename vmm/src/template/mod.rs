@@ -15,11 +15,13 @@ mod files;
 pub mod load;
 pub mod manifest;
 pub mod map;
+pub mod picture;
 pub mod scratch;
 pub mod seal;
 pub mod staging;
 pub mod state_file;
 pub mod summary;
+pub mod touched;
 pub mod working_set;
 
 pub use error::TemplateError;

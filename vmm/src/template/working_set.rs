@@ -17,10 +17,11 @@ use std::time::Duration;
 
 use pando_pager::image::Index;
 use pando_pager::working_set::{MergeRules, Merged, Trace, WorkingSet};
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{Access, FlockOperation, flock};
 use rustix::io::Errno;
 use thiserror::Error;
 
+use super::touched::RunFacts;
 use super::{Template, TemplateError, WORKING_SET_FILE, files, staging};
 use crate::report::one_line;
 
@@ -53,7 +54,7 @@ pub enum LearnError {
         dir: PathBuf,
         /// What the system said.
         #[source]
-        source: TemplateError,
+        source: Box<TemplateError>,
     },
 }
 
@@ -92,6 +93,14 @@ pub struct Learned {
     pub replaced: Option<String>,
 }
 
+impl Learned {
+    /// What the last run, which had this trace, did.
+    pub fn facts(&self, trace: &Trace) -> RunFacts {
+        let merged = self.merged.last().copied().unwrap_or_default();
+        RunFacts::of(trace, &merged)
+    }
+}
+
 /// A template's working set, on disk.
 #[derive(Debug)]
 pub struct WorkingSetFile<'a> {
@@ -117,16 +126,8 @@ impl<'a> WorkingSetFile<'a> {
         self.dir.join(WORKING_SET_FILE)
     }
 
-    /// What there is. A file that is of no use is logged and otherwise as good as none.
+    /// What there is.
     pub fn read(&self) -> Found {
-        let found = self.look();
-        if let Found::Ignored { reason } = &found {
-            tracing::warn!(file = %self.path().display(), "the working set is ignored: {reason}");
-        }
-        found
-    }
-
-    fn look(&self) -> Found {
         let path = self.path();
         let ignored = |error: &TemplateError| Found::Ignored {
             reason: one_line(error),
@@ -152,12 +153,23 @@ impl<'a> WorkingSetFile<'a> {
         }
     }
 
+    /// Whether this user may put another in its place, as far as can be told without doing it.
+    pub fn check_writable(&self) -> Result<(), LearnError> {
+        rustix::fs::access(self.dir, Access::WRITE_OK | Access::EXEC_OK)
+            .map_err(|errno| self.refused(TemplateError::errno("write", self.dir)(errno)))
+    }
+
+    /// Merges one run by the usual rules.
+    pub fn learn_run(&self, trace: &Trace) -> Result<Learned, LearnError> {
+        self.learn(std::slice::from_ref(trace), &MergeRules::default())
+    }
+
     /// Merges runs into what is there now and puts the result in its place. Traces without a page
     /// that counts are no runs; with none at all nothing is written.
     pub fn learn(&self, traces: &[Trace], rules: &MergeRules) -> Result<Learned, LearnError> {
         // Held until the new file is in place.
         let _lock = self.lock()?;
-        let (mut set, replaced) = match self.look() {
+        let (mut set, replaced) = match self.read() {
             Found::Known(set) => (set, None),
             Found::Absent => (self.nothing(), None),
             Found::Ignored { reason } => (self.nothing(), Some(reason)),
@@ -185,7 +197,7 @@ impl<'a> WorkingSetFile<'a> {
     fn refused(&self, source: TemplateError) -> LearnError {
         LearnError::Refused {
             dir: self.dir.to_owned(),
-            source,
+            source: Box::new(source),
         }
     }
 

@@ -177,6 +177,28 @@ fn a_place_that_cannot_be_written_is_an_error_with_the_remedy() {
 }
 
 #[test]
+fn whether_it_can_be_written_is_told_before() {
+    let (dir, index) = (tempfile::tempdir().unwrap(), index());
+    file(dir.path(), &index).check_writable().unwrap();
+    let gone = dir.path().join("gone");
+    let error = file(&gone, &index)
+        .check_writable()
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("gone was not updated; let this user write"),
+        "{error}"
+    );
+    // Root may write anything.
+    if !rustix::process::geteuid().is_root() {
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o555)).unwrap();
+        let error = file(dir.path(), &index).check_writable().unwrap_err();
+        assert!(one_line(&error).contains("denied"), "{error}");
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    }
+}
+
+#[test]
 fn what_a_killed_process_left_is_removed() {
     let (dir, index) = (tempfile::tempdir().unwrap(), index());
     let left = dir
