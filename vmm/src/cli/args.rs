@@ -207,7 +207,7 @@ pub struct WarmArgs {
     /// End a run when it has asked for no new page for this many seconds
     #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
     pub idle: f64,
-    /// Send this line to COM1 first; \\n, \\r, \\t and \\\\ are understood
+    /// Send this line to COM1 first; `\n`, `\r`, `\t` and `\\` are understood
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub input: Option<Line>,
     /// How the pager works.
@@ -381,6 +381,19 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_line_has_its_escapes_resolved_and_an_end() {
+        let line = |text: &str| text.parse::<Line>().map(|line| line.0);
+        assert_eq!(line("i"), Ok(b"i\n".to_vec()));
+        assert_eq!(line(r"a\tb\n\\\r\n"), Ok(b"a\tb\n\\\r\n".to_vec()));
+        assert!(line(r"a\").unwrap_err().contains(r"'\' is neither"));
+        assert!(
+            line(&"x".repeat(1 << 16))
+                .unwrap_err()
+                .contains("65537 bytes")
+        );
     }
 
     #[test]
