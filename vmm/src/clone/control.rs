@@ -22,7 +22,7 @@ use super::record::{Recording, TracePiece};
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
