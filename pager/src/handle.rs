@@ -17,12 +17,14 @@ use crate::memory::CloneMemory;
 use crate::metrics::Metrics;
 use crate::options::PagerOptions;
 use crate::port::IoPath;
+use crate::record::Recorder;
 use crate::region::Region;
 use crate::root_memory::RootMemory;
 use crate::serve::Served;
 use crate::source::PageSource;
 use crate::sys::mmap::ServedMapping;
 use crate::sys::userfaultfd as uffd_sys;
+use crate::working_set::Trace;
 
 type Decorate = Box<dyn FnOnce(Box<dyn PageSource>) -> Box<dyn PageSource> + Send>;
 
@@ -35,6 +37,7 @@ pub struct Idle {
     pub(crate) health: Health,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) decorate: Option<Decorate>,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 impl std::fmt::Debug for Idle {
@@ -54,6 +57,7 @@ pub struct Serving {
     health: Health,
     tally: Arc<Tally>,
     path: IoPath,
+    recorder: Option<Recorder>,
 }
 
 /// Serves the pages of images to memory of this process: one thread, one userfaultfd.
@@ -72,6 +76,7 @@ impl Pager<Idle> {
             PoisonMethod::Protect
         };
         let metrics = Arc::new(Metrics::new(&options.template));
+        let recorder = options.record.map(Recorder::new);
         Ok(Self {
             state: Idle {
                 options,
@@ -81,6 +86,7 @@ impl Pager<Idle> {
                 health: Health::new(method),
                 metrics,
                 decorate: None,
+                recorder,
             },
         })
     }
@@ -182,6 +188,7 @@ impl Pager<Idle> {
         let stop = Arc::new(stop);
         let tally = Arc::new(Tally::default());
         let health = idle.health.clone();
+        let recorder = idle.recorder.clone();
         let (ready, answer) = bounded(1);
         let (thread_stop, thread_tally) = (Arc::clone(&stop), Arc::clone(&tally));
         let thread = std::thread::Builder::new()
@@ -202,6 +209,7 @@ impl Pager<Idle> {
                 health,
                 tally,
                 path,
+                recorder,
             },
         })
     }
@@ -216,6 +224,12 @@ impl Pager<Serving> {
     /// What was done so far.
     pub fn counts(&self) -> Counts {
         self.state.tally.counts()
+    }
+
+    /// What the clone has touched so far, if that is recorded. Images are counted in the order in
+    /// which they were attached.
+    pub fn trace(&self) -> Option<Trace> {
+        self.state.recorder.as_ref().map(Recorder::trace)
     }
 
     /// Which way messages and bytes take.

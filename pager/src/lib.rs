@@ -31,6 +31,7 @@ mod port;
 mod prefetch;
 mod probe;
 mod queue;
+mod record;
 mod region;
 mod residency;
 mod retry;
@@ -41,6 +42,7 @@ mod stale;
 mod sys;
 mod thread;
 mod token;
+pub mod working_set;
 
 pub use budget::Budget;
 pub use counts::Counts;

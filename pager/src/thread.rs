@@ -87,7 +87,11 @@ fn set_up(idle: Idle, stop: Arc<OwnedFd>, tally: Arc<Tally>) -> Result<Server, P
             source: errno.into(),
         })?;
     }
-    let options = idle.options;
+    let mut options = idle.options;
+    if idle.recorder.is_some() {
+        options.budget.data_window_pages = 1;
+        options.budget.zero_window_pages = 1;
+    }
     let pool = BufferPool::new(options.budget.read_chunks).map_err(|source| PagerError::Setup {
         what: "read buffers",
         source,
@@ -115,6 +119,7 @@ fn set_up(idle: Idle, stop: Arc<OwnedFd>, tally: Arc<Tally>) -> Result<Server, P
         health: idle.health,
         metrics: idle.metrics,
         tally,
+        recorder: idle.recorder,
     }))
 }
 

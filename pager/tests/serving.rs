@@ -362,3 +362,51 @@ fn memory_that_is_dropped_does_not_disturb_the_other_clone() {
         pager.stop().unwrap();
     }
 }
+
+#[test]
+fn a_recording_pager_keeps_every_first_touch_in_order_and_brings_nothing_ahead() {
+    let template = Template::new(64, every_third);
+    for mode in MODES {
+        let record = |max_touches| PagerOptions {
+            record: Some(max_touches),
+            ..options(mode)
+        };
+        let (pager, memory) = template.serve(record(100), FaultPlan::default());
+        let order: Vec<u64> = (8..40).chain((40..60).rev()).collect();
+        for &page in &order {
+            if page % 2 == 0 {
+                write_word(&memory, page, page);
+            } else {
+                read_word(&memory, page);
+            }
+            read_word(&memory, 8);
+        }
+        let trace = pager.trace().unwrap();
+        let touches: Vec<_> = trace
+            .touches
+            .iter()
+            .map(|t| (t.page.get(), t.write))
+            .collect();
+        let expected: Vec<_> = order.iter().map(|&page| (page, page % 2 == 0)).collect();
+        assert_eq!(touches, expected);
+        assert!(trace.is_complete && trace.touches.iter().all(|touch| touch.image == 0));
+        assert!(trace.touches.windows(2).all(|two| two[0].at <= two[1].at));
+        let counts = pager.stop().unwrap();
+        assert_eq!(
+            counts.pages_zero + counts.pages_cache + counts.pages_disk,
+            52
+        );
+
+        let (pager, memory) = template.serve(record(3), FaultPlan::default());
+        for page in 0..3 {
+            read_word(&memory, page);
+        }
+        assert!(pager.trace().unwrap().is_complete);
+        read_word(&memory, 3);
+        let trace = pager.trace().unwrap();
+        assert_eq!((trace.touches.len(), trace.is_complete), (3, false));
+        pager.stop().unwrap();
+    }
+    let (pager, _memory) = template.serve(options(MODES[0]), FaultPlan::default());
+    assert_eq!(pager.trace(), None);
+}

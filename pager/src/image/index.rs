@@ -2,6 +2,7 @@
 //! Which pages of a RAM file are data, zero or hole, and what each chunk must hash to.
 
 use super::ImageError;
+use super::cursor::Cursor;
 use super::frame::Frame;
 use crate::page::{PageCount, PageIndex, PageRange};
 
@@ -276,15 +277,11 @@ impl Index {
     /// Proves and reads what `encode` wrote. Never allocates more than `bytes` can hold.
     pub fn decode(bytes: &[u8]) -> Result<Self, ImageError> {
         let body = FRAME.body(bytes)?;
-        let mut cursor = Cursor { body, at: 0 };
+        let mut cursor = Cursor::new(body);
         let count = cursor.u32("number of backends")?;
         let mut backends = Vec::new();
         for _ in 0..count {
-            let length = cursor.u16("length of a backend id")?;
-            let id = cursor.take(u64::from(length), "backend id")?;
-            let id = std::str::from_utf8(id)
-                .map_err(|_| cursor.wrong("backend id is not utf-8"))?
-                .to_owned();
+            let id = cursor.text("backend id")?.to_owned();
             let pages = cursor.u64("number of pages")?;
             let sums = cursor.u64("number of checksums")?;
             let kinds = cursor.words(pages.div_ceil(PAGES_PER_WORD), "page kinds")?;
@@ -293,67 +290,12 @@ impl Index {
                 .map_err(|reason| cursor.wrong(reason))?;
             backends.push((id, backend));
         }
-        if cursor.at != body.len() {
-            return Err(cursor.wrong("bytes behind the last backend"));
+        if !cursor.is_at_end() {
+            return Err(cursor.wrong("bytes behind the last backend").into());
         }
         Ok(Self { backends })
     }
 }
 
-/// Reads a body that may say anything.
-struct Cursor<'a> {
-    body: &'a [u8],
-    at: usize,
-}
-
-impl<'a> Cursor<'a> {
-    fn wrong(&self, reason: &'static str) -> ImageError {
-        ImageError::Body {
-            offset: self.at,
-            reason,
-        }
-    }
-
-    fn take(&mut self, bytes: u64, what: &'static str) -> Result<&'a [u8], ImageError> {
-        let end = usize::try_from(bytes)
-            .ok()
-            .and_then(|bytes| self.at.checked_add(bytes));
-        let field = end.and_then(|end| self.body.get(self.at..end));
-        let field = field.ok_or_else(|| self.wrong(what))?;
-        self.at += field.len();
-        Ok(field)
-    }
-
-    fn u16(&mut self, what: &'static str) -> Result<u16, ImageError> {
-        let field = self.take(2, what)?;
-        Ok(u16::from_le_bytes(
-            field.try_into().map_err(|_| self.wrong(what))?,
-        ))
-    }
-
-    fn u32(&mut self, what: &'static str) -> Result<u32, ImageError> {
-        let field = self.take(4, what)?;
-        Ok(u32::from_le_bytes(
-            field.try_into().map_err(|_| self.wrong(what))?,
-        ))
-    }
-
-    fn u64(&mut self, what: &'static str) -> Result<u64, ImageError> {
-        let field = self.take(8, what)?;
-        Ok(u64::from_le_bytes(
-            field.try_into().map_err(|_| self.wrong(what))?,
-        ))
-    }
-
-    fn words(&mut self, count: u64, what: &'static str) -> Result<Vec<u64>, ImageError> {
-        let bytes = count.checked_mul(8).ok_or_else(|| self.wrong(what))?;
-        let field = self.take(bytes, what)?;
-        Ok(field
-            .chunks_exact(8)
-            .filter_map(|word| Some(u64::from_le_bytes(word.try_into().ok()?)))
-            .collect())
-    }
-}
-
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

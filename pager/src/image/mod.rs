@@ -2,6 +2,7 @@
 //! Template memory on disk: which pages a RAM file holds, what they must hash to, and a handle
 //! that can read it and nothing else.
 
+pub(crate) mod cursor;
 pub mod frame;
 mod index;
 mod reader;
@@ -10,6 +11,9 @@ mod scan;
 pub use frame::FrameError;
 pub use index::{BackendIndex, CHUNK_PAGES, ChunkIndex, Index, PageKind};
 pub use reader::Image;
+
+#[cfg(test)]
+pub(crate) use index::tests::index_of;
 
 use std::io;
 use std::path::PathBuf;
@@ -86,4 +90,10 @@ pub enum ImageError {
         /// What is wrong there.
         reason: &'static str,
     },
+}
+
+impl From<cursor::Nonsense> for ImageError {
+    fn from(cursor::Nonsense { offset, reason }: cursor::Nonsense) -> Self {
+        Self::Body { offset, reason }
+    }
 }

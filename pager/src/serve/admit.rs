@@ -61,17 +61,26 @@ impl Server {
             PageState::Absent if self.queue.waits_for(image, page) => {
                 self.join(image, page, arrived);
             }
-            PageState::Absent => match self.parts.images[image].image.index().kind(page) {
-                PageKind::Data => self.admit_data(image, page, arrived),
-                PageKind::Zero | PageKind::Hole if write => {
-                    let limit = self.parts.budget.data_window_pages.min(ZERO_PAGES);
-                    self.admit_zero(image, page, arrived, Content::Bytes(&ZEROS), limit);
+            PageState::Absent => {
+                if let Some(recorder) = &self.parts.recorder {
+                    recorder.touched(image, page, write);
                 }
-                PageKind::Zero | PageKind::Hole => {
-                    let limit = self.parts.budget.zero_window_pages;
-                    self.admit_zero(image, page, arrived, Content::Zero, limit);
-                }
-            },
+                self.admit_absent(image, page, write, arrived);
+            }
+        }
+    }
+
+    fn admit_absent(&mut self, image: usize, page: PageIndex, write: bool, arrived: Instant) {
+        match self.parts.images[image].image.index().kind(page) {
+            PageKind::Data => self.admit_data(image, page, arrived),
+            PageKind::Zero | PageKind::Hole if write => {
+                let limit = self.parts.budget.data_window_pages.min(ZERO_PAGES);
+                self.admit_zero(image, page, arrived, Content::Bytes(&ZEROS), limit);
+            }
+            PageKind::Zero | PageKind::Hole => {
+                let limit = self.parts.budget.zero_window_pages;
+                self.admit_zero(image, page, arrived, Content::Zero, limit);
+            }
         }
     }
 

@@ -22,6 +22,7 @@ use crate::page::{PageIndex, PageRange};
 use crate::port::{Inbox, Port, WaitLimits};
 use crate::prefetch::plan::Streams;
 use crate::queue::Queue;
+use crate::record::Recorder;
 use crate::region::Region;
 use crate::residency::Residency;
 use crate::source::{PageSource, ReadDone};
@@ -125,6 +126,7 @@ pub(crate) struct Parts {
     pub(crate) health: Health,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) tally: Arc<Tally>,
+    pub(crate) recorder: Option<Recorder>,
 }
 
 /// The state of the pager thread.

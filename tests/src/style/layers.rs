@@ -167,6 +167,17 @@ const LAYERS: &[Layer] = &[
         why: "an image is a file's content, whoever asks",
     },
     Layer {
+        place: "pager/src/working_set",
+        never: &[
+            "crate::handle",
+            "crate::install",
+            "crate::queue",
+            "crate::serve",
+            "crate::source",
+        ],
+        why: "what is learned does not depend on how pages are served",
+    },
+    Layer {
         place: "pager/src/source",
         never: &[
             "crate::install",
@@ -206,6 +217,7 @@ const PURE: &[&str] = &[
     "pager/src/page",
     "pager/src/residency",
     "pager/src/prefetch/plan",
+    "pager/src/working_set",
 ];
 
 const IMPURE: &[&str] = &[

@@ -120,6 +120,8 @@ pub enum TemplateCommand {
     Inspect(InspectArgs),
     /// Read all of a template and compare it with its checksums
     Verify(VerifyArgs),
+    /// Run clones one after the other and record which pages they touch, for clones to come
+    Warm(WarmArgs),
 }
 
 /// What a machine boots.
@@ -189,6 +191,73 @@ pub struct VerifyArgs {
     /// Seal the files as they are now, if every checksum is right (after copying a template)
     #[arg(long)]
     pub reseal: bool,
+}
+
+/// `pando template warm`
+#[derive(Debug, ClapArgs)]
+pub struct WarmArgs {
+    /// The template
+    pub dir: PathBuf,
+    /// How many runs to record
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub runs: u32,
+    /// End a run after this many seconds at the latest
+    #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
+    pub seconds: f64,
+    /// End a run when it has asked for no new page for this many seconds
+    #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
+    pub idle: f64,
+    /// Send this line to COM1 first; `\n`, `\r`, `\t` and `\\` are understood
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub input: Option<Line>,
+    /// How the pager works.
+    #[command(flatten)]
+    pub pager: PagerArgs,
+    /// Print one JSON document instead of the table
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A line to send to a guest, escapes resolved, its end included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line(pub Vec<u8>);
+
+/// The longest line: it waits in a socket until the guest runs.
+const MAX_LINE_BYTES: usize = 64 << 10;
+
+impl std::str::FromStr for Line {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut bytes = Vec::new();
+        let mut characters = text.chars();
+        while let Some(character) = characters.next() {
+            let character = match character {
+                '\\' => match characters.next() {
+                    Some('n') => '\n',
+                    Some('r') => '\r',
+                    Some('t') => '\t',
+                    Some('\\') => '\\',
+                    other => {
+                        let other = other.map_or_else(String::new, String::from);
+                        return Err(format!("'\\{other}' is neither \\n, \\r, \\t nor \\\\"));
+                    }
+                },
+                plain => plain,
+            };
+            bytes.extend(character.encode_utf8(&mut [0; 4]).as_bytes());
+        }
+        if !bytes.ends_with(b"\n") {
+            bytes.push(b'\n');
+        }
+        if bytes.len() > MAX_LINE_BYTES {
+            let length = bytes.len();
+            return Err(format!(
+                "it has {length} bytes, at most {MAX_LINE_BYTES} are sent"
+            ));
+        }
+        Ok(Self(bytes))
+    }
 }
 
 /// How a clone's pager works.
@@ -312,6 +381,19 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_line_has_its_escapes_resolved_and_an_end() {
+        let line = |text: &str| text.parse::<Line>().map(|line| line.0);
+        assert_eq!(line("i"), Ok(b"i\n".to_vec()));
+        assert_eq!(line(r"a\tb\n\\\r\n"), Ok(b"a\tb\n\\\r\n".to_vec()));
+        assert!(line(r"a\").unwrap_err().contains(r"'\' is neither"));
+        assert!(
+            line(&"x".repeat(1 << 16))
+                .unwrap_err()
+                .contains("65537 bytes")
+        );
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub mod clone;
 pub mod demo;
 pub mod doctor;
 pub mod fail;
+pub mod inspect;
 pub mod lines;
 pub mod memory;
 mod out;
@@ -14,6 +15,7 @@ pub mod run;
 pub mod size;
 pub mod table;
 pub mod template;
+pub mod warm;
 
 use clap::{CommandFactory, Parser};
 use out::{note, say};
@@ -59,7 +61,7 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
     match command {
         Command::Demo(args) => demo::run(&args, verbosity),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Template(args) => template::run(args),
+        Command::Template(args) => template::run(args, verbosity),
         Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
         Command::Completions { shell } => {

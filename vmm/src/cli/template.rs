@@ -1,38 +1,27 @@
 #![forbid(unsafe_code)]
-//! `pando template create|inspect|verify`.
+//! `pando template create|verify`; the other subcommands have files of their own.
 
-use std::fs;
 use std::time::Duration;
 
-use super::args::{CreateArgs, InspectArgs, ReadyArg, TemplateArgs, TemplateCommand, VerifyArgs};
+use super::args::{CreateArgs, ReadyArg, TemplateArgs, TemplateCommand, VerifyArgs};
 use super::fail::Failure;
-use super::out::say;
-use super::size::human_bytes;
-use super::table::table;
-use super::{progress, run};
+use super::out::{note, say};
+use super::{inspect, progress, run, warm};
 use crate::config;
 use crate::report::{chain, exit};
+use crate::template::Template;
 use crate::template::build::{Ready, TemplateVm};
 use crate::template::load::reseal;
-use crate::template::map::svg;
-use crate::template::summary::{BackendSummary, Summary, maps};
-use crate::template::{Template, TemplateError};
-
-/// Columns of the map on a terminal.
-const MAP_COLUMNS: usize = 64;
-/// Most rows of the map on a terminal.
-const MAP_ROWS: usize = 24;
-/// Columns of the map in a picture.
-const SVG_COLUMNS: usize = 64;
-/// Most rows of the map in a picture.
-const SVG_ROWS: usize = 64;
+use crate::template::summary::Summary;
+use crate::template::working_set::{Found, WorkingSetFile};
 
 /// Runs a subcommand.
-pub fn run(args: TemplateArgs) -> Result<u8, Failure> {
+pub fn run(args: TemplateArgs, verbosity: u8) -> Result<u8, Failure> {
     match args.command {
         TemplateCommand::Create(args) => create(&args),
-        TemplateCommand::Inspect(args) => inspect(&args),
+        TemplateCommand::Inspect(args) => inspect::run(&args),
         TemplateCommand::Verify(args) => verify(&args),
+        TemplateCommand::Warm(args) => warm::run(&args, verbosity),
     }
 }
 
@@ -55,48 +44,12 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
     let bar = progress::byte_bar(total).with_prefix("seal");
     let template = vm.freeze(&mut |_, offset| bar.set_position(offset))?;
     bar.finish_and_clear();
-    let facts = Summary::of(&template);
+    let facts = Summary::of(&template, &WorkingSetFile::of(&template).read());
     if args.json {
-        return print_json(&facts);
+        return inspect::print_json(&facts);
     }
-    print_summary(&facts);
+    inspect::print_summary(&facts);
     say!("\ntry: pando clone {} --count 3", args.out.display());
-    Ok(exit::OK)
-}
-
-fn inspect(args: &InspectArgs) -> Result<u8, Failure> {
-    let template = Template::open(&args.dir)?;
-    let facts = Summary::of(&template);
-    if let Some(path) = &args.svg {
-        let title = |backend: &BackendSummary| {
-            format!(
-                "{}: {}, {}",
-                template.name(),
-                backend.id,
-                human_bytes(backend.bytes)
-            )
-        };
-        let maps = maps(&template, SVG_COLUMNS, SVG_ROWS);
-        let panels: Vec<_> = facts.backends.iter().map(title).zip(&maps).collect();
-        fs::write(path, svg(&panels)).map_err(TemplateError::io("write", path))?;
-    }
-    if args.json {
-        return print_json(&facts);
-    }
-    print_summary(&facts);
-    for (backend, map) in facts
-        .backends
-        .iter()
-        .zip(maps(&template, MAP_COLUMNS, MAP_ROWS))
-    {
-        say!(
-            "\n{}, each cell {}:",
-            backend.id,
-            human_bytes(map.cell_bytes())
-        );
-        say!("{}", map.text().trim_end());
-    }
-    say!("\n█▓▒░ data, the darker the more   0 zero   · hole");
     Ok(exit::OK)
 }
 
@@ -113,34 +66,14 @@ fn verify(args: &VerifyArgs) -> Result<u8, Failure> {
     bar.finish_and_clear();
     let seal = if args.reseal { ", sealed again" } else { "" };
     say!("{}: every checksum is right{seal}", args.dir.display());
-    Ok(exit::OK)
-}
-
-fn print_json(facts: &Summary) -> Result<u8, Failure> {
-    let text = serde_json::to_string_pretty(facts).map_err(|error| Failure::of(&error))?;
-    say!("{text}");
-    Ok(exit::OK)
-}
-
-fn print_summary(facts: &Summary) {
-    say!(
-        "template {}: {} vCPU{}, {} of RAM, made by {}",
-        facts.template,
-        facts.cpus,
-        if facts.cpus == 1 { "" } else { "s" },
-        human_bytes(facts.memory_bytes),
-        facts.tool
-    );
-    let mut rows = table(&["backend", "size", "data", "zero", "hole", "at"]);
-    for backend in &facts.backends {
-        rows.add_row([
-            backend.id.clone(),
-            human_bytes(backend.bytes),
-            human_bytes(backend.data_bytes),
-            human_bytes(backend.zero_bytes),
-            human_bytes(backend.hole_bytes),
-            format!("{:#x}", backend.guest_address),
-        ]);
+    // A hint, and no part of what was sealed: it cannot make a template wrong.
+    let template = Template::open(&args.dir)?;
+    if let Found::Ignored { reason } = WorkingSetFile::of(&template).read() {
+        note!(
+            "note: its working set is ignored: {reason}; \
+             `pando template warm {}` records another",
+            args.dir.display()
+        );
     }
-    say!("\n{rows}");
+    Ok(exit::OK)
 }

@@ -14,6 +14,7 @@ use super::END_SIGNALS;
 use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
 use super::instantiate::CloneError;
 use super::placement::Placement;
+use super::record::Recorded;
 use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
@@ -23,6 +24,10 @@ const METRICS_PERIOD: Duration = Duration::from_secs(1);
 /// Most bytes of a delta in one message, which has a few of its own.
 const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 
+/// What to say when a thread cannot be made.
+const NO_THREAD: &str =
+    "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?";
+
 /// A clone that is ready to run.
 pub(super) struct Ready<'a> {
     pub(super) channel: &'a Channel,
@@ -31,6 +36,8 @@ pub(super) struct Ready<'a> {
     /// Where it has one of its own.
     pub(super) pager: Option<Pager<Serving>>,
     pub(super) placement: Option<Placement>,
+    /// Where what it touches is recorded; it has a pager then.
+    pub(super) record: Option<Recorded<'a>>,
     /// When this process's own code began, on the monotonic clock.
     pub(super) began: Duration,
     /// How long each step took so far.
@@ -56,6 +63,7 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         machine,
         pager,
         mut placement,
+        record,
         began,
         mut stages,
         signals,
@@ -73,6 +81,8 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
     }
     let places = machine.ram().places().collect();
+    // Kept beyond the machine's end, to see what was written.
+    let recorded_ram = record.as_ref().map(|_| machine.shared_ram());
     let resume_start = Instant::now();
     let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
@@ -83,8 +93,9 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         places,
     };
     send(channel, &started);
+    let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
+    let ended = &ended;
     let outcome = thread::scope(|scope| {
-        let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
         let handle = &handle;
         let mut review = || {
             if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
@@ -94,19 +105,30 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         thread::Builder::new()
             .name("attend".to_owned())
             .spawn_scoped(scope, move || {
-                attend(channel, relay, handle, signals, &ended, &mut review)
+                attend(channel, relay, handle, signals, ended, &mut review)
             })
-            .context(
-                "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?",
-            )?;
+            .context(NO_THREAD)?;
+        if let (Some(record), Some(pager)) = (&record, &pager) {
+            let watch = move || record.watch(pager, handle, ended);
+            let thread = thread::Builder::new().name("record".to_owned());
+            thread.spawn_scoped(scope, watch).context(NO_THREAD)?;
+        }
         let outcome = machine.wait();
         drop(ended_end);
         anyhow::Ok(outcome)
     })?;
+    let ending = ending(outcome, health.as_ref());
+    if let (Some(record), Some(ram), Some(pager)) = (&record, &recorded_ram, &pager)
+        && ending.exit_code() == exit::OK
+    {
+        for piece in record.pieces(pager, ram) {
+            send(channel, &FromWorker::Touched(piece));
+        }
+    }
     if let Some(pager) = pager {
         pager.stop().map_err(CloneError::from)?;
     }
-    Ok(ending(outcome, health.as_ref()))
+    Ok(ending)
 }
 
 /// Sends metrics and reviews the clone's placement each second, and stops the machine when the supervisor says so, dies, or a signal

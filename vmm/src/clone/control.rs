@@ -18,11 +18,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Engine;
+use super::record::{Recording, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -83,6 +84,8 @@ pub struct WorkerConfig {
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
     pub verbosity: u8,
+    /// When its run ends, if what it touches is to be recorded: nothing is read ahead then.
+    pub record: Option<Recording>,
 }
 
 /// How a clone's pager works.
@@ -168,6 +171,8 @@ pub enum FromWorker {
     },
     /// What was recorded since the last time.
     Metrics(Delta),
+    /// A part of what a recorded run touched; all parts come before the last message.
+    Touched(TracePiece),
     /// The last message: how the machine ended.
     Ended(Ending),
 }
@@ -354,6 +359,10 @@ mod tests {
             host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
+            record: Some(Recording {
+                idle: Duration::from_secs(1),
+                limit: Duration::from_secs(10),
+            }),
         }
     }
 

@@ -113,6 +113,7 @@ fn work(
         machine,
         pager,
         placement,
+        record: None,
         began,
         stages,
         signals: &signals,

@@ -3,6 +3,7 @@
 
 use std::time::{Duration, Instant};
 
+use pando_pager::working_set::MAX_TOUCHES;
 use pando_pager::{Idle, IoMode, Pager, PagerError, PagerOptions, RootMemory, Serving, Verify};
 use thiserror::Error;
 
@@ -45,18 +46,19 @@ pub struct Instance {
 }
 
 /// Makes a clone of `template`. The pager serves before the machine is restored, because restoring
-/// may touch the guest's memory.
+/// may touch the guest's memory. With `record` the pager keeps what is touched.
 pub fn instantiate(
     template: &Template,
     engine: Engine,
     pager: &PagerConfig,
+    record: bool,
     serial: SerialTarget,
     host_check: HostCheck,
 ) -> Result<Instance, CloneError> {
     let start = Instant::now();
     let (backings, pager) = match engine {
         Engine::Copy => {
-            let (backings, pager) = paged(template, pager)?;
+            let (backings, pager) = paged(template, pager, record)?;
             (backings, Some(pager))
         }
         Engine::Kernel => (mapped(template)?, None),
@@ -126,8 +128,12 @@ fn options(template: &Template, config: &PagerConfig) -> PagerOptions {
 fn paged(
     template: &Template,
     config: &PagerConfig,
+    record: bool,
 ) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
-    let mut pager = Pager::new(options(template, config))?;
+    let mut pager = Pager::new(PagerOptions {
+        record: record.then_some(MAX_TOUCHES),
+        ..options(template, config)
+    })?;
     let backings = template
         .images()?
         .into_iter()

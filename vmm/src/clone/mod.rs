@@ -23,9 +23,11 @@ pub mod member;
 pub mod placement;
 pub mod pool;
 pub mod process;
+pub mod record;
 pub mod supervise;
 mod token;
 pub mod usage;
+pub mod warm;
 pub mod worker;
 
 use std::fmt;

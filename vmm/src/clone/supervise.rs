@@ -147,6 +147,7 @@ impl Supervisor {
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
+            record: None,
         }
     }
 
@@ -374,6 +375,8 @@ impl Supervisor {
             }
             // A shell that was asked for while it said so.
             FromWorker::Warm => None,
+            // Only runs that ask for it are recorded, and these are not.
+            FromWorker::Touched(_) => None,
             FromWorker::Ended(ending) => {
                 clone.ending = Some(ending);
                 None

@@ -14,6 +14,7 @@ use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
 use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
 use super::instantiate::{CloneError, Instance, instantiate};
 use super::placement::Placement;
+use super::record::Recorded;
 use crate::device::legacy::console::SerialTarget;
 use crate::host;
 use crate::machine::HostCheck;
@@ -89,7 +90,14 @@ fn run_instance(
         machine,
         pager,
         stages: more,
-    } = instantiate(template, config.engine, &config.pager, serial, host_check)?;
+    } = instantiate(
+        template,
+        config.engine,
+        &config.pager,
+        config.record.is_some(),
+        serial,
+        host_check,
+    )?;
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);
     run_to_end(Ready {
@@ -98,6 +106,10 @@ fn run_instance(
         machine,
         pager,
         placement,
+        record: config.record.map(|recording| Recorded {
+            recording,
+            template,
+        }),
         began,
         stages,
         signals,

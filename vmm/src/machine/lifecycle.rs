@@ -173,6 +173,12 @@ impl Machine<Running> {
 }
 
 impl<State> Machine<State> {
+    /// The machine's RAM, for those who look at it when the machine has ended. While the vCPUs run
+    /// its content changes at any time.
+    pub fn shared_ram(&self) -> Arc<GuestRam> {
+        Arc::clone(&self.ram)
+    }
+
     /// A way to this machine for other threads.
     pub fn handle(&self) -> MachineHandle {
         MachineHandle {

@@ -112,6 +112,17 @@ impl RamLayout {
         &self.backends
     }
 
+    /// Where the guest sees the byte at this offset of a backend.
+    pub fn guest_address(&self, backend: usize, offset_bytes: u64) -> Option<u64> {
+        self.segments
+            .iter()
+            .filter(|segment| segment.backend == backend)
+            .find_map(|segment| {
+                let within = offset_bytes.checked_sub(segment.backend_offset_bytes)?;
+                (within < segment.bytes).then(|| segment.guest_address + within)
+            })
+    }
+
     /// All RAM in bytes.
     pub fn total_bytes(&self) -> u64 {
         self.backends.iter().sum()

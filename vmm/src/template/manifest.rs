@@ -8,6 +8,7 @@ use std::path::{Component, Path};
 
 use serde::{Deserialize, Serialize};
 
+use super::WORKING_SET_FILE;
 use super::digest;
 use super::error::TemplateError;
 use super::seal::Seal;
@@ -141,6 +142,10 @@ impl Manifest {
         for name in names.chain([&file.state.file, &file.index.file]) {
             if !is_plain_name(name) {
                 return Err(damaged(format!("{name:?} is not a plain file name")));
+            }
+            // It would be replaced by the first clone that teaches anything.
+            if name == WORKING_SET_FILE {
+                return Err(damaged(format!("{name:?} is the name of another file")));
             }
         }
         let cpus = CpuCount::new(file.cpus.into()).map_err(|error| damaged(one_line(&error)))?;
@@ -313,6 +318,14 @@ mod tests {
                 "{name}: {error}"
             );
         }
+    }
+
+    #[test]
+    fn the_name_of_the_working_set_is_taken() {
+        let mut file = example();
+        file.backends[0].file = "working-set".into();
+        let error = Manifest::seal(path(), file).unwrap_err().to_string();
+        assert!(error.contains("the name of another file"), "{error}");
     }
 
     #[test]

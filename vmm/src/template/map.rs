@@ -5,10 +5,10 @@
 //! shows how much of it is data; where there is none, whether it is zero (allocated on disk) or a
 //! hole.
 
-use std::fmt::Write;
-
 use pando_pager::PageIndex;
 use pando_pager::image::{BackendIndex, PageKind};
+
+use super::picture::{self, Panel};
 
 /// How many pages of each kind a cell holds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -78,102 +78,29 @@ impl ImageMap {
 
     /// The map as lines of text, each with the byte offset at which it begins.
     pub fn text(&self) -> String {
-        let mut text = String::new();
-        for (row, cells) in self.cells.chunks(self.columns).enumerate() {
-            let mib = self.row_mib(row);
-            let line: String = cells.iter().map(|cell| cell.glyph()).collect();
-            let _ = writeln!(text, "{mib:>7} MiB  {line}");
+        let glyphs: Vec<char> = self.cells.iter().map(|cell| cell.glyph()).collect();
+        picture::text(&glyphs, self.columns, self.cell_bytes())
+    }
+
+    /// The map to be drawn.
+    pub fn panel(&self, title: String) -> Panel {
+        Panel {
+            title,
+            legend: vec![
+                ("data", "#2f6b3c"),
+                ("some data", "#a9cfae"),
+                ("zero", "#e3c878"),
+                ("hole", "#eceff1"),
+            ],
+            columns: self.columns,
+            cell_bytes: self.cell_bytes(),
+            colours: self.cells.iter().map(|cell| colour(*cell)).collect(),
         }
-        text
     }
 
     /// Bytes of a cell.
     pub fn cell_bytes(&self) -> u64 {
         self.cell_pages * pando_pager::PAGE_BYTES
-    }
-
-    /// First byte of a row of cells, in MiB.
-    fn row_mib(&self, row: usize) -> u64 {
-        ((row * self.columns) as u64 * self.cell_bytes()) >> 20
-    }
-
-    fn rows(&self) -> usize {
-        self.cells.len().div_ceil(self.columns)
-    }
-}
-
-/// Side of a cell in a picture, in pixels.
-const SIDE: usize = 10;
-/// Room for the offsets on the left.
-const LEFT: usize = 80;
-/// Room for title and legend above a map.
-const TOP: usize = 64;
-
-/// Maps as one picture, one below the other, each with its title.
-pub fn svg(panels: &[(String, &ImageMap)]) -> String {
-    let height = |map: &ImageMap| TOP + map.rows() * SIDE + 20;
-    let width = panels
-        .iter()
-        .map(|(_, map)| LEFT + map.columns * SIDE + 20)
-        .max()
-        .unwrap_or(0);
-    let total: usize = panels.iter().map(|(_, map)| height(map)).sum();
-    let mut picture = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{total}\" \
-         font-family=\"sans-serif\" font-size=\"11\">\n\
-         <rect width=\"100%\" height=\"100%\" fill=\"#ffffff\"/>\n"
-    );
-    let mut top = 0;
-    for (title, map) in panels {
-        let _ = writeln!(picture, "<g transform=\"translate(0 {top})\">");
-        panel(&mut picture, title, map);
-        picture.push_str("</g>\n");
-        top += height(map);
-    }
-    picture.push_str("</svg>\n");
-    picture
-}
-
-fn panel(picture: &mut String, title: &str, map: &ImageMap) {
-    let _ = writeln!(
-        picture,
-        "<text x=\"{LEFT}\" y=\"22\" font-size=\"15\" fill=\"#1f2933\">{}</text>",
-        escape(title)
-    );
-    let legend = [
-        ("data", "#2f6b3c"),
-        ("some data", "#a9cfae"),
-        ("zero", "#e3c878"),
-        ("hole", "#eceff1"),
-    ];
-    for (place, (name, colour)) in legend.iter().enumerate() {
-        let x = LEFT + place * 90;
-        let _ = writeln!(
-            picture,
-            "<rect x=\"{x}\" y=\"34\" width=\"10\" height=\"10\" fill=\"{colour}\"/>\
-             <text x=\"{}\" y=\"43\" fill=\"#1f2933\">{name}</text>",
-            x + 15
-        );
-    }
-    for (row, cells) in map.cells.chunks(map.columns).enumerate() {
-        let y = TOP + row * SIDE;
-        if row % 4 == 0 {
-            let _ = writeln!(
-                picture,
-                "<text x=\"{}\" y=\"{}\" text-anchor=\"end\" fill=\"#52606d\">{} MiB</text>",
-                LEFT - 8,
-                y + 9,
-                map.row_mib(row)
-            );
-        }
-        for (column, cell) in cells.iter().enumerate() {
-            let x = LEFT + column * SIDE;
-            let fill = colour(*cell);
-            let _ = writeln!(
-                picture,
-                "<rect x=\"{x}\" y=\"{y}\" width=\"9\" height=\"9\" fill=\"{fill}\"/>"
-            );
-        }
     }
 }
 
@@ -187,12 +114,6 @@ fn colour(cell: Cell) -> &'static str {
         '0' => "#e3c878",
         _ => "#eceff1",
     }
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;")
-        .replace('<', "&lt;")
-        .replace('>', "&gt;")
 }
 
 #[cfg(test)]
@@ -223,11 +144,10 @@ mod tests {
     }
 
     #[test]
-    fn text_and_picture_tell_data_zero_and_hole_apart() {
+    fn text_and_panel_tell_data_zero_and_hole_apart() {
         let map = ImageMap::new(&index(), 4, 1);
         assert_eq!(map.text().trim(), "0 MiB  █0░·");
-        let picture = svg(&[("a < b".to_owned(), &map), ("c".to_owned(), &map)]);
-        assert!(picture.contains("a &lt; b") && picture.contains("#2f6b3c"));
-        assert_eq!(picture.matches("<svg").count(), 1);
+        let panel = map.panel("ram0".to_owned());
+        assert_eq!(panel.colours, ["#2f6b3c", "#e3c878", "#a9cfae", "#eceff1"]);
     }
 }

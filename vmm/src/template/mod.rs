@@ -15,11 +15,14 @@ mod files;
 pub mod load;
 pub mod manifest;
 pub mod map;
+pub mod picture;
 pub mod scratch;
 pub mod seal;
 pub mod staging;
 pub mod state_file;
 pub mod summary;
+pub mod touched;
+pub mod working_set;
 
 pub use error::TemplateError;
 pub use load::Template;
@@ -30,3 +33,5 @@ pub const MANIFEST_FILE: &str = "manifest.json";
 pub const STATE_FILE: &str = "state.bin";
 /// Name of the page index.
 pub const INDEX_FILE: &str = "pages.idx";
+/// Name of the file with what clones taught, the one that changes after sealing.
+pub const WORKING_SET_FILE: &str = "working-set";

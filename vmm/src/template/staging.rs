@@ -162,7 +162,12 @@ impl Staging {
     }
 }
 
-/// Puts `bytes` in the place of an existing read-only file, whole or not at all.
+/// What the name of a new `file` begins with in the instant before it takes the place of the old.
+pub(super) fn replacement_prefix(file: &str) -> String {
+    format!("{file}.new-")
+}
+
+/// Puts `bytes` in the place of a read-only file, whole or not at all.
 pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), TemplateError> {
     let dir = path.parent().unwrap_or(Path::new("."));
     let file = nameless(dir)?;
@@ -171,9 +176,12 @@ pub fn replace(path: &Path, bytes: &[u8]) -> Result<(), TemplateError> {
         .map_err(TemplateError::io("write", path))?;
     finish(&file, path)?;
     // A link cannot replace a name, a rename can.
-    let mut staged = path.as_os_str().to_owned();
-    staged.push(format!(".new-{}", std::process::id()));
-    let staged = PathBuf::from(staged);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let staged = dir.join(format!(
+        "{}{}",
+        replacement_prefix(&name),
+        std::process::id()
+    ));
     link(&file, &staged)?;
     fs::rename(&staged, path)
         .map_err(TemplateError::io("put in place", path))

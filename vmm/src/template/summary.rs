@@ -6,6 +6,9 @@ use serde::Serialize;
 
 use super::load::Template;
 use super::map::ImageMap;
+use super::picture::Panel;
+use super::touched::{TouchMap, WorkingSetSummary};
+use super::working_set::Found;
 
 /// A template.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -28,6 +31,8 @@ pub struct Summary {
     pub index_bytes: u64,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendSummary>,
+    /// What clones were seen to touch.
+    pub working_set: WorkingSetSummary,
 }
 
 /// One memory backend.
@@ -52,8 +57,8 @@ pub struct BackendSummary {
 }
 
 impl Summary {
-    /// Sums up a template.
-    pub fn of(template: &Template) -> Self {
+    /// Sums up a template that has this for a working set.
+    pub fn of(template: &Template, found: &Found) -> Self {
         let file = template.manifest().file();
         let backends = file
             .backends
@@ -83,6 +88,7 @@ impl Summary {
             state_bytes: file.state.seal.bytes,
             index_bytes: file.index.seal.bytes,
             backends,
+            working_set: WorkingSetSummary::of(found, template.index()),
         }
     }
 }
@@ -95,4 +101,40 @@ pub fn maps(template: &Template, columns: usize, rows: usize) -> Vec<ImageMap> {
         .iter()
         .map(|(_, index)| ImageMap::new(index, columns, rows))
         .collect()
+}
+
+/// What clones touch of each backend, as maps of at most `columns` times `rows` cells; none
+/// without a working set.
+pub fn touch_maps(
+    template: &Template,
+    found: &Found,
+    columns: usize,
+    rows: usize,
+) -> Vec<TouchMap> {
+    let sets = found.set().into_iter().flat_map(|set| {
+        let backends = set.backends().iter().zip(template.index().backends());
+        backends.map(move |(backend, (_, index))| (set, backend, index.pages().get()))
+    });
+    sets.map(|(set, backend, pages)| TouchMap::new(set, backend, pages, columns, rows))
+        .collect()
+}
+
+/// All maps as panels of a picture, with titles made by `title`.
+pub fn panels(
+    template: &Template,
+    found: &Found,
+    columns: usize,
+    rows: usize,
+    title: impl Fn(usize) -> String,
+) -> Vec<Panel> {
+    let images = maps(template, columns, rows);
+    let touched = touch_maps(template, found, columns, rows);
+    let mut panels = Vec::new();
+    for (backend, image) in images.iter().enumerate() {
+        panels.push(image.panel(title(backend)));
+        if let Some(map) = touched.get(backend) {
+            panels.extend(map.panels(&title(backend)));
+        }
+    }
+    panels
 }

@@ -13,7 +13,7 @@ fn kind() -> impl Strategy<Value = PageKind> {
 }
 
 /// An index of these pages whose checksums are their chunk's number plus 1000.
-fn index_of(kinds: &[PageKind]) -> BackendIndex {
+pub(crate) fn index_of(kinds: &[PageKind]) -> BackendIndex {
     let mut builder = Builder::default();
     for &kind in kinds {
         builder.page(kind);

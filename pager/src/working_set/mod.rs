@@ -1,0 +1,26 @@
+#![forbid(unsafe_code)]
+//! Working sets: which pages clones of a template touch, how often, which they write, in about
+//! which order. Learned from demand faults alone, never from what was installed ahead. Pure.
+//!
+//! ```text
+//!  clone that records -> Trace -> WorkingSet::merge -> file `working-set` of the template
+//!                                      |
+//!                                      +-> Plan: what a root gets, what each clone gets ahead
+//! ```
+//! Clones of one template agree on the *set* of pages and hardly on their sequence, so a set is
+//! what is kept; the order is no more than a hint of what to bring first.
+
+mod format;
+mod merge;
+mod plan;
+mod set;
+mod types;
+
+pub use format::WorkingSetError;
+pub use merge::{MAX_TOUCHES, MergeRules, Merged, ZeroReads};
+pub use plan::{HUGE_RANGE_PAGES, Plan, PlanRules, PlannedRun};
+pub use set::{BackendSet, HIT, KnownPage, MAX_PAGES, WorkingSet};
+pub use types::{Touch, Trace};
+
+#[cfg(test)]
+mod tests;
