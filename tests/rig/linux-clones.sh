@@ -135,7 +135,44 @@ host_works() {
     check host-demo pando demo --clones 2 --memory 64M
 }
 
+# forks_of_a_root: clones that share their root's memory, some started while others run, each doing
+# work of its own.
+forks_of_a_root() {
+    folder=/tmp/forks template=/tmp/forks/template
+    mkdir -p "$folder"
+    check forks-create pando template create "$template" --kernel /rig/vmlinuz --initrd /rig/initrd \
+        --append "console=ttyS0 quiet panic=-1" --memory 256M --cpus 2 \
+        --ready serial:PANDO-READY --timeout 120 || return 1
+    before=$(sha256sum "$template"/*.mem)
+    for batch in 0 1; do
+        pando clone "$template" --engine root --count 5 --serial "$folder/$batch" --json \
+            >"$folder/$batch.json" 2>"$folder/$batch.err" &
+        eval "forks_$batch=$!"
+        for clone in 0 1 2 3 4; do
+            check "forks-$batch-$clone-works" say "$folder/$batch/clone-$clone.sock" \
+                "echo $batch-$clone >/tmp/mine; dd if=/dev/urandom of=/tmp/blob bs=64k count=32 2>/dev/null && cp /tmp/blob /tmp/copy && cmp /tmp/blob /tmp/copy && sha256sum /bin/busybox" ||
+                cat "$folder/$batch.err"
+        done
+    done
+    for batch in 0 1; do
+        for clone in 0 1 2 3 4; do
+            same "forks-$batch-$clone-own-file" "$batch-$clone" \
+                "$(say "$folder/$batch/clone-$clone.sock" cat /tmp/mine)"
+        done
+        eval "supervisor=\$forks_$batch"
+        kill "$supervisor"
+        wait "$supervisor"
+        same "forks-$batch-exit-status" 0 $?
+        cat "$folder/$batch.err"
+        grep '"message"' "$folder/$batch.json"
+    done
+    same forks-file-unchanged "$before" "$(sha256sum "$template"/*.mem)"
+    rm -rf "$folder"
+}
+
 host_works
+check host-demo-root pando demo --clones 2 --memory 64M --engine root
+forks_of_a_root
 linux_clones small 256M 200000 sha256sum
 # Above the gap below 4 GiB; disk (here: memory) is only taken for what the guest writes.
 linux_clones large 5G 4800000 identity --no-reserve

@@ -41,7 +41,8 @@ impl Setup {
         let kernel_first = engines.iter().filter(|&&engine| engine == Engine::Kernel);
         let others = engines.iter().filter(|&&engine| engine != Engine::Kernel);
         for &engine in kernel_first.chain(others) {
-            let paged = engine != Engine::Kernel;
+            // Clones of a root that holds all data have no pager of their own.
+            let paged = engine == Engine::Copy;
             for &io in if paged { io } else { &[Io::Auto] } {
                 for (verify, warm) in [(true, false), (true, true), (false, false)] {
                     let setup = Self {

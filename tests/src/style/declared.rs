@@ -210,6 +210,8 @@ pub fn words(project: &Project, root: &str) -> Vec<Finding> {
     let mut found = Vec::new();
     for (path, text) in &project.texts {
         for (at, line) in text.lines().enumerate() {
+            // The sources of the root process are in a folder of that name.
+            let line = line.replace("src/root/", "");
             if line.contains(root) || homes.iter().any(|home| line.contains(home)) {
                 found.push(format!("{path}:{}: a path of one machine", at + 1));
             }
