@@ -46,6 +46,9 @@ struct Args {
     /// Processor of the emulator, as its -cpu takes it
     #[arg(long)]
     cpu: Option<String>,
+    /// Number of processors of L1
+    #[arg(long)]
+    cpus: Option<u32>,
     /// Only download and unpack the kernels
     #[arg(long)]
     fetch: bool,
@@ -78,6 +81,9 @@ fn main() -> Result<ExitCode> {
     }
     if let Some(cpu) = &args.cpu {
         l1 = l1.cpu(cpu);
+    }
+    if let Some(cpus) = args.cpus {
+        l1 = l1.cpus(cpus);
     }
     for tool in ["pando", "say"] {
         if let Ok(path) = built_program(tool) {

@@ -24,6 +24,9 @@ const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 const DEFAULT_MEMORY_MIB: u32 = 3072;
 const DEFAULT_ACCELERATOR: &str = "tcg,thread=multi";
 const DEFAULT_CPU: &str = "max,+svm";
+/// With two, the emulator's threads race: guests triple-fault, and L1 itself panics, now and then
+/// (docs/pager.md, "The nested rig").
+const DEFAULT_CPUS: u32 = 1;
 const DEFAULT_LIMIT: Duration = Duration::from_secs(300);
 
 /// An outer machine to be booted.
@@ -38,6 +41,7 @@ pub struct L1 {
     echo: bool,
     accelerator: String,
     cpu: String,
+    cpus: u32,
     programs: Vec<(PathBuf, String)>,
     files: Vec<(PathBuf, String)>,
 }
@@ -53,6 +57,7 @@ impl L1 {
             echo: false,
             accelerator: DEFAULT_ACCELERATOR.to_owned(),
             cpu: DEFAULT_CPU.to_owned(),
+            cpus: DEFAULT_CPUS,
             programs: Vec::new(),
             files: Vec::new(),
         }
@@ -90,6 +95,13 @@ impl L1 {
     #[must_use]
     pub fn cpu(mut self, cpu: &str) -> Self {
         cpu.clone_into(&mut self.cpu);
+        self
+    }
+
+    /// Another number of processors.
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
         self
     }
 
@@ -167,7 +179,7 @@ impl L1 {
                 "-cpu",
                 &self.cpu,
                 "-smp",
-                "2",
+                &self.cpus.to_string(),
                 "-m",
                 &memory,
             ])
