@@ -15,7 +15,7 @@ use crate::health::{Health, PoisonMethod};
 use crate::image::Image;
 use crate::memory::CloneMemory;
 use crate::metrics::Metrics;
-use crate::options::PagerOptions;
+use crate::options::{PagerOptions, Verify};
 use crate::port::IoPath;
 use crate::record::Recorder;
 use crate::region::Region;
@@ -167,6 +167,15 @@ impl Pager<Idle> {
         let served = Served::new(image, Region::new(&mapping));
         self.state.images.push(served);
         Ok(CloneMemory::new(mapping, own))
+    }
+
+    pub(crate) fn verifies(&self) -> bool {
+        self.state.options.verify == Verify::OnRead
+    }
+
+    pub(crate) fn for_installing(&mut self) -> (&Uffd, &mut [Served], &Metrics) {
+        let state = &mut self.state;
+        (&state.uffd, &mut state.images, &state.metrics)
     }
 
     /// What goes wrong later, to be listened to before it does.

@@ -15,6 +15,7 @@
 //!
 //! Nothing that the pager thread does touches served memory: it would wait for itself.
 
+mod ahead;
 mod budget;
 mod counts;
 mod error;
@@ -44,6 +45,7 @@ mod thread;
 mod token;
 pub mod working_set;
 
+pub use ahead::Ahead;
 pub use budget::Budget;
 pub use counts::Counts;
 pub use error::PagerError;

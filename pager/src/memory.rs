@@ -4,6 +4,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use crate::page::PageRange;
 use crate::sys::mmap::ServedMapping;
 
 /// Anonymous memory of a clone that its pager fills. It has no way to reach the template's file.
@@ -37,6 +38,12 @@ impl CloneMemory {
     #[cfg(test)]
     pub(crate) fn mapping(&self) -> &ServedMapping {
         &self.mapping
+    }
+
+    /// Gives this process copies of its own of pages that it shares with its root, ahead of the
+    /// writes that would make them one by one. Where pages are missing, a pager must serve.
+    pub fn make_private(&self, pages: PageRange) -> std::io::Result<()> {
+        self.mapping.make_private(pages)
     }
 
     /// First address in this process; page aligned.

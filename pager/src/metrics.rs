@@ -17,6 +17,7 @@ const FAULT_SECONDS: &str = "pando_pager_fault_seconds";
 const PAGES_INSTALLED: &str = "pando_pager_pages_installed_total";
 const BYTES_READ: &str = "pando_pager_bytes_read_total";
 const PREFETCH_PAGES: &str = "pando_pager_prefetch_pages_total";
+const AHEAD_PAGES: &str = "pando_pager_ahead_pages_total";
 const INFLIGHT_READS: &str = "pando_pager_inflight_reads";
 const RETRIES: &str = "pando_pager_retries_total";
 const POISONED: &str = "pando_pager_poisoned_pages_total";
@@ -54,6 +55,10 @@ pub fn describe() {
     describe_counter!(
         PREFETCH_PAGES,
         "Pages installed ahead of a walk: useful (the walk went on behind them), late (asked for while being read), wasted (the walk was not seen behind them)"
+    );
+    describe_counter!(
+        AHEAD_PAGES,
+        "Pages of the recorded working set that were in place before the guest ran"
     );
     describe_gauge!(INFLIGHT_READS, "Template reads that are not done yet");
     describe_counter!(RETRIES, "Tries repeated, by reason");
@@ -148,6 +153,7 @@ pub(crate) struct Metrics {
     useful: Counter,
     late: Counter,
     wasted: Counter,
+    ahead: Counter,
     inflight: Gauge,
     retries: [Counter; 7],
     poisoned: Counter,
@@ -181,6 +187,7 @@ impl Metrics {
             useful: prefetch("useful"),
             late: prefetch("late"),
             wasted: prefetch("wasted"),
+            ahead: counter!(AHEAD_PAGES, "template" => label()),
             inflight: gauge!(INFLIGHT_READS, "template" => label()),
             retries: RetryReason::ALL
                 .map(|reason| counter!(RETRIES, "template" => label(), "reason" => reason.name())),
@@ -208,6 +215,10 @@ impl Metrics {
 
     pub(crate) fn installed(&self, origin: Origin, pages: u64) {
         self.origins[origin as usize].pages.increment(pages);
+    }
+
+    pub(crate) fn ahead(&self, pages: u64) {
+        self.ahead.increment(pages);
     }
 
     pub(crate) fn read_started(&self) {

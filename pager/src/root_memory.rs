@@ -141,13 +141,7 @@ impl Root {
         buffer: &mut Vec<u8>,
         verify: bool,
     ) -> bool {
-        buffer.resize(usize::try_from(unit.bytes()).unwrap_or_default(), 0);
-        if let Err(error) = image.file().read_exact_at(buffer, unit.offset().get()) {
-            tracing::warn!(image = image.id(), %unit, %error, "a root leaves out pages that cannot be read");
-            return false;
-        }
-        if verify && let Some(chunk) = damaged_chunk(image, unit, buffer) {
-            tracing::warn!(image = image.id(), pages = %chunk, "a root leaves out pages that are not what the index says");
+        if !read_proven(image, unit, buffer, verify) {
             return false;
         }
         let mut place = OwnMemory {
@@ -233,6 +227,26 @@ fn is_data(image: &Image, page: PageIndex) -> bool {
     image.index().kind(page) == PageKind::Data
 }
 
+/// Reads whole chunks into `buffer`, made as long as they are. False if they cannot be read, or are
+/// not what the index says and that was to be proven.
+pub(crate) fn read_proven(
+    image: &Image,
+    chunks: PageRange,
+    buffer: &mut Vec<u8>,
+    verify: bool,
+) -> bool {
+    buffer.resize(usize::try_from(chunks.bytes()).unwrap_or_default(), 0);
+    if let Err(error) = image.file().read_exact_at(buffer, chunks.offset().get()) {
+        tracing::warn!(image = image.id(), pages = %chunks, %error, "pages that cannot be read are left out");
+        return false;
+    }
+    if verify && let Some(chunk) = damaged_chunk(image, chunks, buffer) {
+        tracing::warn!(image = image.id(), pages = %chunk, "pages that are not what the index says are left out");
+        return false;
+    }
+    true
+}
+
 /// The first chunk of `unit` with data whose bytes are not those of the index.
 fn damaged_chunk(image: &Image, unit: PageRange, bytes: &[u8]) -> Option<PageRange> {
     let first = unit.start().get() / CHUNK_PAGES;
@@ -266,9 +280,9 @@ fn joined(ranges: &[PageRange]) -> Vec<PageRange> {
 }
 
 /// Memory of this process that nobody touches but the install.
-struct OwnMemory<'a> {
-    uffd: &'a Uffd,
-    mapping: &'a ServedMapping,
+pub(crate) struct OwnMemory<'a> {
+    pub(crate) uffd: &'a Uffd,
+    pub(crate) mapping: &'a ServedMapping,
 }
 
 impl PageOps for OwnMemory<'_> {

@@ -35,6 +35,8 @@ struct Clones {
     /// Whether the template's RAM was dropped from the page cache before each start.
     cold: bool,
     workloads: Vec<Compared>,
+    /// The pages written in sequence once more, with a working set that has them.
+    recorded: Compared,
     floor_waves: Vec<FloorWave>,
     waves: Vec<Waves>,
     targets: Vec<Target>,
@@ -97,11 +99,15 @@ pub(crate) fn run(args: &CloneArgs) -> Result<()> {
         .map(|workload| bench.compare(workload))
         .collect::<Result<Vec<_>>>()?;
     let (floor_waves, waves) = bench.waves()?;
+    // Last: from now on the template has a working set, and its clones get it ahead.
+    bench.subject.record(&bench.program, Workload::Sequential)?;
+    let recorded = bench.compare(Workload::Sequential)?;
     let mut clones = Clones {
         memory_bytes: args.memory,
         data_pages: bench.subject.data_pages,
         cold: args.cold,
         workloads,
+        recorded,
         floor_waves,
         waves,
         targets: Vec::new(),

@@ -15,7 +15,16 @@ use crate::targets::Target;
 const MANY: [u32; 3] = [500, 1000, 2000];
 
 pub(super) fn report(host: Host, clones: Clones) -> Report<Clones> {
-    let mut tables: Vec<TextTable> = clones.workloads.iter().map(starts).collect();
+    let mut tables: Vec<TextTable> = clones
+        .workloads
+        .iter()
+        .map(|compared| starts(compared.workload.title(), compared))
+        .collect();
+    let title = format!(
+        "{}, all in the working set",
+        clones.recorded.workload.title()
+    );
+    tables.push(starts(title, &clones.recorded));
     if let Some(first) = clones.workloads.first() {
         tables.push(stages(first));
     }
@@ -54,7 +63,7 @@ fn marks(clones: &Clones) -> Vec<String> {
     ]
 }
 
-fn starts(compared: &Compared) -> TextTable {
+fn starts(title: impl Into<String>, compared: &Compared) -> TextTable {
     let mut heads = vec!["", "clones", "min", "p50", "p90", "p99", "max"];
     let baseline = compared.variants.first();
     let vs = baseline.map_or_else(String::new, |first| format!("vs {}", first.measured.name));
@@ -64,7 +73,7 @@ fn starts(compared: &Compared) -> TextTable {
     } else {
         heads.push("guest's work p50");
     }
-    let mut table = TextTable::new(compared.workload.title(), &heads);
+    let mut table = TextTable::new(title, &heads);
     let all = compared
         .variants
         .iter()
@@ -257,7 +266,6 @@ fn targets_of_root(clones: &Clones) -> Vec<Target> {
         }
     };
     let request = "start to first output, engine root, on request, over the floor";
-    let pages = format!("start + {PAGES} pages written, engine root over kernel");
     vec![
         warm("p50", 1.0, |figures| figures.measured.summary.p50_ns),
         warm("p99", 4.0, |figures| figures.measured.summary.p99_ns),
@@ -265,16 +273,31 @@ fn targets_of_root(clones: &Clones) -> Vec<Target> {
             Some(ratio) => Target::at_most(request, ratio.p50, 1.5, "x"),
             None => Target::untold(request, "<= 1.5 x", "engine root"),
         },
-        match over_kernel(clones, Workload::Sequential, Engine::Root) {
-            Some(ratio) => Target::at_most(pages, ratio, 1.0, "x"),
-            None => Target::untold(pages, "<= 1 x", "engines root and kernel"),
-        },
+        recorded(clones, "copy", Engine::Copy, false),
+        recorded(clones, "root, on request", Engine::Root, false),
+        recorded(clones, "root, warm shell", Engine::Root, true),
     ]
+}
+
+/// Pages that the working set knows, over engine kernel beside it.
+fn recorded(clones: &Clones, name: &str, engine: Engine, warm: bool) -> Target {
+    let what = format!("start + {PAGES} recorded pages, {name} over kernel");
+    let of = |engine, warm| find_in(&clones.recorded, engine, warm);
+    match of(engine, warm).zip(of(Engine::Kernel, false)) {
+        Some((ours, kernel)) => {
+            Target::at_most(what, ours.measured.over(&kernel.measured).p50, 1.0, "x")
+        }
+        None => Target::untold(what, "<= 1 x", "engines copy, root and kernel"),
+    }
 }
 
 /// A variant as users have it.
 fn find(clones: &Clones, workload: Workload, engine: Engine, warm: bool) -> Option<&Figures> {
     let compared = clones.workloads.iter().find(|c| c.workload == workload)?;
+    find_in(compared, engine, warm)
+}
+
+fn find_in(compared: &Compared, engine: Engine, warm: bool) -> Option<&Figures> {
     let mut variants = compared.variants.iter();
     variants.find(|figures| {
         let setup = figures.setup;

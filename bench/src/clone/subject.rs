@@ -7,16 +7,23 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use pando_pager::image::PageKind;
 use pando_vmm::arch::x86_64::boot::BootSource;
+use pando_vmm::clone::control::PagerConfig;
+use pando_vmm::clone::record::Recording;
+use pando_vmm::clone::warm::{WarmOptions, Warmer};
 use pando_vmm::config::{self, MachineRequest};
 use pando_vmm::payload::protocol::{READY_LINE, Reply};
+use pando_vmm::template::Template;
 use pando_vmm::template::build::{Ready, TemplateVm};
+use pando_vmm::template::working_set::WorkingSetFile;
 use tempfile::TempDir;
 
 use super::fleet::Sample;
-use super::workload;
+use super::workload::{self, Workload};
 use crate::page_cache;
 use crate::stats::Summary;
 
+/// Runs that a working set is learned from.
+const RECORDED_RUNS: u64 = 2;
 /// A guest that says nothing for this long is given up.
 const SILENCE: Duration = Duration::from_secs(120);
 
@@ -76,6 +83,28 @@ impl Subject {
             dir,
             _parent: parent,
         })
+    }
+
+    /// Teaches the template which pages `workload` touches.
+    pub(crate) fn record(&self, program: &Path, workload: Workload) -> Result<()> {
+        let (command, _) = workload.command(0);
+        let warmer = Warmer::new(WarmOptions {
+            program: program.to_owned(),
+            template: self.dir.clone(),
+            pager: PagerConfig::default(),
+            verbosity: 0,
+            input: command.encode(),
+            recording: Recording {
+                idle: Duration::from_millis(500),
+                limit: Duration::from_secs(20),
+            },
+        })?;
+        let template = Template::open(&self.dir)?;
+        for run in 1..=RECORDED_RUNS {
+            let trace = warmer.run(run)?.trace;
+            WorkingSetFile::of(&template).learn_run(&trace)?;
+        }
+        Ok(())
     }
 
     /// Sees to it that the page cache has none of the template's RAM, if `cold`. Else all of it is

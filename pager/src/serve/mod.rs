@@ -24,7 +24,7 @@ use crate::prefetch::plan::Streams;
 use crate::queue::Queue;
 use crate::record::Recorder;
 use crate::region::Region;
-use crate::residency::Residency;
+use crate::residency::{PageState, Residency};
 use crate::source::{PageSource, ReadDone};
 use crate::stale::StaleFaults;
 use crate::sys::buffers::BufferPool;
@@ -54,6 +54,16 @@ impl Served {
             image,
             region,
         }
+    }
+
+    /// Its memory, held mapped; `None` once the clone dropped it.
+    pub(crate) fn pin(&self) -> Option<Arc<crate::sys::mmap::ServedMapping>> {
+        self.region.pin()
+    }
+
+    /// Moves every page of `pages` that legally can to `next`.
+    pub(crate) fn set_all(&mut self, pages: PageRange, next: PageState) {
+        self.residency.set_all(pages, next);
     }
 
     pub(crate) fn image(&self) -> &Image {

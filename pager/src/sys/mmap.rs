@@ -69,12 +69,22 @@ impl ServedMapping {
 
     /// Puts a huge page in place of `pages`, which are all there.
     pub(crate) fn collapse(&self, pages: PageRange) -> io::Result<()> {
+        self.advise(pages, libc::MADV_COLLAPSE)
+    }
+
+    /// Gives this process pages of its own in place of `pages`, with what they hold: as many writes
+    /// would, in one call. Holes fault, one after the other.
+    pub(crate) fn make_private(&self, pages: PageRange) -> io::Result<()> {
+        self.advise(pages, libc::MADV_POPULATE_WRITE)
+    }
+
+    fn advise(&self, pages: PageRange, advice: libc::c_int) -> io::Result<()> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let address = self.address_of(pages).ok_or_else(invalid)?;
         let length = usize::try_from(pages.bytes()).map_err(|_| invalid())?;
         // SAFETY: the range lies in this mapping, as `address_of` proved. The advice changes what
         // the pages are made of, never what they hold, and no reference into them exists.
-        let result = unsafe { libc::madvise(address as *mut _, length, libc::MADV_COLLAPSE) };
+        let result = unsafe { libc::madvise(address as *mut _, length, advice) };
         if result < 0 {
             return Err(io::Error::last_os_error());
         }

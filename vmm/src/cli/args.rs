@@ -273,6 +273,10 @@ pub struct PagerArgs {
     /// pages come in
     #[arg(long)]
     pub no_pin: bool,
+    /// Do not install the pages of the template's working set (`pando template warm`) before the guest
+    /// runs
+    #[arg(long)]
+    pub no_working_set: bool,
     /// Give a page up that could not be read within this many seconds
     #[arg(long, default_value_t = 10.0, value_name = "SECONDS")]
     pub fault_deadline: f64,

@@ -79,6 +79,7 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
         io: args.io.into(),
         verify: !args.no_verify,
         keep_together: !args.no_pin,
+        working_set: !args.no_working_set,
         fault_deadline,
     })
 }

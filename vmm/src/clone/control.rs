@@ -97,6 +97,8 @@ pub struct PagerConfig {
     pub verify: bool,
     /// How long a fault may take before its page is given up.
     pub fault_deadline: Duration,
+    /// Whether pages that the template's working set knows are in place before the guest runs.
+    pub working_set: bool,
     /// Whether a clone of one vCPU is kept on one CPU with its pager while pages come in.
     pub keep_together: bool,
 }
@@ -107,6 +109,7 @@ impl Default for PagerConfig {
             io: Io::Auto,
             verify: true,
             fault_deadline: Duration::from_secs(10),
+            working_set: true,
             keep_together: true,
         }
     }

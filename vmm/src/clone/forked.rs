@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::Context;
 use pando_pager::RootMemory;
+use pando_pager::working_set::PlannedRun;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
@@ -31,6 +32,8 @@ pub struct Inheritance {
     pub template: Template,
     /// Its memory, one per backend, in the machine's order. Holes are not registered yet.
     pub memories: Vec<RootMemory>,
+    /// Pages that it is known to write.
+    pub private: Vec<PlannedRun>,
     /// How its pager works, where it needs one.
     pub pager: PagerConfig,
     /// Whether this host was compared with the template.
@@ -64,6 +67,7 @@ fn work(
     let Inheritance {
         template,
         memories,
+        private,
         pager: config,
         host_check,
         supervisor_pid,
@@ -77,7 +81,7 @@ fn work(
     let is_together =
         needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
     let placement = is_together.then(Placement::together).flatten();
-    let (backings, pager) = inherited(&template, memories, &config)?;
+    let (backings, pager) = inherited(&template, memories, &config, &private)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
     let machine = Machine::restore(

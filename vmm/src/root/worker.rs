@@ -7,14 +7,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use pando_pager::working_set::PlannedRun;
 use pando_pager::{PAGE_BYTES, Root};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::protocol::{FromRoot, RootConfig, ToRoot};
+use crate::clone::END_SIGNALS;
 use crate::clone::control::Channel;
 use crate::clone::forked::{self, Inheritance};
+use crate::clone::instantiate::{CloneError, plan_for_root};
 use crate::clone::worker::{die_with, exit_code, take_channel};
-use crate::clone::{END_SIGNALS, instantiate::CloneError};
 use crate::machine::HostCheck;
 use crate::observe::log;
 use crate::report::{chain, exit};
@@ -48,6 +50,8 @@ pub fn run() -> u8 {
 struct Ready {
     template: Template,
     root: Root,
+    /// Pages that its clones are known to write.
+    private: Vec<PlannedRun>,
     one_thread: OneThread,
 }
 
@@ -69,11 +73,17 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         match fork_sibling(&ready.one_thread) {
             Ok(Forked::Child) => {
                 drop(channel);
-                let Ready { template, root, .. } = ready;
+                let Ready {
+                    template,
+                    root,
+                    private,
+                    ..
+                } = ready;
                 let inheritance = Inheritance {
                     id,
                     template,
                     memories: root.into_memories(),
+                    private,
                     pager: config.pager,
                     host_check: if config.host_check_is_due {
                         HostCheck::Due
@@ -121,6 +131,11 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let budget_pages = config.budget_bytes / PAGE_BYTES;
     let root = Root::fill(&images, budget_pages, config.pager.verify).map_err(CloneError::from)?;
     let filled = root.filled();
+    let private = if config.pager.working_set {
+        plan_for_root(&template)
+    } else {
+        Vec::new()
+    };
     // Last: whatever was called before might have started a thread.
     let one_thread = OneThread::prove().context("a root cannot fork")?;
     channel.send(
@@ -134,6 +149,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let ready = Ready {
         template,
         root,
+        private,
         one_thread,
     };
     Ok(Some((ready, config)))

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use pando_pager::image::Index;
-use pando_pager::working_set::{MergeRules, Merged, Trace, WorkingSet};
+use pando_pager::working_set::{MergeRules, Merged, Plan, PlanRules, Trace, WorkingSet};
 use rustix::fs::{Access, FlockOperation, flock};
 use rustix::io::Errno;
 use thiserror::Error;
@@ -78,6 +78,19 @@ impl Found {
         match self {
             Self::Known(set) => Some(set),
             Self::Absent | Self::Ignored { .. } => None,
+        }
+    }
+}
+
+/// What the working set of `template` says to bring ahead of its clones; nothing where there is
+/// none. A file that is of no use is noted.
+pub fn plan(template: &Template, rules: &PlanRules) -> Plan {
+    match WorkingSetFile::of(template).read() {
+        Found::Known(set) => Plan::new(&set, template.index(), rules),
+        Found::Absent => Plan::default(),
+        Found::Ignored { reason } => {
+            tracing::warn!("the working set is not used: {reason}");
+            Plan::default()
         }
     }
 }
