@@ -5,7 +5,6 @@
 use crate::handle::{Idle, Pager};
 use crate::image::{CHUNK_PAGES, Image};
 use crate::install::{Content, install};
-use crate::metrics::Origin;
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::residency::PageState;
 use crate::root_memory::{OwnMemory, read_proven};
@@ -43,7 +42,7 @@ impl Pager<Idle> {
     /// How many pages of `batch`, from its first on, are there now.
     fn install_batch(&mut self, backend: usize, batch: PageRange, buffer: &mut Vec<u8>) -> u64 {
         let verify = self.verifies();
-        let (uffd, images, metrics) = self.for_installing();
+        let (uffd, images) = self.for_installing();
         let Some(served) = images.get_mut(backend) else {
             return 0;
         };
@@ -63,8 +62,7 @@ impl Pager<Idle> {
         let report = install(&mut place, batch, Content::Bytes(bytes.unwrap_or(&[])));
         let done = PageRange::new(batch.start(), PageCount::new(report.done()));
         served.set_all(done, PageState::Present);
-        metrics.installed(Origin::Cache, report.fresh);
-        metrics.ahead(report.fresh);
+        self.installed_ahead(report.fresh);
         report.done()
     }
 }

@@ -14,7 +14,7 @@ use crate::error::PagerError;
 use crate::health::{Health, PoisonMethod};
 use crate::image::Image;
 use crate::memory::CloneMemory;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Origin};
 use crate::options::{PagerOptions, Verify};
 use crate::port::IoPath;
 use crate::record::Recorder;
@@ -37,6 +37,8 @@ pub struct Idle {
     pub(crate) health: Health,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) decorate: Option<Decorate>,
+    /// Pages that were installed before serving.
+    pub(crate) ahead_pages: u64,
     pub(crate) recorder: Option<Recorder>,
 }
 
@@ -86,6 +88,7 @@ impl Pager<Idle> {
                 health: Health::new(method),
                 metrics,
                 decorate: None,
+                ahead_pages: 0,
                 recorder,
             },
         })
@@ -173,9 +176,15 @@ impl Pager<Idle> {
         self.state.options.verify == Verify::OnRead
     }
 
-    pub(crate) fn for_installing(&mut self) -> (&Uffd, &mut [Served], &Metrics) {
+    pub(crate) fn installed_ahead(&mut self, pages: u64) {
+        self.state.ahead_pages += pages;
+        self.state.metrics.installed(Origin::Cache, pages);
+        self.state.metrics.ahead(pages);
+    }
+
+    pub(crate) fn for_installing(&mut self) -> (&Uffd, &mut [Served]) {
         let state = &mut self.state;
-        (&state.uffd, &mut state.images, &state.metrics)
+        (&state.uffd, &mut state.images)
     }
 
     /// What goes wrong later, to be listened to before it does.
@@ -196,6 +205,7 @@ impl Pager<Idle> {
             .map_err(setup("stop eventfd"))?;
         let stop = Arc::new(stop);
         let tally = Arc::new(Tally::default());
+        crate::counts::add(&tally.pages_cache, idle.ahead_pages);
         let health = idle.health.clone();
         let recorder = idle.recorder.clone();
         let (ready, answer) = bounded(1);
