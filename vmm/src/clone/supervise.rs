@@ -117,7 +117,18 @@ impl Supervisor {
     /// as of any other.
     pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> usize {
         let number = self.clones.len();
-        if self.options.engine == Engine::Root {
+        let room = match self.options.overcommit {
+            true => Ok(()),
+            false => self.usage.room_for_one(self.options.engine),
+        };
+        if let Err(error) = room {
+            metrics::count_failure(&self.options.name);
+            self.pending.push(Event::Ended(number));
+            self.clones.push(Clone::failed(Ending::Failed {
+                code: exit::FAILED,
+                message: chain(&error),
+            }));
+        } else if self.options.engine == Engine::Root {
             self.start_fork(number, serial, input);
         } else {
             let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {

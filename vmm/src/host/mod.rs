@@ -1,5 +1,6 @@
 //! What this host is and can do.
 
+pub mod cgroups;
 pub mod doctor;
 mod limits;
 mod paging;
