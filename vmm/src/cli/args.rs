@@ -326,6 +326,10 @@ pub struct CloneArgs {
     /// brings the rest [default: half of what the host has free]
     #[arg(long, value_name = "SIZE")]
     pub root_memory: Option<Size>,
+    /// Give each clone a cgroup (version 2) of its own, which also makes known what the kernel holds for
+    /// it; a start takes longer
+    #[arg(long)]
+    pub cgroups: bool,
     /// Start clones although this host has no room for all of them, by arithmetic; those for which there
     /// is none in the end fail by themselves
     #[arg(long)]

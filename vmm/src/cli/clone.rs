@@ -18,6 +18,7 @@ use super::table::table;
 use crate::clone::Engine;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
+use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
@@ -68,6 +69,12 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         measure_memory: args.metrics.is_some() || args.json || args.count > 1,
     })
     .map_err(|error| Failure::of(&error))?;
+    if args.cgroups {
+        match CloneGroups::new() {
+            Ok(groups) => supervisor.use_cgroups(groups),
+            Err(error) => note!("pando: {}", chain(&error)),
+        }
+    }
     drop(template);
     let readable = supervise(args, &mut supervisor)?;
     report(args, &supervisor, readable)
@@ -250,7 +257,7 @@ fn print_table(supervisor: &Supervisor) {
     if !supervisor.pager_stats.fault_total.is_empty() {
         say!("\n{faults}");
     }
-    print_memory(supervisor.usage());
+    print_memory(supervisor.usage(), supervisor.kernel_accounting());
 }
 
 fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
@@ -280,7 +287,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         "template": args.dir.display().to_string(),
         "engine": args.engine,
         "clones": clones,
-        "memory": memory_document(supervisor.usage()),
+        "memory": memory_document(supervisor.usage(), supervisor.kernel_accounting()),
         "pager": super::demo::pager_document(&supervisor.pager_stats),
     })
 }

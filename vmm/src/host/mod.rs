@@ -3,6 +3,7 @@
 pub mod cgroups;
 pub mod doctor;
 mod limits;
+mod memory;
 mod paging;
 
 use std::error::Error;
