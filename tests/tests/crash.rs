@@ -244,6 +244,7 @@ fn a_clone_that_cannot_be_started_does_not_touch_the_others() -> Result<()> {
         engine: Engine::Copy,
         pager: PagerConfig::default(),
         verbosity: 0,
+        overcommit: false,
         measure_memory: false,
     })?;
     supervisor.start(&SerialPlan::Null, &[]);

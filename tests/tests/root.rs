@@ -59,6 +59,7 @@ impl Grove {
             engine: Engine::Root,
             pager: PagerConfig::default(),
             verbosity: 0,
+            overcommit: true,
             measure_memory: false,
             host_check: HostCheck::Due,
             root,

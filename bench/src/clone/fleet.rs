@@ -128,6 +128,7 @@ impl Fleet {
                 ..PagerConfig::default()
             },
             verbosity: 0,
+            overcommit: true,
             measure_memory: false,
         })?;
         Ok(Self { supervisor, setup })

@@ -326,6 +326,14 @@ pub struct CloneArgs {
     /// brings the rest [default: half of what the host has free]
     #[arg(long, value_name = "SIZE")]
     pub root_memory: Option<Size>,
+    /// Give each clone a cgroup (version 2) of its own, which also makes known what the kernel holds for
+    /// it; a start takes longer
+    #[arg(long)]
+    pub cgroups: bool,
+    /// Start clones although this host has no room for all of them, by arithmetic; those for which there
+    /// is none in the end fail by themselves
+    #[arg(long)]
+    pub overcommit: bool,
     /// Serve Prometheus metrics at http://ADDR/metrics; port 0 takes a free one
     #[arg(long, value_name = "ADDR")]
     pub metrics: Option<SocketAddr>,

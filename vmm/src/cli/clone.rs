@@ -16,7 +16,9 @@ use super::out::{note, say};
 use super::size::human_us;
 use super::table::table;
 use crate::clone::Engine;
-use crate::clone::admit::admit;
+use crate::clone::admit::limits::HostLimits;
+use crate::clone::admit::{Request, admit};
+use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
@@ -38,7 +40,14 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         note!("metrics: http://{address}/metrics");
     }
     raise_descriptor_limit();
-    admit(args.count.into()).map_err(|error| Failure::of(&error))?;
+    let limits = HostLimits::probe();
+    let request = Request {
+        clones: args.count.into(),
+        engine: args.engine,
+        cpus: template.spec().cpus().get().into(),
+        once_bytes: root_bytes(args, &limits, template.spec().layout().total_bytes()),
+    };
+    admit(&request, &limits, args.overcommit).map_err(|error| Failure::of(&error))?;
     require_engine(args.engine, &pager)?;
     if let Some(dir) = &args.serial {
         fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
@@ -56,12 +65,32 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         engine: args.engine,
         pager,
         verbosity,
+        overcommit: args.overcommit,
         measure_memory: args.metrics.is_some() || args.json || args.count > 1,
     })
     .map_err(|error| Failure::of(&error))?;
+    if args.cgroups {
+        match CloneGroups::new() {
+            Ok(groups) => supervisor.use_cgroups(groups),
+            Err(error) => note!("pando: {}", chain(&error)),
+        }
+    }
     drop(template);
     let readable = supervise(args, &mut supervisor)?;
     report(args, &supervisor, readable)
+}
+
+/// The most that a root takes for itself, which is needed once.
+fn root_bytes(args: &CloneArgs, limits: &HostLimits, ram_bytes: u64) -> u64 {
+    let free = limits.memory.as_ref().map(|memory| memory.available_bytes);
+    match args.engine {
+        Engine::Copy | Engine::Kernel => 0,
+        Engine::Root => {
+            let asked = args.root_memory.map(|size| size.0);
+            let budget = asked.or_else(|| free.map(|free| free / 2));
+            ram_bytes.min(budget.unwrap_or(u64::MAX))
+        }
+    }
 }
 
 /// How pagers work, as the flags say.
@@ -228,7 +257,7 @@ fn print_table(supervisor: &Supervisor) {
     if !supervisor.pager_stats.fault_total.is_empty() {
         say!("\n{faults}");
     }
-    print_memory(supervisor.usage());
+    print_memory(supervisor.usage(), supervisor.kernel_accounting());
 }
 
 fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
@@ -258,7 +287,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         "template": args.dir.display().to_string(),
         "engine": args.engine,
         "clones": clones,
-        "memory": memory_document(supervisor.usage()),
+        "memory": memory_document(supervisor.usage(), supervisor.kernel_accounting()),
         "pager": super::demo::pager_document(&supervisor.pager_stats),
     })
 }

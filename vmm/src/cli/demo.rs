@@ -15,7 +15,8 @@ use super::progress;
 use super::size::{human_bytes, human_us};
 use super::table::table;
 use crate::clone::END_SIGNALS;
-use crate::clone::admit::admit;
+use crate::clone::admit::limits::HostLimits;
+use crate::clone::admit::{Request, admit};
 use crate::clone::supervise::{CloneOptions, Event};
 use crate::config::{self, EMBEDDED_KERNEL, MachineRequest};
 use crate::demo::drive::{Demo, Finished};
@@ -38,7 +39,13 @@ pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     };
     let (spec, _) = config::resolve(&request).map_err(|error| Failure::usage(chain(&error)))?;
     raise_descriptor_limit();
-    admit(args.clones.into()).map_err(|error| Failure::of(&error))?;
+    let admission = Request {
+        clones: args.clones.into(),
+        engine: args.engine,
+        cpus: request.cpus.into(),
+        once_bytes: args.memory.0,
+    };
+    admit(&admission, &HostLimits::probe(), false).map_err(|error| Failure::of(&error))?;
     require_engine(args.engine, &pager)?;
     let address = metrics::serve(args.metrics)?;
     note!("metrics: http://{address}/metrics");
@@ -62,6 +69,7 @@ pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
     }
     let demo = Demo {
         options: CloneOptions {
+            overcommit: false,
             host_check: crate::machine::HostCheck::Done,
             root: crate::clone::member::RootOptions::default(),
             program: std::env::current_exe().map_err(|error| Failure::of(&error))?,

@@ -11,7 +11,7 @@ use crate::observe::memory::marginal::MarginalCost;
 use crate::observe::memory::ram::Accuracy;
 
 /// Prints the sum over clones when most of them were measured, and what one more costs.
-pub fn print_memory(usage: &Usage) {
+pub fn print_memory(usage: &Usage, kernel: Result<(), &str>) {
     let most = usage.most();
     let Some(accuracy) = most.accuracy else {
         return;
@@ -42,6 +42,9 @@ pub fn print_memory(usage: &Usage) {
     row("kernel, page tables included", most.kernel_bytes);
     say!("\n{rows}");
     say!("of {} clones at once, each as last measured", most.clones);
+    if let (None, Err(why)) = (most.kernel_bytes, kernel) {
+        say!("what the kernel holds is unknown: {why}");
+    }
     match accuracy {
         Accuracy::Exact => (),
         Accuracy::WrittenUnknown => {
@@ -73,9 +76,14 @@ fn marginal(cost: &MarginalCost) -> String {
     )
 }
 
-/// The same for a program; `marginal` is null while too few clones have started in a row.
-pub fn memory_document(usage: &Usage) -> Value {
-    json!({ "total": usage.most(), "marginal": usage.marginal() })
+/// The same for a program; `marginal` is null while too few clones have started in a row, and
+/// `kernel_unknown` says why the kernel's share is.
+pub fn memory_document(usage: &Usage, kernel: Result<(), &str>) -> Value {
+    json!({
+        "total": usage.most(),
+        "marginal": usage.marginal(),
+        "kernel_unknown": kernel.err(),
+    })
 }
 
 #[cfg(test)]

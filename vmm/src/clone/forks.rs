@@ -15,6 +15,7 @@ use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use super::cgroup::CloneGroup;
 use super::control::{Channel, Ending, FromWorker};
 use super::member::{Clone, Event};
 use super::pool::Demand;
@@ -56,6 +57,7 @@ struct Flight {
     channel: Channel,
     console: Option<GuestConsole>,
     asked: Instant,
+    group: Option<CloneGroup>,
 }
 
 /// A fork that waits for its orders, or will in a moment.
@@ -215,8 +217,10 @@ impl Supervisor {
         };
         let id = self.forks.next_id;
         self.forks.next_id += 1;
+        let group = self.new_group();
+        let cgroup = group.as_ref().map(CloneGroup::descriptor);
         let sent = match &self.forks.root {
-            Some(root) => root.fork(id, theirs.as_fd()),
+            Some(root) => root.fork(id, theirs.as_fd(), cgroup),
             None => return self.forks.waiting.push_front(purpose),
         };
         if let Err(error) = sent {
@@ -231,6 +235,7 @@ impl Supervisor {
             channel,
             console,
             asked: Instant::now(),
+            group,
         };
         self.forks.flying.insert(id, flight);
     }
@@ -325,6 +330,7 @@ impl Supervisor {
             return;
         };
         self.usage.made();
+        let process = process.in_group(flight.group);
         match flight.purpose {
             Purpose::Clone {
                 number, requested, ..

@@ -31,6 +31,8 @@ pub struct CloneOptions {
     pub verbosity: u8,
     /// Whether the clones' memory is measured for the metrics while they run.
     pub measure_memory: bool,
+    /// Whether clones are started although they do not fit by arithmetic.
+    pub overcommit: bool,
     /// Whether the host was compared with the template; each clone does it otherwise.
     pub host_check: HostCheck,
     /// What only engine `root` needs to know.

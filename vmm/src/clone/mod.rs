@@ -14,6 +14,7 @@
 
 pub mod admit;
 mod attend;
+pub mod cgroup;
 pub mod control;
 pub mod forked;
 mod forks;
@@ -24,6 +25,7 @@ pub mod placement;
 pub mod pool;
 pub mod process;
 pub mod record;
+mod resources;
 pub mod supervise;
 mod token;
 pub mod usage;

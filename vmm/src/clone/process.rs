@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! A worker process as its supervisor sees it.
 
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -10,9 +11,11 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
 use thiserror::Error;
 
+use super::cgroup::CloneGroup;
 use super::control::{Channel, ControlError, Ending, Serial, ToWorker, WorkerConfig, monotonic};
 use crate::console::{ConsoleError, GuestConsole};
 use crate::report::exit;
+use crate::sys::spawn::spawn_into;
 
 /// The hidden subcommand that a worker runs.
 pub const WORKER_COMMAND: &str = "clone-worker";
@@ -54,6 +57,8 @@ pub struct ChildProcess {
     pid: u32,
     pidfd: OwnedFd,
     is_reaped: bool,
+    /// Removed when the process is.
+    group: Option<CloneGroup>,
 }
 
 impl ChildProcess {
@@ -72,7 +77,20 @@ impl ChildProcess {
             pid,
             pidfd,
             is_reaped: false,
+            group: None,
         }
+    }
+
+    /// The cgroup in which it began, if it has one of its own.
+    #[must_use]
+    pub fn in_group(mut self, group: Option<CloneGroup>) -> Self {
+        self.group = group;
+        self
+    }
+
+    /// Its cgroup, if it has one of its own.
+    pub fn group(&self) -> Option<&CloneGroup> {
+        self.group.as_ref()
     }
 
     /// Its process number.
@@ -196,6 +214,7 @@ impl CloneProcess {
         config: WorkerConfig,
         serial: &SerialPlan,
         input: &[u8],
+        group: Option<CloneGroup>,
     ) -> Result<(Self, Option<GuestConsole>), SpawnError> {
         let requested = Instant::now();
         let Orders {
@@ -203,12 +222,17 @@ impl CloneProcess {
             theirs,
             console,
         } = Orders::new(config, serial, input)?;
-        let mut command = Command::new(program);
-        command
-            .arg(WORKER_COMMAND)
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null());
-        let process = ChildProcess::spawn(&mut command)?;
+        let process = match group {
+            Some(group) => spawn_in(group, program, &theirs)?,
+            None => {
+                let mut command = Command::new(program);
+                command
+                    .arg(WORKER_COMMAND)
+                    .stdin(Stdio::from(theirs))
+                    .stdout(Stdio::null());
+                ChildProcess::spawn(&mut command)?
+            }
+        };
         Ok((Self::adopt(process, channel, requested), console))
     }
 
@@ -226,6 +250,11 @@ impl CloneProcess {
     /// Its process number.
     pub fn pid(&self) -> u32 {
         self.process.pid()
+    }
+
+    /// The directory of its cgroup, if it has one of its own.
+    pub fn cgroup(&self) -> Option<&Path> {
+        self.process.group().map(CloneGroup::path)
     }
 
     /// Becomes readable when the process ends.
@@ -255,6 +284,28 @@ impl CloneProcess {
             },
         }
     }
+}
+
+/// Starts `program` as a worker in a cgroup.
+fn spawn_in(
+    group: CloneGroup,
+    program: &Path,
+    theirs: &OwnedFd,
+) -> Result<ChildProcess, SpawnError> {
+    let null = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/null")
+        .map_err(SpawnError::Spawn)?;
+    let (pid, pidfd) = spawn_into(
+        group.descriptor(),
+        program,
+        WORKER_COMMAND,
+        theirs.as_fd(),
+        null.as_fd(),
+    )
+    .map_err(SpawnError::Spawn)?;
+    let pid = pid.as_raw_nonzero().get().unsigned_abs();
+    Ok(ChildProcess::new(pid, pidfd).in_group(Some(group)))
 }
 
 /// How a process ended that did not say so itself.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::event::epoll;
 use thiserror::Error;
 
+use super::cgroup::CloneGroups;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
 pub use super::member::{Clone, CloneOptions, Event, RootOptions};
@@ -60,6 +61,8 @@ pub struct Supervisor {
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
+    /// Cgroups of clones, if they have some. Behind what holds their processes: it removes them.
+    pub(super) groups: Option<CloneGroups>,
 }
 
 impl Supervisor {
@@ -83,6 +86,7 @@ impl Supervisor {
             usage: Usage::default(),
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
+            groups: None,
         };
         supervisor
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
@@ -95,11 +99,6 @@ impl Supervisor {
     /// All clones, in the order in which they were asked for.
     pub fn clones(&self) -> &[Clone] {
         &self.clones
-    }
-
-    /// What the clones take of this host's memory.
-    pub fn usage(&self) -> &Usage {
-        &self.usage
     }
 
     /// One clone.
@@ -117,7 +116,9 @@ impl Supervisor {
     /// as of any other.
     pub fn start(&mut self, serial: &SerialPlan, input: &[u8]) -> usize {
         let number = self.clones.len();
-        if self.options.engine == Engine::Root {
+        if let Some(refused) = self.refuse_without_room(number) {
+            self.clones.push(refused);
+        } else if self.options.engine == Engine::Root {
             self.start_fork(number, serial, input);
         } else {
             let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
@@ -151,10 +152,17 @@ impl Supervisor {
         }
     }
 
-    fn spawn(&self, number: usize, serial: &SerialPlan, input: &[u8]) -> Result<Clone, SpawnError> {
+    fn spawn(
+        &mut self,
+        number: usize,
+        serial: &SerialPlan,
+        input: &[u8],
+    ) -> Result<Clone, SpawnError> {
         let config = self.config(number);
         let terminal = saved_terminal(serial);
-        let (process, console) = CloneProcess::spawn(&self.options.program, config, serial, input)?;
+        let group = self.new_group();
+        let (process, console) =
+            CloneProcess::spawn(&self.options.program, config, serial, input, group)?;
         let spawn = process.spawn;
         let mut clone = Clone::new(serial, terminal);
         clone.stages.push(("spawn".to_owned(), spawn));
@@ -361,8 +369,10 @@ impl Supervisor {
                     metrics::record_start(&self.options.name, engine, stage, *took);
                 }
                 let is_paged = clone.io != "none";
+                let cgroup = clone.process.as_ref().and_then(CloneProcess::cgroup);
+                let cgroup = cgroup.map(Path::to_owned);
                 self.usage
-                    .started(&self.options.name, number, places, is_paged, None);
+                    .started(&self.options.name, number, places, is_paged, cgroup);
                 self.publish_counts();
                 Some(Event::Started(number))
             }

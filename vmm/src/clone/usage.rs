@@ -1,9 +1,14 @@
 #![forbid(unsafe_code)]
 //! What clones take of this host's memory, measured in passing.
 
+use std::cell::OnceCell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::Engine;
+use super::admit::limits::MemoryLimit;
+use super::admit::{AdmitError, admit_one, idle_bytes};
+use crate::host::cgroups::Membership;
 use crate::observe::memory::available_bytes;
 use crate::observe::memory::clone::{CloneMemory, MemoryTotal};
 use crate::observe::memory::marginal::{Marginal, MarginalCost};
@@ -48,6 +53,8 @@ pub struct Usage {
     /// Processes that are alive, and those of them that run.
     made: u64,
     running: u64,
+    /// Where this process is limited; found out with the first clone.
+    membership: OnceCell<Membership>,
     most: MemoryTotal,
 }
 
@@ -65,6 +72,18 @@ impl Usage {
     /// What one more clone costs, as the last starts in a row showed it.
     pub fn marginal(&self) -> Option<MarginalCost> {
         self.cost
+    }
+
+    /// Whether there is memory for one more clone.
+    pub(super) fn room_for_one(&self, engine: Engine) -> Result<(), AdmitError> {
+        let membership = self.membership.get_or_init(Membership::of_self);
+        let each = self
+            .cost
+            .map_or(idle_bytes(engine), |cost| cost.whole_bytes());
+        match MemoryLimit::within(membership) {
+            Some(limit) => admit_one(each, &limit),
+            None => Ok(()),
+        }
     }
 
     /// A process for a clone has been made.

@@ -207,6 +207,7 @@ impl Warmer {
             config,
             &SerialPlan::Supervisor,
             &self.options.input,
+            None,
         )
         .map_err(|source| WarmError::Spawn { run, source })?;
         Ok(Underway {

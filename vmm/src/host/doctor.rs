@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Resource, getrlimit};
 use serde::Serialize;
 
-use super::paging;
+use super::{memory, paging};
 use crate::arch::x86_64::boot::BootSource;
 use crate::config;
 use crate::console::GuestConsole;
@@ -93,6 +93,7 @@ pub fn examine() -> Vec<Finding> {
     }
     findings.extend(paging::examine());
     findings.extend([locked_memory(), open_files(), huge_pages(), cgroup()]);
+    findings.extend(memory::examine());
     findings
 }
 

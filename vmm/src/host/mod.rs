@@ -1,7 +1,9 @@
 //! What this host is and can do.
 
+pub mod cgroups;
 pub mod doctor;
 mod limits;
+mod memory;
 mod paging;
 
 use std::error::Error;

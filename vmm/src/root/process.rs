@@ -33,9 +33,16 @@ impl RootProcess {
         Ok(Self { process, channel })
     }
 
-    /// Asks for a fork whose control socket is `theirs`.
-    pub fn fork(&self, id: u64, theirs: BorrowedFd<'_>) -> Result<(), ControlError> {
-        self.channel.send(&ToRoot::Fork { id }, &[theirs])
+    /// Asks for a fork whose control socket is `theirs`, and which begins in `cgroup`, the directory of
+    /// one.
+    pub fn fork(
+        &self,
+        id: u64,
+        theirs: BorrowedFd<'_>,
+        cgroup: Option<BorrowedFd<'_>>,
+    ) -> Result<(), ControlError> {
+        let descriptors: Vec<_> = [Some(theirs), cgroup].into_iter().flatten().collect();
+        self.channel.send(&ToRoot::Fork { id }, &descriptors)
     }
 
     /// The next message; `None` when the root is ending.

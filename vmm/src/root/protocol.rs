@@ -13,7 +13,8 @@ use crate::clone::control::{PagerConfig, path_bytes};
 pub enum ToRoot {
     /// The first message: what to be a root of.
     Start(RootConfig),
-    /// Make a clone; its end of the control socket comes beside this.
+    /// Make a clone; its end of the control socket comes beside this, and behind that the directory
+    /// of the cgroup in which it is to begin, if it is to have one.
     Fork {
         /// What the supervisor calls the new process.
         id: u64,

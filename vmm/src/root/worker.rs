@@ -65,14 +65,14 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
         while !has_order(&channel) && ready.root.collapse_next() {}
-        let (id, theirs) = match next_order(&channel) {
+        let Order { id, theirs, cgroup } = match next_order(&channel) {
             Ok(Some(order)) => order,
             Ok(None) => return Ok(exit::OK),
             Err(error) => return Err((channel, error)),
         };
-        match fork_sibling(&ready.one_thread) {
+        match fork_sibling(&ready.one_thread, cgroup.as_ref().map(AsFd::as_fd)) {
             Ok(Forked::Child) => {
-                drop(channel);
+                drop((channel, cgroup));
                 let Ready {
                     template,
                     root,
@@ -169,8 +169,17 @@ fn has_order(channel: &Channel) -> bool {
     matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
 }
 
+/// A fork to make.
+struct Order {
+    id: u64,
+    /// Its end of the control socket.
+    theirs: OwnedFd,
+    /// The directory of the cgroup in which it is to begin.
+    cgroup: Option<OwnedFd>,
+}
+
 /// The next fork to make; `None` when the supervisor is gone.
-fn next_order(channel: &Channel) -> anyhow::Result<Option<(u64, OwnedFd)>> {
+fn next_order(channel: &Channel) -> anyhow::Result<Option<Order>> {
     let Some((message, descriptors)) = channel.receive::<ToRoot>()? else {
         return Ok(None);
     };
@@ -178,8 +187,10 @@ fn next_order(channel: &Channel) -> anyhow::Result<Option<(u64, OwnedFd)>> {
         bail!("a root was told twice what to be a root of");
     };
     let mut descriptors = descriptors.into_iter();
-    match (descriptors.next(), descriptors.next()) {
-        (Some(theirs), None) => Ok(Some((id, theirs))),
-        _ => Err(io::Error::other("an order to fork came without its one descriptor").into()),
+    match (descriptors.next(), descriptors.next(), descriptors.next()) {
+        (Some(theirs), cgroup, None) => Ok(Some(Order { id, theirs, cgroup })),
+        _ => {
+            Err(io::Error::other("an order to fork came without its one or two descriptors").into())
+        }
     }
 }

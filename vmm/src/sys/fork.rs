@@ -10,10 +10,12 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr;
 
 use rustix::process::Pid;
+
+use super::spawn::{Parent, clone_into};
 
 /// Evidence that this process has one thread. Who holds it starts none.
 #[derive(Debug)]
@@ -48,8 +50,13 @@ pub enum Forked {
 }
 
 /// Forks a sibling: a copy of this process whose parent is this process's parent, which is told of
-/// its end (SIGCHLD) and takes its exit status. See clone(2), `CLONE_PARENT` and `CLONE_PIDFD`.
-pub fn fork_sibling(_: &OneThread) -> io::Result<Forked> {
+/// its end (SIGCHLD) and takes its exit status. See clone(2), `CLONE_PARENT` and `CLONE_PIDFD`. With
+/// `cgroup`, the directory of one, it begins there.
+pub fn fork_sibling(_: &OneThread, cgroup: Option<BorrowedFd<'_>>) -> io::Result<Forked> {
+    if let Some(cgroup) = cgroup {
+        // SAFETY: the process has one thread (see the top of the file).
+        return unsafe { clone_into(cgroup, Parent::Ours) };
+    }
     let flags = libc::CLONE_PARENT | libc::CLONE_PIDFD | libc::SIGCHLD;
     let mut pidfd: RawFd = -1;
     let null = ptr::null_mut::<libc::c_void>();

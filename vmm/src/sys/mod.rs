@@ -2,3 +2,4 @@
 
 pub mod fork;
 pub mod pagemap;
+pub mod spawn;

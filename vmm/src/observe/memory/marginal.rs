@@ -29,9 +29,14 @@ pub struct MarginalCost {
 }
 
 impl MarginalCost {
-    /// The highest cost that is not unlikely, for arithmetic that must not promise too much.
-    pub fn upper_bytes(&self) -> f64 {
-        self.bytes + self.plus_minus_bytes
+    /// The cost in whole bytes, zero for one below zero: on a busy host it can be seen so.
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a float converts to an integer by saturation, which is what is wanted"
+    )]
+    pub fn whole_bytes(&self) -> u64 {
+        self.bytes as u64
     }
 }
 
