@@ -57,7 +57,7 @@ pub enum Event {
     Output(usize),
     /// It ended; its [`Clone::ending`] says how.
     Ended(usize),
-    /// One of [`END_SIGNALS`] came.
+    /// One of [`END_SIGNALS`](super::END_SIGNALS) came.
     Signal,
 }
 
