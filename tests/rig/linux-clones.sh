@@ -47,7 +47,7 @@ linux_clones() {
     mkdir -p "$folder"
     check "$run-create" pando template create "$template" --kernel /rig/vmlinuz --initrd /rig/initrd \
         --append "console=ttyS0 quiet panic=-1" --memory "$memory" --cpus 2 \
-        --ready serial:PANDO-READY --timeout 120 "$@" || return 1
+        --ready serial:PANDO-READY --timeout 300 "$@" || return 1
     check "$run-verify" pando template verify "$template" || return 1
     before=$($fingerprint "$template"/*.mem)
 
@@ -142,7 +142,7 @@ forks_of_a_root() {
     mkdir -p "$folder"
     check forks-create pando template create "$template" --kernel /rig/vmlinuz --initrd /rig/initrd \
         --append "console=ttyS0 quiet panic=-1" --memory 256M --cpus 2 \
-        --ready serial:PANDO-READY --timeout 120 || return 1
+        --ready serial:PANDO-READY --timeout 300 || return 1
     before=$(sha256sum "$template"/*.mem)
     for batch in 0 1; do
         pando clone "$template" --engine root --count 5 --serial "$folder/$batch" --json \

@@ -6,7 +6,7 @@ rounds=12
 
 pando template create /tmp/template --kernel /rig/vmlinuz --initrd /rig/initrd \
     --append "console=ttyS0 quiet panic=-1" --memory $memory --cpus 2 \
-    --ready serial:PANDO-READY --timeout 120 --no-reserve || exit 1
+    --ready serial:PANDO-READY --timeout 300 --no-reserve || exit 1
 for round in $(seq 1 $rounds); do
     for engine in copy kernel; do
         serials=/tmp/serial-$round-$engine
