@@ -138,10 +138,7 @@ impl Pager<Idle> {
             let image = id();
             return Err(PagerError::Ioctls { image, missing });
         }
-        self.state.mappings.push(Region::new(&mapping));
-        let served = Served::new(image, Region::new(&mapping));
-        self.state.images.push(served);
-        Ok(CloneMemory::new(mapping, own))
+        Ok(self.serve_in(image, mapping, own))
     }
 
     /// Takes over memory that this process inherited from a root: registers its holes, so that
@@ -166,10 +163,15 @@ impl Pager<Idle> {
                 return Err(PagerError::Ioctls { image, missing });
             }
         }
+        Ok(self.serve_in(image, mapping, own))
+    }
+
+    /// Memory of `image` that is registered: the pager's part of it, and the clone's.
+    fn serve_in(&mut self, image: Image, mapping: Arc<ServedMapping>, own: OwnedFd) -> CloneMemory {
         self.state.mappings.push(Region::new(&mapping));
         let served = Served::new(image, Region::new(&mapping));
         self.state.images.push(served);
-        Ok(CloneMemory::new(mapping, own))
+        CloneMemory::new(mapping, own)
     }
 
     pub(crate) fn verifies(&self) -> bool {
