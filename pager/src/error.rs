@@ -5,6 +5,8 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::client::{ClientId, SpecError};
+
 /// Why a pager could not be made, or ended.
 #[derive(Debug, Error)]
 pub enum PagerError {
@@ -77,5 +79,14 @@ pub enum PagerError {
     Failed {
         /// Why, as in `Health::failure`.
         reason: String,
+    },
+    /// A client cannot be served, or is none.
+    #[error("client {client} is refused")]
+    Client {
+        /// Who.
+        client: ClientId,
+        /// Why.
+        #[source]
+        reason: SpecError,
     },
 }
