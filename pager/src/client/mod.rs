@@ -4,7 +4,8 @@
 mod check;
 mod spec;
 
-pub use check::SpecError;
+pub use check::{SpecError, check as check_regions};
+#[expect(unused_imports, reason = "for the shards")]
 pub(crate) use check::check;
 pub use spec::{AheadRun, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId, MAX_REGIONS};
 

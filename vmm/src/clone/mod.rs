@@ -15,6 +15,7 @@
 pub mod admit;
 mod attend;
 pub mod cgroup;
+pub mod channel;
 pub mod control;
 pub mod forked;
 mod forks;
