@@ -41,7 +41,9 @@ pub enum ControlError {
         bytes: usize,
     },
     /// More descriptors than a message may have, or than this process has room for.
-    #[error("control message came without all its descriptors, of which {MAX_DESCRIPTORS} are the limit")]
+    #[error(
+        "control message came without all its descriptors, of which {MAX_DESCRIPTORS} are the limit"
+    )]
     Descriptors,
     /// A message that is none of ours.
     #[error("control message is damaged: {reason}")]
@@ -152,7 +154,10 @@ impl Channel {
     }
 
     /// Receives bytes as they are.
-    pub(crate) fn receive_bytes(&self, flags: RecvFlags) -> Result<Received<Vec<u8>>, ControlError> {
+    pub(crate) fn receive_bytes(
+        &self,
+        flags: RecvFlags,
+    ) -> Result<Received<Vec<u8>>, ControlError> {
         let mut buffer = vec![0; MAX_MESSAGE_BYTES];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);

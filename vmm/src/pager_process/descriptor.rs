@@ -18,7 +18,9 @@ const MAX_INFO_BYTES: usize = 4096;
 #[derive(Debug, Error)]
 pub enum WrongDescriptor {
     /// More or fewer than the order takes.
-    #[error("{count} descriptors came with it where {expected} are needed (to attach: a userfaultfd and a pidfd)")]
+    #[error(
+        "{count} descriptors came with it where {expected} are needed (to attach: a userfaultfd and a pidfd)"
+    )]
     Count {
         /// How many came.
         count: usize,

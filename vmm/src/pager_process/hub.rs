@@ -55,7 +55,9 @@ pub enum OrderError {
         limit: usize,
     },
     /// An order that is too long.
-    #[error("it has {count} runs: join neighbours, or send several orders of {MAX_FORGOTTEN_RUNS} at most")]
+    #[error(
+        "it has {count} runs: join neighbours, or send several orders of {MAX_FORGOTTEN_RUNS} at most"
+    )]
     TooLong {
         /// How many runs.
         count: usize,
@@ -256,12 +258,7 @@ impl Hub {
     }
 
     /// A client that is not there any more is as good as detached.
-    fn detach(
-        &self,
-        peer: PeerId,
-        client: u64,
-        descriptors: &[OwnedFd],
-    ) -> Result<(), OrderError> {
+    fn detach(&self, peer: PeerId, client: u64, descriptors: &[OwnedFd]) -> Result<(), OrderError> {
         descriptor::none(descriptors)?;
         let mut registry = lock(&self.registry);
         if let Some(id) = registry.find(peer, client) {

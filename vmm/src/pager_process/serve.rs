@@ -236,19 +236,16 @@ impl Server {
 
 /// Takes one order from a peer's socket.
 fn receive(outlet: &Outlet) -> Result<Received<ClientOrder>, ControlError> {
-    Ok(
-        match outlet.channel().receive_bytes(RecvFlags::DONTWAIT)? {
-            Received::Message(bytes, descriptors) => {
-                let order =
-                    serde_json::from_slice(&bytes).map_err(|error| ControlError::Damaged {
-                        reason: error.to_string(),
-                    })?;
-                Received::Message(order, descriptors)
-            }
-            Received::Nothing => Received::Nothing,
-            Received::Closed => Received::Closed,
-        },
-    )
+    Ok(match outlet.channel().receive_bytes(RecvFlags::DONTWAIT)? {
+        Received::Message(bytes, descriptors) => {
+            let order = serde_json::from_slice(&bytes).map_err(|error| ControlError::Damaged {
+                reason: error.to_string(),
+            })?;
+            Received::Message(order, descriptors)
+        }
+        Received::Nothing => Received::Nothing,
+        Received::Closed => Received::Closed,
+    })
 }
 
 /// The images at `path`, with the label of their metrics.
