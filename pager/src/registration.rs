@@ -17,10 +17,10 @@ use crate::image::{CHUNK_PAGES, Image};
 use crate::install::{Content, install};
 use crate::memory::CloneMemory;
 use crate::metrics::{Metrics, Origin};
-use crate::page::{PAGE_BYTES, PageCount, PageRange};
+use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::root_memory::{OwnMemory, RootMemory, read_proven};
 use crate::sys::mmap::ServedMapping;
-use crate::sys::userfaultfd as uffd_sys;
+use crate::sys::userfaultfd::{self as uffd_sys, Tracking};
 use crate::working_set::Plan;
 
 /// Where the memory of one image lies in this process.
@@ -44,9 +44,9 @@ pub struct Registration {
 impl Registration {
     /// Gets a userfaultfd.
     pub fn new() -> Result<Self, PagerError> {
-        let (uffd, _) = uffd_sys::open().map_err(PagerError::Userfaultfd)?;
+        let opened = uffd_sys::open(Tracking::Off).map_err(PagerError::Userfaultfd)?;
         Ok(Self {
-            uffd,
+            uffd: opened.uffd,
             mappings: Vec::new(),
             places: Vec::new(),
         })
@@ -54,22 +54,24 @@ impl Registration {
 
     /// Maps and registers memory for `image`.
     pub fn map(&mut self, image: &Image) -> Result<CloneMemory, PagerError> {
-        let (id, bytes) = (|| image.id().to_owned(), image.bytes());
+        let bytes = image.bytes();
         if bytes == 0 {
-            return Err(PagerError::Empty { image: id() });
+            let image = image.id().to_owned();
+            return Err(PagerError::Empty { image });
         }
         let map = |source| PagerError::Map {
-            image: id(),
+            image: image.id().to_owned(),
             bytes,
             source,
         };
         let mapping = Arc::new(ServedMapping::new(bytes).map_err(map)?);
-        let missing =
-            uffd_sys::register(&self.uffd, &mapping).map_err(|source| PagerError::Register {
-                image: id(),
-                bytes,
-                source,
-            })?;
+        let whole = PageRange::new(PageIndex::default(), image.pages());
+        let missing = uffd_sys::register(&self.uffd, &mapping, whole, Tracking::Off);
+        let missing = missing.map_err(|source| PagerError::Register {
+            image: image.id().to_owned(),
+            bytes,
+            source,
+        })?;
         self.keep(image, mapping, missing)
     }
 
@@ -86,8 +88,8 @@ impl Registration {
         let (mapping, runs) = memory.into_parts().map_err(holes)?;
         let mut missing = Vec::new();
         for run in runs {
-            let found = uffd_sys::register_pages(&self.uffd, &mapping, run).map_err(holes)?;
-            missing.extend(found);
+            let found = uffd_sys::register(&self.uffd, &mapping, run, Tracking::Off);
+            missing.extend(found.map_err(holes)?);
         }
         self.keep(image, mapping, missing)
     }
@@ -172,7 +174,8 @@ impl Registration {
         let bytes = usize::try_from(before).ok().and_then(|at| buffer.get(at..));
         let mut place = OwnMemory {
             uffd: &self.uffd,
-            mapping,
+            memory: mapping,
+            tracking: Tracking::Off,
         };
         let report = install(&mut place, batch, Content::Bytes(bytes.unwrap_or(&[])));
         (report.done(), report.fresh)
@@ -192,7 +195,6 @@ mod tests {
 
     use super::*;
     use crate::image::BackendIndex;
-    use crate::page::PageIndex;
     use crate::working_set::PlannedRun;
 
     #[test]

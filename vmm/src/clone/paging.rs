@@ -62,6 +62,7 @@ struct GivenUp {
 pub struct SharedPaging {
     template: Option<ServedTemplate>,
     process: Option<PagerProcess>,
+    /// How the pager reads, since it serves somebody.
     io: Option<String>,
     clients: BTreeMap<u64, Client>,
     numbers: HashMap<Owner, u64>,
@@ -264,10 +265,7 @@ impl Supervisor {
     fn obey_pager(&mut self, message: FromPager) {
         self.paging.silence.heard();
         match message {
-            FromPager::Ready { io } => {
-                self.paging.unready = 0;
-                self.paging.io = Some(io);
-            }
+            FromPager::Ready => self.paging.unready = 0,
             FromPager::Client(news) => self.hear_news(news),
             FromPager::Metrics(delta) => self.take_metrics(&delta),
             FromPager::Failed { code, message } => {
@@ -287,14 +285,15 @@ impl Supervisor {
         let number = news.client();
         let owner = self.paging.clients.get(&number).map(|client| client.owner);
         match (news, owner) {
-            (ClientNews::Attached { .. }, owner) => {
+            (ClientNews::Attached { io, .. }, owner) => {
                 self.paging.sent.remove(&number);
-                if let (Some(Owner::Clone(clone)), Some(io)) = (owner, &self.paging.io)
+                if let Some(Owner::Clone(clone)) = owner
                     && let Some(clone) = self.clones.get_mut(clone)
                     && clone.io == IO_SHARED
                 {
-                    clone.io.clone_from(io);
+                    clone.io.clone_from(&io);
                 }
+                self.paging.io = Some(io);
             }
             (
                 ClientNews::Refused {

@@ -111,10 +111,7 @@ pub struct RawRun {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromPager {
     /// It has its shards and waits for clients.
-    Ready {
-        /// How it reads (`pando_pager::IoPath`).
-        io: String,
-    },
+    Ready,
     /// Something about a client.
     Client(ClientNews),
     /// What was recorded since the last time; empty where that is nothing, to show that it lives.
@@ -138,6 +135,8 @@ pub enum ClientNews {
     Attached {
         /// Who.
         client: u64,
+        /// How its pages are read (`pando_pager::IoPath`).
+        io: String,
     },
     /// What was ordered for it cannot be; nothing has changed.
     Refused {
@@ -197,7 +196,7 @@ impl ClientNews {
     /// Whom it is about.
     pub fn client(&self) -> u64 {
         match self {
-            Self::Attached { client }
+            Self::Attached { client, .. }
             | Self::Refused { client, .. }
             | Self::Forgotten { client }
             | Self::Poisoned { client, .. }

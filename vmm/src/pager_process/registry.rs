@@ -73,12 +73,15 @@ impl Registry {
     }
 
     /// It is served: tells its peer, and what has happened since.
-    pub(super) fn attached(&mut self, id: ClientId) {
+    pub(super) fn attached(&mut self, id: ClientId, io: &str) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
         let client = entry.name;
-        entry.outlet.tell_client(ClientNews::Attached { client });
+        let io = io.to_owned();
+        entry
+            .outlet
+            .tell_client(ClientNews::Attached { client, io });
         let early = entry.early.take().unwrap_or_default();
         if let Some(page) = early.poisoned {
             entry
@@ -194,10 +197,10 @@ mod tests {
         registry.hear(&poisoned);
         registry.hear(&ClientEvent::Gone { client: id });
         assert!(news(&theirs).is_empty(), "it is not attached yet");
-        registry.attached(id);
+        registry.attached(id, "pread");
         registry.hear(&poisoned);
         let told = news(&theirs);
-        assert_eq!(told[0], ClientNews::Attached { client: 7 });
+        assert!(matches!(&told[0], ClientNews::Attached { client: 7, io } if io == "pread"));
         assert!(
             matches!(&told[1], ClientNews::Poisoned { client: 7, page } if page.contains("page 5 of ram0"))
         );
