@@ -211,7 +211,7 @@ fn a_socket_path_in_use() -> Result<()> {
     )?;
     // The other two run all the same.
     pando_tests::command::eventually("two clones listen", || {
-        names(&serial).is_ok_and(|names| names.len() == 3) && running.children().len() == 2
+        names(&serial).is_ok_and(|names| names.len() == 3) && running.clones().len() == 2
     })?;
     running.signal(rustix::process::Signal::TERM)?;
     running.finish()?.expect_code(1)?.expect_error(&[
