@@ -76,12 +76,13 @@ fn clones_end_with_their_supervisor() -> Result<()> {
     let template = make_template(dir.path())?;
     let serial = dir.path().join("serial");
     let mut running = start_clones(&template, &serial, 4)?;
-    let clones = running.clones();
-    assert_eq!(clones.len(), 4);
+    assert_eq!(running.clones().len(), 4);
+    let processes = running.children();
+    assert_eq!(processes.len(), 5, "four clones and their pager");
     running.child.kill()?;
     running.child.wait()?;
-    eventually("all clones are gone", || {
-        clones.iter().all(|&pid| !is_alive(pid))
+    eventually("all are gone", || {
+        processes.iter().all(|&pid| !is_alive(pid))
     })?;
     // Sockets of killed clones need no cleaning: the next ones take their place.
     let running = start_clones(&template, &serial, 4)?;
