@@ -398,3 +398,23 @@ fn a_client_that_dies_mid_fault_is_forgotten_and_others_go_on() {
         }
     }
 }
+
+#[test]
+fn a_client_that_makes_its_descriptor_block_stops_nobody() {
+    let template = Template::new(PAGES, all);
+    for mode in MODES {
+        let (options, _) = shared_options(mode, FaultPlan::default());
+        let (pager, _) = start(options);
+        let image = pager.add_image(template.image(), "test").unwrap();
+        let (hostile, guest) = (Guest::new(PAGES), Guest::new(PAGES));
+        pager.attach(id(1), hostile.spec(image)).unwrap();
+        pager.attach(id(2), guest.spec(image)).unwrap();
+        let shared = hostile.uffd();
+        let flags = rustix::fs::fcntl_getfl(&shared).unwrap();
+        rustix::fs::fcntl_setfl(&shared, flags - rustix::fs::OFlags::NONBLOCK).unwrap();
+        for page in 0..PAGES {
+            assert_eq!(hostile.read_page(page), template.expected(page));
+            assert_eq!(guest.read_page(page), template.expected(page));
+        }
+    }
+}
