@@ -2,6 +2,7 @@
 //! What a supervisor and its workers say to each other: typed messages on a seqpacket socket, each
 //! with a version and a bound, descriptors beside the first.
 
+use std::cell::RefCell;
 use std::io;
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -227,6 +228,11 @@ impl Ending {
     }
 }
 
+thread_local! {
+    /// Where a message is received. Kept: room for the longest one is mapped, and faulted in, once.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 /// One end of a control socket.
 #[derive(Debug)]
 pub struct Channel(OwnedFd);
@@ -284,11 +290,18 @@ impl Channel {
 
     /// Receives the next message and its descriptors; `None` when the other end is closed.
     pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
-        let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+        BUFFER.with_borrow_mut(|buffer| self.receive_into(buffer))
+    }
+
+    fn receive_into<T: DeserializeOwned>(
+        &self,
+        buffer: &mut Vec<u8>,
+    ) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
+        buffer.resize(MAX_MESSAGE_BYTES, 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let received = loop {
-            let slices = &mut [IoSliceMut::new(&mut buffer)];
+            let slices = &mut [IoSliceMut::new(buffer)];
             match rustix::net::recvmsg(&self.0, slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
                 Err(rustix::io::Errno::INTR) => (),
                 Err(rustix::io::Errno::CONNRESET) => return Ok(None),

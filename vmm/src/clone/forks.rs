@@ -19,7 +19,7 @@ use super::cgroup::CloneGroup;
 use super::control::{Channel, Ending, FromWorker};
 use super::member::{Clone, Event};
 use super::pool::Demand;
-use super::process::{ChildProcess, CloneProcess, Orders, SerialPlan, SpawnError, give_orders};
+use super::process::{ChildProcess, CloneProcess, SerialPlan, SpawnError, give_orders};
 use super::supervise::{Supervisor, saved_terminal};
 use super::token::{self, Kind};
 use crate::console::GuestConsole;
@@ -48,6 +48,12 @@ enum Purpose {
         requested: Instant,
     },
     Shell,
+}
+
+impl Purpose {
+    fn is_clone(&self) -> bool {
+        matches!(self, Self::Clone { .. })
+    }
 }
 
 /// A fork that was asked for.
@@ -192,27 +198,8 @@ impl Supervisor {
     }
 
     fn send_fork(&mut self, purpose: Purpose) {
-        let orders = match &purpose {
-            Purpose::Clone {
-                number,
-                serial,
-                input,
-                ..
-            } => Orders::new(self.config(*number), serial, input),
-            Purpose::Shell => Channel::pair()
-                .map(|(channel, theirs)| Orders {
-                    channel,
-                    theirs,
-                    console: None,
-                })
-                .map_err(SpawnError::from),
-        };
-        let Orders {
-            channel,
-            theirs,
-            console,
-        } = match orders {
-            Ok(orders) => orders,
+        let (channel, theirs) = match Channel::pair() {
+            Ok(pair) => pair,
             Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
         };
         let id = self.forks.next_id;
@@ -220,7 +207,7 @@ impl Supervisor {
         let group = self.new_group();
         let cgroup = group.as_ref().map(CloneGroup::descriptor);
         let sent = match &self.forks.root {
-            Some(root) => root.fork(id, theirs.as_fd(), cgroup),
+            Some(root) => root.fork(id, purpose.is_clone(), theirs.as_fd(), cgroup),
             None => return self.forks.waiting.push_front(purpose),
         };
         if let Err(error) = sent {
@@ -230,6 +217,21 @@ impl Supervisor {
             self.forks.is_ready = false;
             return;
         }
+        // While the root forks.
+        let console = match &purpose {
+            Purpose::Clone {
+                number,
+                serial,
+                input,
+                ..
+            } => give_orders(&channel, self.config(*number), serial, input),
+            Purpose::Shell => Ok(None),
+        };
+        let console = match console {
+            Ok(console) => console,
+            // The fork ends when its control socket closes, and is not known when it is told of.
+            Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
+        };
         let flight = Flight {
             purpose,
             channel,

@@ -23,6 +23,9 @@ pub enum CloneError {
     /// Engine `root` without a root.
     #[error("a clone of engine root can only be a fork of its root process")]
     NotForked,
+    /// More memories than the template has RAM files.
+    #[error("the root has more memories than its template has RAM files")]
+    MemoryCount,
     /// The pager.
     #[error("the clone's pager cannot start")]
     Pager(#[from] PagerError),
@@ -91,10 +94,19 @@ pub(super) fn inherited(
 ) -> Result<(Vec<RamBacking>, Option<Pager<Serving>>), CloneError> {
     let mut pager = None;
     let mut backings = Vec::new();
-    for (image, memory) in template.images()?.into_iter().zip(memories) {
+    // No file is opened again where nothing is to be read.
+    let mut images = if memories.iter().all(RootMemory::is_complete) {
+        Vec::new()
+    } else {
+        template.images()?
+    }
+    .into_iter();
+    for memory in memories {
+        let image = images.next();
         let memory = match memory.into_complete() {
             Ok(memory) => memory,
             Err(memory) => {
+                let image = image.ok_or(CloneError::MemoryCount)?;
                 let pager = match &mut pager {
                     Some(pager) => pager,
                     None => pager.insert(Pager::new(options(template, config))?),

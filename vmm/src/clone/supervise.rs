@@ -57,6 +57,8 @@ pub struct Supervisor {
     /// Engine `root`: the root, its shells, and the clones that are being forked.
     pub(super) forks: Forks,
     pub(super) usage: Usage,
+    /// Numbers of clones have changed since they were published.
+    counts_changed: bool,
     /// What happened outside of [`Self::wait`].
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
@@ -84,6 +86,7 @@ impl Supervisor {
             clones: Vec::new(),
             forks: Forks::default(),
             usage: Usage::default(),
+            counts_changed: false,
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
             groups: None,
@@ -92,7 +95,7 @@ impl Supervisor {
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
             .map_err(system("watch for signals"))?;
         metrics::register(&supervisor.options.name);
-        supervisor.publish_counts();
+        supervisor.publish();
         Ok(supervisor)
     }
 
@@ -230,6 +233,8 @@ impl Supervisor {
             }
         }
         self.tend_forks();
+        self.usage.sample_if_due();
+        self.publish_if_changed();
         events.append(&mut self.pending);
         if self.options.measure_memory {
             let clones = &self.clones;
@@ -429,7 +434,19 @@ impl Supervisor {
         Event::Ended(number)
     }
 
-    pub(super) fn publish_counts(&self) {
+    /// Has the numbers of clones looked at again at the end of the next [`Self::wait`]: once for all
+    /// that happened meanwhile.
+    pub(super) fn publish_counts(&mut self) {
+        self.counts_changed = true;
+    }
+
+    fn publish_if_changed(&mut self) {
+        if std::mem::take(&mut self.counts_changed) {
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
         let count = |state: fn(&Clone) -> bool| self.clones.iter().filter(|c| state(c)).count();
         let name = &self.options.name;
         metrics::set_clones(

@@ -18,6 +18,8 @@ pub enum ToRoot {
     Fork {
         /// What the supervisor calls the new process.
         id: u64,
+        /// Whether its orders are on their way, and not for later.
+        is_wanted: bool,
     },
 }
 

@@ -17,7 +17,7 @@ use crate::clone::control::Channel;
 use crate::clone::forked::{self, Inheritance};
 use crate::clone::instantiate::{CloneError, plan_for_root};
 use crate::clone::worker::{die_with, exit_code, take_channel};
-use crate::machine::HostCheck;
+use crate::machine::{self, HostCheck};
 use crate::observe::log;
 use crate::report::{chain, exit};
 use crate::sys::fork::{Forked, OneThread, fork_sibling};
@@ -65,7 +65,12 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
         while !has_order(&channel) && ready.root.collapse_next() {}
-        let Order { id, theirs, cgroup } = match next_order(&channel) {
+        let Order {
+            id,
+            is_wanted,
+            theirs,
+            cgroup,
+        } = match next_order(&channel) {
             Ok(Some(order)) => order,
             Ok(None) => return Ok(exit::OK),
             Err(error) => return Err((channel, error)),
@@ -81,6 +86,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 } = ready;
                 let inheritance = Inheritance {
                     id,
+                    is_wanted,
                     template,
                     memories: root.into_memories(),
                     private,
@@ -136,6 +142,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     } else {
         Vec::new()
     };
+    machine::prepare_for_forks().map_err(CloneError::from)?;
     // Last: whatever was called before might have started a thread.
     let one_thread = OneThread::prove().context("a root cannot fork")?;
     channel.send(
@@ -172,6 +179,7 @@ fn has_order(channel: &Channel) -> bool {
 /// A fork to make.
 struct Order {
     id: u64,
+    is_wanted: bool,
     /// Its end of the control socket.
     theirs: OwnedFd,
     /// The directory of the cgroup in which it is to begin.
@@ -183,12 +191,17 @@ fn next_order(channel: &Channel) -> anyhow::Result<Option<Order>> {
     let Some((message, descriptors)) = channel.receive::<ToRoot>()? else {
         return Ok(None);
     };
-    let ToRoot::Fork { id } = message else {
+    let ToRoot::Fork { id, is_wanted } = message else {
         bail!("a root was told twice what to be a root of");
     };
     let mut descriptors = descriptors.into_iter();
     match (descriptors.next(), descriptors.next(), descriptors.next()) {
-        (Some(theirs), cgroup, None) => Ok(Some(Order { id, theirs, cgroup })),
+        (Some(theirs), cgroup, None) => Ok(Some(Order {
+            id,
+            is_wanted,
+            theirs,
+            cgroup,
+        })),
         _ => {
             Err(io::Error::other("an order to fork came without its one or two descriptors").into())
         }
