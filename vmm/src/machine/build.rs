@@ -1,11 +1,13 @@
 #![forbid(unsafe_code)]
 //! Making a machine: the steps of a boot and of a restore, in their order.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
-use crossbeam::channel::{Sender, unbounded};
+use crossbeam::channel::{Sender, bounded, unbounded};
 
 use crate::arch::x86_64::boot::{self, BootSource};
 use crate::arch::x86_64::cpuid::{self, CpuidEntry};
@@ -41,14 +43,47 @@ pub enum HostCheck {
 }
 
 /// Has done once what each fork of this process would do again for its machine: KVM asked what it
-/// is, signal handlers installed. Starts no thread and leaves no VM.
+/// is, signal handlers installed, what the C library does for its first threads. Leaves no thread
+/// and no VM.
 pub fn prepare_for_forks() -> Result<(), MachineError> {
     kvm::learn().map_err(MachineError::vm("cannot ask kvm what it is"))?;
     sigbus::install().map_err(MachineError::Sigbus)?;
-    install_kick_handler().map_err(|source| MachineError::Thread {
-        thread: "vcpu0".to_owned(),
-        source,
-    })
+    install_kick_handler()
+        .and_then(|()| start_and_end_threads())
+        .map_err(|source| MachineError::Thread {
+            thread: "vcpu0".to_owned(),
+            source,
+        })
+}
+
+/// Threads of a machine with one vCPU: vCPU, console, driver, and whoever attends.
+const THREADS_AT_FIRST: usize = 4;
+/// How long a thread that has ended may be seen.
+const THREAD_GONE: Duration = Duration::from_secs(2);
+
+/// Starts threads and ends them: from then on the C library knows how and has stacks for as many.
+fn start_and_end_threads() -> io::Result<()> {
+    let tasks = || std::fs::read_dir("/proc/self/task").map(Iterator::count);
+    let before = tasks()?;
+    let (all_run, wait) = bounded::<()>(0);
+    thread::scope(|scope| {
+        let all_run = all_run;
+        for _ in 0..THREADS_AT_FIRST {
+            let wait = wait.clone();
+            thread::Builder::new().spawn_scoped(scope, move || {
+                // Until the other end is closed.
+                let _ = wait.recv();
+            })?;
+        }
+        drop(all_run);
+        io::Result::Ok(())
+    })?;
+    // A thread that was joined is on its way out of the kernel's list still.
+    let deadline = Instant::now() + THREAD_GONE;
+    while tasks()? > before && Instant::now() < deadline {
+        thread::yield_now();
+    }
+    Ok(())
 }
 
 impl Machine<Paused> {
@@ -320,6 +355,10 @@ impl Unstarted {
             .into_iter()
             .map(|setup| spawn_vcpu(setup, first_order, requests.clone()))
             .collect::<Result<_, _>>()?;
+        if first_order == FirstOrder::Run {
+            // On a busy host the guest would wait for this thread's next pause.
+            thread::yield_now();
+        }
         devices.feed()?;
         let driver = Driver {
             vcpus,

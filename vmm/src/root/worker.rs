@@ -21,6 +21,7 @@ use crate::machine::{self, HostCheck};
 use crate::observe::log;
 use crate::report::{chain, exit};
 use crate::sys::fork::{Forked, OneThread, fork_sibling};
+use crate::sys::text::map_for_forks;
 use crate::template::Template;
 
 /// Runs a root whose control socket is standard input, or the clone that a fork of it became.
@@ -143,6 +144,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
         Vec::new()
     };
     machine::prepare_for_forks().map_err(CloneError::from)?;
+    map_for_forks();
     // Last: whatever was called before might have started a thread.
     let one_thread = OneThread::prove().context("a root cannot fork")?;
     channel.send(
