@@ -20,6 +20,7 @@ use super::control::{Channel, Ending, FromWorker};
 use super::member::{Clone, Event};
 use super::pool::Demand;
 use super::process::{ChildProcess, CloneProcess, SerialPlan, SpawnError, give_orders};
+use super::root_care::{HoleFaults, Refill};
 use super::supervise::{Supervisor, saved_terminal};
 use super::token::{self, Kind};
 use crate::console::GuestConsole;
@@ -40,7 +41,7 @@ const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
 /// Who a fork is for.
 #[derive(Debug)]
-enum Purpose {
+pub(super) enum Purpose {
     Clone {
         number: usize,
         serial: SerialPlan,
@@ -58,20 +59,20 @@ impl Purpose {
 
 /// A fork that was asked for.
 #[derive(Debug)]
-struct Flight {
+pub(super) struct Flight {
     purpose: Purpose,
     channel: Channel,
     console: Option<GuestConsole>,
-    asked: Instant,
+    pub(super) asked: Instant,
     group: Option<CloneGroup>,
 }
 
 /// A fork that waits for its orders, or will in a moment.
 #[derive(Debug)]
-struct Shell {
+pub(super) struct Shell {
     id: u64,
-    process: ChildProcess,
-    channel: Channel,
+    pub(super) process: ChildProcess,
+    pub(super) channel: Channel,
     is_warm: bool,
 }
 
@@ -79,19 +80,27 @@ struct Shell {
 /// for, or of a pool that has a ceiling.
 #[derive(Debug, Default)]
 pub struct Forks {
-    root: Option<RootProcess>,
-    is_ready: bool,
-    waiting: VecDeque<Purpose>,
-    flying: HashMap<u64, Flight>,
-    shells: Vec<Shell>,
-    demand: Demand,
+    pub(super) root: Option<RootProcess>,
+    pub(super) is_ready: bool,
+    /// When the root said something last, or was started.
+    pub(super) last_word: Option<Instant>,
+    pub(super) hole_faults: HoleFaults,
+    pub(super) waiting: VecDeque<Purpose>,
+    pub(super) flying: HashMap<u64, Flight>,
+    pub(super) shells: Vec<Shell>,
+    pub(super) demand: Demand,
+    pub(super) refill: Refill,
+    /// The pool is too small and waits for a calm moment.
+    pub(super) is_short: bool,
+    /// Shells that were killed and have not ended.
+    pub(super) dying: Vec<ChildProcess>,
     next_id: u64,
     restarts: VecDeque<Instant>,
     /// Bytes that the root holds for all clones, and bytes of its holes.
     pub filled: Option<(u64, u64)>,
     /// Roots that were started.
     pub roots_started: u64,
-    is_ended: bool,
+    pub(super) is_ended: bool,
 }
 
 impl Forks {
@@ -100,12 +109,17 @@ impl Forks {
         self.shells.iter().filter(|shell| shell.is_warm).count()
     }
 
+    /// How often a root has looked at what clones asked pagers for, and filled what is worth it.
+    pub fn hole_faults_answered(&self) -> u64 {
+        self.hole_faults.answers()
+    }
+
     /// The process number of the root, if there is one.
     pub fn root_pid(&self) -> Option<u32> {
         self.root.as_ref().map(RootProcess::pid)
     }
 
-    fn take_warm(&mut self) -> Option<Shell> {
+    pub(super) fn take_warm(&mut self) -> Option<Shell> {
         let warm = self.shells.iter().position(|shell| shell.is_warm)?;
         Some(self.shells.swap_remove(warm))
     }
@@ -133,6 +147,7 @@ impl Supervisor {
         let requested = Instant::now();
         self.clones.push(Clone::new(serial, saved_terminal(serial)));
         self.forks.demand.note(self.options.root.shells, requested);
+        self.forks.refill.starting.insert(number);
         while let Some(shell) = self.forks.take_warm() {
             match self.activate(shell, number, serial, input, requested) {
                 Ok(()) => return,
@@ -179,7 +194,7 @@ impl Supervisor {
     }
 
     /// Asks the root for as many forks as may be under way; starts one if there is none.
-    fn send_forks(&mut self) {
+    pub(super) fn send_forks(&mut self) {
         if self.forks.is_ended || self.forks.waiting.is_empty() {
             return;
         }
@@ -279,6 +294,8 @@ impl Supervisor {
             .map_err(|error| format!("cannot watch the root process: {error}"))?;
         self.forks.root = Some(root);
         self.forks.is_ready = false;
+        self.forks.last_word = Some(now);
+        self.forks.hole_faults.root_is_new();
         self.forks.roots_started += 1;
         Ok(())
     }
@@ -289,7 +306,10 @@ impl Supervisor {
             return;
         };
         match root.receive() {
-            Ok(Some((message, descriptors))) => self.obey_root(message, descriptors),
+            Ok(Some((message, descriptors))) => {
+                self.forks.last_word = Some(Instant::now());
+                self.obey_root(message, descriptors);
+            }
             Ok(None) => self.lose_root("it ended"),
             Err(error) => self.lose_root(&chain(&error)),
         }
@@ -307,6 +327,18 @@ impl Supervisor {
                 self.forks.is_ready = true;
                 metrics::set_root_memory(&self.options.name, filled_bytes);
                 metrics::record_start(&self.options.name, "root", "root", took);
+            }
+            FromRoot::Filling { filled_bytes } => {
+                tracing::debug!(filled_bytes, "the root fills its memory");
+            }
+            FromRoot::Filled {
+                filled_bytes,
+                hole_bytes,
+            } => {
+                tracing::info!(filled_bytes, hole_bytes, "the root holds other ranges");
+                self.forks.filled = Some((filled_bytes, hole_bytes));
+                self.forks.hole_faults.answered();
+                metrics::set_root_memory(&self.options.name, filled_bytes);
             }
             FromRoot::Forked { id, pid } => match descriptors.into_iter().next() {
                 Some(pidfd) => self.forked(id, ChildProcess::new(pid, pidfd)),
@@ -395,7 +427,7 @@ impl Supervisor {
     }
 
     /// The root is gone; its clones are not. What was being forked is asked of the next one.
-    fn lose_root(&mut self, why: &str) {
+    pub(super) fn lose_root(&mut self, why: &str) {
         if !self.forks.is_ended {
             tracing::warn!("the root process is lost: {why}");
         }
@@ -419,26 +451,6 @@ impl Supervisor {
         flights.sort_by_key(|(id, _)| std::cmp::Reverse(*id));
         for (_, flight) in flights {
             self.forks.waiting.push_front(flight.purpose);
-        }
-    }
-
-    /// Keeps the pool at its level, when nothing more urgent is to be done.
-    pub(super) fn tend_forks(&mut self) {
-        let limits = self.options.root.shells;
-        let forks = &mut self.forks;
-        if forks.is_ended || limits.ceiling == 0 || !forks.waiting.is_empty() {
-            return;
-        }
-        let target = forks.demand.target(limits, Instant::now());
-        let coming = forks.shells.len() + forks.flying.len();
-        if coming < target {
-            forks.waiting.push_back(Purpose::Shell);
-            self.send_forks();
-        } else if self.forks.warm() > target
-            && let Some(shell) = self.forks.take_warm()
-        {
-            self.usage.unmade();
-            let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         }
     }
 
@@ -475,6 +487,7 @@ impl Supervisor {
 
     fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
         metrics::count_failure(&self.options.name);
+        self.forks.refill.has_started(number);
         if let Some(clone) = self.clones.get_mut(number) {
             if clone.process.take().is_some() {
                 self.usage.unmade();

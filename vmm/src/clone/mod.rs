@@ -26,6 +26,7 @@ pub mod pool;
 pub mod process;
 pub mod record;
 mod resources;
+pub mod root_care;
 pub mod supervise;
 mod token;
 pub mod usage;

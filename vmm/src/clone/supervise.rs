@@ -198,7 +198,7 @@ impl Supervisor {
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
         let mut events = std::mem::take(&mut self.pending);
         let timeout = if events.is_empty() {
-            timeout
+            self.wait_at_most(timeout)
         } else {
             Duration::ZERO
         };
@@ -360,6 +360,7 @@ impl Supervisor {
                 places,
             } => {
                 clone.io = io;
+                self.forks.refill.has_started(number);
                 if let Some(process) = &clone.process {
                     clone.running = Some(process.requested.elapsed());
                     if self.options.engine != Engine::Root {
@@ -429,6 +430,7 @@ impl Supervisor {
             clone.gauges.get(series).copied().unwrap_or(0.0)
         });
         clone.gauges.clear();
+        self.forks.refill.has_started(number);
         self.usage.ended(&self.options.name, number);
         self.publish_counts();
         Event::Ended(number)

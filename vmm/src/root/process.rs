@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::protocol::{FromRoot, RootConfig, ToRoot};
+use super::protocol::{FromRoot, RangeFaults, RootConfig, ToRoot};
 use crate::clone::control::{Channel, ControlError};
 use crate::clone::process::{ChildProcess, SpawnError};
 
@@ -49,6 +49,11 @@ impl RootProcess {
         let descriptors: Vec<_> = [Some(theirs), cgroup].into_iter().flatten().collect();
         self.channel
             .send(&ToRoot::Fork { id, is_wanted }, &descriptors)
+    }
+
+    /// Says what clones asked pagers for.
+    pub fn note_hole_faults(&self, faults: Vec<RangeFaults>) -> Result<(), ControlError> {
+        self.channel.send(&ToRoot::HoleFaults(faults), &[])
     }
 
     /// The next message; `None` when the root is ending.
