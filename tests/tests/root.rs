@@ -2,6 +2,7 @@
 //! Engine `root`: forks that share what their root holds, and nothing that any of them writes.
 
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use pando_tests::command::{
@@ -15,6 +16,7 @@ use pando_vmm::clone::supervise::{RootOptions, STOP_GRACE};
 use pando_vmm::demo::plan::Step;
 use pando_vmm::payload::LAYOUT;
 use pando_vmm::payload::protocol::{Command, Outcome, Pattern, Visit};
+use pando_vmm::root::protocol::RangeFaults;
 use rustix::process::Signal;
 
 fn root_grove(root: RootOptions) -> Result<Grove> {
@@ -151,6 +153,65 @@ fn clones_outlive_their_root_and_new_ones_come_from_another() -> Result<()> {
 }
 
 #[test]
+fn a_root_that_is_stopped_is_replaced_and_its_forks_are_asked_of_another() -> Result<()> {
+    let mut grove = root_grove(RootOptions {
+        fork_deadline: Some(Duration::from_millis(300)),
+        ..RootOptions::default()
+    })?;
+    let first = grove.start();
+    grove.all_answer()?;
+    let root = grove.supervisor.forks().root_pid().context("no root")?;
+    signal_pid(root, Signal::STOP)?;
+    (0..3).for_each(|_| {
+        grove.start();
+    });
+    grove.all_answer()?;
+    assert_eq!(grove.supervisor.forks().roots_started, 2);
+    assert!(!is_alive(root), "the stopped root is left");
+    let steps = grove.plan.clone(first as u64);
+    grove.ask(first, &steps[5..6])?;
+    grove.all_answer()?;
+    grove.stop()
+}
+
+/// What clones ask pagers for is filled between forks, and forks to come find it.
+#[test]
+fn a_root_fills_what_clones_ask_for_and_gives_up_what_none_is_known_to_need() -> Result<()> {
+    let mut grove = root_grove(RootOptions {
+        budget_bytes: Some(4 << 20),
+        ..RootOptions::default()
+    })?;
+    grove.start();
+    grove.all_answer()?;
+    let before = grove.supervisor.forks().filled.context("no root")?;
+    let faults: Vec<_> = (4..6)
+        .map(|unit| RangeFaults {
+            backend: 0,
+            unit,
+            faults: 500,
+        })
+        .collect();
+    grove.supervisor.note_hole_faults(&faults);
+    grove.run(&[], |grove| {
+        grove.supervisor.forks().hole_faults_answered() == 1
+    })?;
+    let after = grove.supervisor.forks().filled.context("no root")?;
+    assert_eq!(before, after, "as much is held, of other ranges");
+    (0..3).for_each(|_| {
+        grove.start();
+    });
+    grove.all_answer()?;
+    // Nothing is filled twice.
+    grove.supervisor.note_hole_faults(&faults);
+    grove.run(&[], |grove| {
+        grove.supervisor.forks().hole_faults_answered() == 2
+    })?;
+    assert_eq!(grove.supervisor.forks().filled, Some(after));
+    assert_eq!(grove.supervisor.forks().roots_started, 1);
+    grove.stop()
+}
+
+#[test]
 fn a_shell_becomes_a_clone_and_the_pool_fills_again() -> Result<()> {
     let shells = PoolLimits {
         floor: 2,
@@ -214,6 +275,36 @@ fn root_and_clones_end_with_their_supervisor() -> Result<()> {
     running.finish()?.expect_code(0)?;
     assert!(processes.iter().all(|&pid| !is_alive(pid)));
     assert_eq!(names(&serial)?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn clones_come_from_shells_that_were_made_ahead() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let mut command = pando(&["clone", "--engine", "root", "--warm", "2:3", "--count", "2"])?;
+    command.args(["--json", "-v"]).arg(&template);
+    let running = Running::start(&mut command)?;
+    eventually("root, two clones and a pool", || {
+        running.children().len() >= 5
+    })?;
+    running.signal(Signal::TERM)?;
+    let done = running.finish()?.expect_code(0)?.json()?;
+    for clone in 0..2 {
+        let stages = done["clones"][clone]["stages_us"].as_object();
+        let stages = stages.context("no stages")?;
+        assert!(!stages.contains_key("fork"), "made on request: {stages:?}");
+        assert!(stages.contains_key("identity"), "{stages:?}");
+    }
+    for (arguments, said) in [
+        (["--engine", "copy", "--warm", "1"], "--engine root"),
+        (["--engine", "root", "--warm", "3:2"], "above the ceiling"),
+        (["--engine", "root", "--warm", "0"], "room for nothing"),
+    ] {
+        finish(pando(&["clone"])?.args(arguments).arg(&template))?
+            .expect_code(2)?
+            .expect_error(&[said])?;
+    }
     Ok(())
 }
 

@@ -84,12 +84,17 @@ impl ServedMapping {
         self.advise(pages, libc::MADV_POPULATE_WRITE)
     }
 
+    /// Gives up what `pages` hold: where the memory is registered they are missing then.
+    pub(crate) fn discard(&self, pages: PageRange) -> io::Result<()> {
+        self.advise(pages, libc::MADV_DONTNEED)
+    }
+
     fn advise(&self, pages: PageRange, advice: libc::c_int) -> io::Result<()> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let address = self.address_of(pages).ok_or_else(invalid)?;
         let length = usize::try_from(pages.bytes()).map_err(|_| invalid())?;
-        // SAFETY: the range lies in this mapping, as `address_of` proved. The advice changes what
-        // the pages are made of, never what they hold, and no reference into them exists.
+        // SAFETY: the range lies in this mapping, as `address_of` proved, and no reference into it
+        // exists, whatever the advice does to what the pages are made of or hold.
         let result = unsafe { libc::madvise(address as *mut _, length, advice) };
         if result < 0 {
             return Err(io::Error::last_os_error());

@@ -20,6 +20,7 @@ use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
 use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig, PagerPlace};
+use crate::clone::pool::PoolLimits;
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
 use crate::host::{self, raise_descriptor_limit};
@@ -34,6 +35,12 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         place: PagerPlaceArg::place(args.pager_place, args.count),
         ..pager_config(&args.pager)?
     };
+    if args.warm.is_some() && args.engine != Engine::Root {
+        return Err(Failure::usage(format!(
+            "--warm is for clones that are forks: give --engine root instead of {}",
+            args.engine
+        )));
+    }
     // Opened here once, so that what is wrong with it is said once and before anything starts.
     let template = Template::open(&args.dir)?;
     let offer = host::offer().map_err(|error| Failure::new(exit::HOST, chain(&error)))?;
@@ -45,7 +52,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     raise_descriptor_limit();
     let limits = HostLimits::probe();
     let request = Request {
-        clones: args.count.into(),
+        clones: u64::from(args.count) + args.warm.map_or(0, |warm| warm.ceiling as u64),
         engine: args.engine,
         cpus: template.spec().cpus().get().into(),
         once_bytes: root_bytes(args, &limits, template.spec().layout().total_bytes()),
@@ -60,6 +67,12 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         host_check: crate::machine::HostCheck::Done,
         root: RootOptions {
             budget_bytes: args.root_memory.map(|size| size.0),
+            shells: args
+                .warm
+                .map_or_else(PoolLimits::default, |warm| PoolLimits {
+                    floor: warm.floor,
+                    ceiling: warm.ceiling,
+                }),
             ..RootOptions::default()
         },
         program,
@@ -79,6 +92,9 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         }
     }
     drop(template);
+    if args.warm.is_some() {
+        supervisor.warm_up().map_err(|error| Failure::of(&error))?;
+    }
     let readable = supervise(args, &mut supervisor)?;
     report(args, &supervisor, readable)
 }

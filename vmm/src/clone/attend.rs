@@ -15,7 +15,7 @@ use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
 use super::instantiate::{CloneError, Paging};
 use super::placement::Placement;
 use super::record::Recorded;
-use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
+use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused, Running};
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
 
@@ -28,11 +28,11 @@ const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 const NO_THREAD: &str =
     "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?";
 
-/// A clone that is ready to run.
-pub(super) struct Ready<'a> {
+/// A clone that is ready to run, or runs.
+pub(super) struct Ready<'a, State> {
     pub(super) channel: &'a Channel,
     pub(super) relay: Option<&'a Relay>,
-    pub(super) machine: Machine<Paused>,
+    pub(super) machine: Machine<State>,
     /// Who brings missing pages.
     pub(super) paging: Paging,
     pub(super) placement: Option<Placement>,
@@ -55,8 +55,48 @@ pub(super) fn watch_signals() -> anyhow::Result<UnixStream> {
     Ok(signals)
 }
 
+/// Has the machine end when its pager cannot go on: before a vCPU can touch a page that cannot be
+/// had.
+pub(super) fn stop_with(pager: Option<&Pager<Serving>>, handle: &MachineHandle) {
+    if let Some(health) = pager.map(Pager::<Serving>::health) {
+        let (on_poison, on_failure) = (handle.clone(), handle.clone());
+        health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
+        health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
+    }
+}
+
 /// Lets the guest run until it ends or is stopped.
-pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
+pub(super) fn run_to_end(ready: Ready<'_, Paused>) -> anyhow::Result<Ending> {
+    let Ready {
+        channel,
+        relay,
+        machine,
+        paging,
+        placement,
+        record,
+        began,
+        mut stages,
+        signals,
+    } = ready;
+    stop_with(paging.own(), &machine.handle());
+    let resume_start = Instant::now();
+    let machine = machine.resume().map_err(CloneError::from)?;
+    stages.push(("resume".to_owned(), resume_start.elapsed()));
+    watch_to_end(Ready {
+        channel,
+        relay,
+        machine,
+        paging,
+        placement,
+        record,
+        began,
+        stages,
+        signals,
+    })
+}
+
+/// Watches over a guest that runs until it ends or is stopped.
+pub(super) fn watch_to_end(ready: Ready<'_, Running>) -> anyhow::Result<Ending> {
     let Ready {
         channel,
         relay,
@@ -65,24 +105,15 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         mut placement,
         record,
         began,
-        mut stages,
+        stages,
         signals,
     } = ready;
     let health = paging.own().map(Pager::<Serving>::health);
     let io = paging.io().to_owned();
     let handle = machine.handle();
-    if let Some(health) = &health {
-        // Before a vCPU can touch a page that cannot be had.
-        let (on_poison, on_failure) = (handle.clone(), handle.clone());
-        health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
-        health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
-    }
     let places = machine.ram().places().collect();
     // Kept beyond the machine's end, to see what was written.
     let recorded_ram = record.as_ref().map(|_| machine.shared_ram());
-    let resume_start = Instant::now();
-    let machine = machine.resume().map_err(CloneError::from)?;
-    stages.push(("resume".to_owned(), resume_start.elapsed()));
     let started = FromWorker::Started {
         began,
         stages,

@@ -67,6 +67,7 @@ impl Supervisor {
             clone.gauges.get(series).copied().unwrap_or(0.0)
         });
         clone.gauges.clear();
+        self.forks.refill.has_started(number);
         self.paging.forget(Owner::Clone(number));
         self.usage.ended(&self.options.name, number);
         self.publish_counts();

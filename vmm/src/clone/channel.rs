@@ -2,6 +2,7 @@
 //! A seqpacket socket between two processes of this program: each message whole, with a version and
 //! a bound, descriptors beside it.
 
+use std::cell::RefCell;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,7 +17,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 5;
+const VERSION: u32 = 6;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -62,6 +63,11 @@ pub enum Received<T> {
     Nothing,
     /// The other end is closed.
     Closed,
+}
+
+thread_local! {
+    /// Where a message is received. Kept: room for the longest one is mapped, and faulted in, once.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// One end of a control socket.
@@ -158,12 +164,20 @@ impl Channel {
         &self,
         flags: RecvFlags,
     ) -> Result<Received<Vec<u8>>, ControlError> {
-        let mut buffer = vec![0; MAX_MESSAGE_BYTES];
+        BUFFER.with_borrow_mut(|buffer| self.receive_into(buffer, flags))
+    }
+
+    fn receive_into(
+        &self,
+        buffer: &mut Vec<u8>,
+        flags: RecvFlags,
+    ) -> Result<Received<Vec<u8>>, ControlError> {
+        buffer.resize(MAX_MESSAGE_BYTES, 0);
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = flags | RecvFlags::CMSG_CLOEXEC;
         let received = loop {
-            let slices = &mut [IoSliceMut::new(&mut buffer)];
+            let slices = &mut [IoSliceMut::new(buffer)];
             match rustix::net::recvmsg(&self.0, slices, &mut ancillary, flags) {
                 Err(Errno::INTR) => (),
                 Err(Errno::CONNRESET) => return Ok(Received::Closed),
@@ -193,8 +207,8 @@ impl Channel {
         if is_cut || descriptors.len() > MAX_DESCRIPTORS {
             return Err(ControlError::Descriptors);
         }
-        buffer.truncate(received.bytes);
-        Ok(Received::Message(buffer, descriptors))
+        let bytes = buffer.get(..received.bytes).unwrap_or_default();
+        Ok(Received::Message(bytes.to_vec(), descriptors))
     }
 }
 

@@ -2,14 +2,16 @@
 //! A clone that is a fork of its root: a shell with memory and machine made, which waits for its
 //! orders, and then runs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use pando_pager::RootMemory;
 use pando_pager::working_set::PlannedRun;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
+use super::attend::{
+    Ready, run_to_end, send, send_metrics, stop_with, watch_signals, watch_to_end,
+};
 use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
@@ -17,7 +19,7 @@ use super::instantiate::{CloneError, Handover, inherited};
 use super::placement::Placement;
 use super::worker::{die_with, exit_code, serial_target};
 use crate::device::legacy::console::SerialTarget;
-use crate::machine::{HostCheck, Machine, Paused};
+use crate::machine::{HostCheck, Machine, Paused, Stages};
 use crate::memory::guest::GuestRam;
 use crate::observe::log;
 use crate::observe::relay::Relay;
@@ -30,6 +32,8 @@ use crate::template::Template;
 pub struct Inheritance {
     /// What the supervisor calls this process.
     pub id: u64,
+    /// Whether its orders are on their way: it is a clone at once, and never a shell.
+    pub is_wanted: bool,
     /// The template, open and proven.
     pub template: Template,
     /// Its memory, one per backend, in the machine's order. Holes are not registered yet.
@@ -68,6 +72,7 @@ fn work(
     inheritance: Inheritance,
 ) -> anyhow::Result<Ending> {
     let Inheritance {
+        is_wanted,
         template,
         memories,
         private,
@@ -79,7 +84,6 @@ fn work(
     let mut began = monotonic();
     let start = Instant::now();
     die_with(supervisor_pid)?;
-    let signals = watch_signals()?;
     let needs_pager = !memories.iter().all(RootMemory::is_complete);
     let is_together =
         needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
@@ -91,6 +95,36 @@ fn work(
     let (backings, paging) = inherited(&template, memories, &config, &private, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
+    if is_wanted {
+        let Some((config, descriptors)) = receive_orders(channel)? else {
+            return Ok(Ending::Stopped);
+        };
+        log::become_clone(config.clone);
+        let machine = Machine::restore_and_run(
+            template.spec(),
+            ram,
+            template.state(),
+            serial_target(&config.serial, descriptors)?,
+            host_check,
+            |handle| stop_with(paging.own(), handle),
+        )
+        .map_err(CloneError::from)?;
+        add_stages(&mut stages, machine.stages());
+        // Nobody knows of this process before it says that it has started.
+        let signals = watch_signals()?;
+        return watch_to_end(Ready {
+            channel,
+            relay,
+            machine,
+            paging,
+            placement,
+            record: None,
+            began,
+            stages,
+            signals: &signals,
+        });
+    }
+    let signals = watch_signals()?;
     let machine = Machine::restore(
         template.spec(),
         ram,
@@ -99,12 +133,7 @@ fn work(
         host_check,
     )
     .map_err(CloneError::from)?;
-    stages.extend(
-        machine
-            .stages()
-            .iter()
-            .map(|(name, took)| (name.to_owned(), took)),
-    );
+    add_stages(&mut stages, machine.stages());
     let is_warm = !has_orders(channel);
     if is_warm {
         send(channel, &FromWorker::Warm);
@@ -131,6 +160,10 @@ fn work(
     })
 }
 
+fn add_stages(stages: &mut Vec<(String, Duration)>, made: &Stages) {
+    stages.extend(made.iter().map(|(name, took)| (name.to_owned(), took)));
+}
+
 type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
 
 /// `None` when it is not needed, or its supervisor is gone.
@@ -145,7 +178,7 @@ fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
 fn connect(
     machine: &Machine<Paused>,
     (config, descriptors): Orders,
-    stages: &mut Vec<(String, std::time::Duration)>,
+    stages: &mut Vec<(String, Duration)>,
 ) -> anyhow::Result<()> {
     let start = Instant::now();
     log::become_clone(config.clone);

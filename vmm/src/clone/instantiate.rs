@@ -1,12 +1,16 @@
 #![forbid(unsafe_code)]
 //! A template and memory joined to a machine: the order of the steps is the order of the calls.
 
+use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use pando_pager::working_set::{MAX_TOUCHES, Plan, PlanRules, PlannedRun, ZeroReads};
+use pando_pager::working_set::{
+    HUGE_RANGE_PAGES, MAX_TOUCHES, Plan, PlanRules, PlannedRun, ZeroReads,
+};
 use pando_pager::{
-    Idle, IoMode, Pager, PagerError, PagerOptions, Registration, RootMemory, Serving, Verify,
+    Idle, IoMode, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange, Serving,
+    Verify,
 };
 use thiserror::Error;
 
@@ -29,6 +33,9 @@ pub enum CloneError {
     /// Engine `root` without a root.
     #[error("a clone of engine root can only be a fork of its root process")]
     NotForked,
+    /// More memories than the template has RAM files.
+    #[error("the root has more memories than its template has RAM files")]
+    MemoryCount,
     /// The pager.
     #[error("the clone's pager cannot start")]
     Pager(#[from] PagerError),
@@ -191,10 +198,19 @@ fn inherited_own(
 ) -> Result<(Vec<RamBacking>, Paging), CloneError> {
     let mut pager = None;
     let mut backings = Vec::new();
-    for (image, memory) in template.images()?.into_iter().zip(memories) {
+    // No file is opened again where nothing is to be read.
+    let mut images = if memories.iter().all(RootMemory::is_complete) {
+        Vec::new()
+    } else {
+        template.images()?
+    }
+    .into_iter();
+    for memory in memories {
+        let image = images.next();
         let memory = match memory.into_complete() {
             Ok(memory) => memory,
             Err(memory) => {
+                let image = image.ok_or(CloneError::MemoryCount)?;
                 let pager = match &mut pager {
                     Some(pager) => pager,
                     None => pager.insert(Pager::new(options(template, config))?),
@@ -243,15 +259,31 @@ pub fn plan_for_copy(template: &Template) -> Plan {
     working_set::plan(template, &rules)
 }
 
-/// What to bring ahead of a fork: pages that it is known to write. The others it shares.
-pub fn plan_for_root(template: &Template) -> Vec<PlannedRun> {
+/// What clones are known to need: the ranges that a root of `budget_pages` fills first, and the pages
+/// that each fork is known to write. The others it shares.
+pub fn plan_for_root(template: &Template, budget_pages: u64) -> (Vec<RootRange>, Vec<PlannedRun>) {
     let rules = PlanRules {
-        share_pages: 0,
+        share_pages: budget_pages,
         private_pages: AHEAD_PAGES,
-        whole_ranges: false,
+        whole_ranges: true,
         zero_reads: ZeroReads::Skip,
     };
-    working_set::plan(template, &rules).private
+    let plan = working_set::plan(template, &rules);
+    let mut first = Vec::new();
+    let mut seen = HashSet::new();
+    for run in plan.whole.iter().chain(&plan.private).chain(&plan.share) {
+        let last = run.pages.end().get().max(run.pages.start().get() + 1) - 1;
+        for unit in run.pages.start().get() / HUGE_RANGE_PAGES..=last / HUGE_RANGE_PAGES {
+            let range = RootRange {
+                backend: run.backend,
+                unit,
+            };
+            if seen.insert(range) {
+                first.push(range);
+            }
+        }
+    }
+    (first, plan.private)
 }
 
 fn options(template: &Template, config: &PagerConfig) -> PagerOptions {

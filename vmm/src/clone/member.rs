@@ -46,6 +46,9 @@ pub struct RootOptions {
     pub budget_bytes: Option<u64>,
     /// How many shells wait for clones to be asked for.
     pub shells: PoolLimits,
+    /// How long the root may owe an answer before it is replaced; `None` for
+    /// [`FORK_DEADLINE`](super::root_care::FORK_DEADLINE).
+    pub fork_deadline: Option<Duration>,
 }
 
 /// What happened to a clone.

@@ -29,6 +29,7 @@ pub mod pool;
 pub mod process;
 pub mod record;
 mod resources;
+pub mod root_care;
 mod silence;
 pub mod supervise;
 mod token;

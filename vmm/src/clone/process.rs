@@ -103,6 +103,14 @@ impl ChildProcess {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
+    /// Takes its exit status if it has ended; whether it has.
+    pub(super) fn has_ended(&mut self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended = waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
+        self.is_reaped = !matches!(ended, Ok(None) | Err(rustix::io::Errno::INTR));
+        self.is_reaped
+    }
+
     /// Waits for its end and takes its exit status.
     fn wait(&mut self) -> io::Result<Option<WaitIdStatus>> {
         self.is_reaped = true;

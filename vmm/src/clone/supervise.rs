@@ -60,6 +60,8 @@ pub struct Supervisor {
     /// The pager process, where clones share one.
     pub(super) paging: SharedPaging,
     pub(super) usage: Usage,
+    /// Numbers of clones have changed since they were published.
+    counts_changed: bool,
     /// What happened outside of [`Self::wait`].
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
@@ -88,6 +90,7 @@ impl Supervisor {
             forks: Forks::default(),
             paging: SharedPaging::default(),
             usage: Usage::default(),
+            counts_changed: false,
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
             groups: None,
@@ -96,7 +99,7 @@ impl Supervisor {
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
             .map_err(system("watch for signals"))?;
         metrics::register(&supervisor.options.name);
-        supervisor.publish_counts();
+        supervisor.publish();
         Ok(supervisor)
     }
 
@@ -202,8 +205,7 @@ impl Supervisor {
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
         let mut events = std::mem::take(&mut self.pending);
         let timeout = if events.is_empty() {
-            // Whoever does not answer is looked after.
-            timeout.min(LOOK_PERIOD)
+            self.wait_at_most(timeout.min(LOOK_PERIOD))
         } else {
             Duration::ZERO
         };
@@ -240,8 +242,9 @@ impl Supervisor {
             }
         }
         self.tend_paging();
-        self.tend_root();
         self.tend_forks();
+        self.usage.sample_if_due();
+        self.publish_if_changed();
         events.append(&mut self.pending);
         if self.options.measure_memory {
             let clones = &self.clones;
@@ -372,6 +375,7 @@ impl Supervisor {
                 places,
             } => {
                 clone.io = self.paging.known_io(io);
+                self.forks.refill.has_started(number);
                 if let Some(process) = &clone.process {
                     clone.running = Some(process.requested.elapsed());
                     if self.options.engine != Engine::Root {
@@ -413,7 +417,19 @@ impl Supervisor {
         }
     }
 
-    pub(super) fn publish_counts(&self) {
+    /// Has the numbers of clones looked at again at the end of the next [`Self::wait`]: once for all
+    /// that happened meanwhile.
+    pub(super) fn publish_counts(&mut self) {
+        self.counts_changed = true;
+    }
+
+    fn publish_if_changed(&mut self) {
+        if std::mem::take(&mut self.counts_changed) {
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
         let count = |state: fn(&Clone) -> bool| self.clones.iter().filter(|c| state(c)).count();
         let name = &self.options.name;
         metrics::set_clones(

@@ -24,7 +24,7 @@ const XSAVE_BYTES: usize = 4096;
 #[derive(Debug)]
 pub struct Vm {
     pub(super) fd: VmFd,
-    kvm: Kvm,
+    kvm: &'static Kvm,
     xsave_bytes: usize,
     // Last, so that the memory which the slots name outlives the VM.
     _ram: Option<Arc<GuestRam>>,
@@ -33,8 +33,8 @@ pub struct Vm {
 impl Vm {
     /// Opens KVM and makes an empty VM.
     pub fn create() -> Result<Self, KvmError> {
-        let kvm = host::open()?;
-        let fd = create_vm(&kvm)?;
+        let kvm = host::shared()?;
+        let fd = create_vm(kvm)?;
         let xsave_bytes = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             fd,
@@ -92,17 +92,17 @@ impl Vm {
             .create_vcpu(number.into())
             .map_err(ioctl("KVM_CREATE_VCPU"))?;
         let can_scale_tsc = self.kvm.check_extension(Cap::TscControl);
-        Vcpu::new(fd, self.xsave_bytes, can_scale_tsc)
+        Vcpu::new(number, fd, self.xsave_bytes, can_scale_tsc)
     }
 
     /// The CPUID leaves that KVM can give a guest here.
     pub fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, KvmError> {
-        host::supported_cpuid(&self.kvm)
+        host::supported_cpuid(self.kvm)
     }
 
     /// The model specific registers that KVM can save and restore here.
-    pub fn msr_list(&self) -> Result<Vec<u32>, KvmError> {
-        host::msr_list(&self.kvm)
+    pub fn msr_list(&self) -> Result<&'static [u32], KvmError> {
+        host::msr_list(self.kvm)
     }
 }
 

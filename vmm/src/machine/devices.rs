@@ -99,10 +99,17 @@ impl Devices {
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 
-    /// Lets input in from outside. `on_quit` is called when somebody at a terminal asks to quit.
+    /// Lets in what input waits outside. `on_quit` is called when somebody at a terminal asks to quit.
     pub(super) fn attach(&mut self, on_quit: Box<dyn Fn() + Send>) -> Result<(), MachineError> {
         self.console
             .attach(Arc::clone(&self.com1), on_quit)
+            .map_err(|e| device_error(SERIAL_KIND, e))
+    }
+
+    /// Lets input in from now on.
+    pub(super) fn feed(&mut self) -> Result<(), MachineError> {
+        self.console
+            .feed()
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 

@@ -16,7 +16,7 @@ use crate::kvm::KvmError;
 use crate::kvm::irq::Chip;
 use crate::kvm::vm::Vm;
 use crate::vcpu::run::Stop;
-use crate::vcpu::thread::{Report, VcpuThread};
+use crate::vcpu::thread::{FirstOrder, Report, VcpuThread};
 
 use super::devices::Devices;
 use super::error::MachineError;
@@ -77,9 +77,12 @@ impl Doing {
 }
 
 impl Driver {
-    /// The body of the thread: from paused until the machine ends.
-    pub(super) fn run(mut self, inbox: &Receiver<Message>) -> Outcome {
-        let mut doing = Doing::Paused;
+    /// The body of the thread: from what the vCPUs were told first until the machine ends.
+    pub(super) fn run(mut self, inbox: &Receiver<Message>, first_order: FirstOrder) -> Outcome {
+        let mut doing = match first_order {
+            FirstOrder::Wait => Doing::Paused,
+            FirstOrder::Run => Doing::Running,
+        };
         let outcome = loop {
             // Every handle is gone: nobody can ever ask for anything again.
             let Ok(message) = inbox.recv() else {
@@ -130,7 +133,8 @@ impl Driver {
         self.devices.bind_serial(target)?;
         let on_quit = self.handle.clone();
         self.devices
-            .attach(Box::new(move || on_quit.stop("asked to at its terminal")))
+            .attach(Box::new(move || on_quit.stop("asked to at its terminal")))?;
+        self.devices.feed()
     }
 
     fn resume(&self, doing: Doing, reply: &Sender<Result<(), Refusal>>) -> Doing {

@@ -3,3 +3,4 @@
 pub mod fork;
 pub mod pagemap;
 pub mod spawn;
+pub mod text;

@@ -25,6 +25,7 @@ impl Supervisor {
 
     pub(super) fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
         metrics::count_failure(&self.options.name);
+        self.forks.refill.has_started(number);
         if let Some(clone) = self.clones.get_mut(number) {
             if clone.process.take().is_some() {
                 self.usage.unmade();
