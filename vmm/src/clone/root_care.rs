@@ -15,6 +15,9 @@ use crate::root::protocol::RangeFaults;
 /// A root that does not answer for this long is replaced, unless the options say otherwise. It does
 /// nothing between two words that takes more than some milliseconds, on a disk that answers.
 pub const FORK_DEADLINE: Duration = Duration::from_secs(10);
+/// A root that is not ready and says nothing for this long is replaced: until it has opened its
+/// template nothing tells how far it is.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long after a start the pool waits with making a shell: the guest's first work comes first.
 const REFILL_REST: Duration = Duration::from_millis(3);
 /// A pool that has been too small for this long is filled although clones are starting.
@@ -124,15 +127,15 @@ impl Supervisor {
         self.tell_hole_faults();
         let limits = self.options.root.shells;
         let forks = &mut self.forks;
+        forks.is_short = false;
         if forks.is_ended || limits.ceiling == 0 || !forks.waiting.is_empty() {
             return;
         }
         let now = Instant::now();
         let target = forks.demand.target(limits, now);
         let coming = forks.shells.len() + forks.flying.len();
-        forks.is_short = coming < target && forks.root.is_some();
-        if forks.refill.may_begin(coming < target, now) {
-            forks.is_short = false;
+        let is_short = coming < target;
+        if forks.refill.may_begin(is_short, now) {
             forks.waiting.push_back(Purpose::Shell);
             self.send_forks();
         } else if self.forks.warm() > target
@@ -141,6 +144,8 @@ impl Supervisor {
             self.usage.unmade();
             let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
             self.end_shell(shell.process);
+        } else {
+            self.forks.is_short = is_short;
         }
     }
 
@@ -194,7 +199,11 @@ impl Supervisor {
             forks.last_word?
         };
         let since = forks.last_word.map_or(asked, |word| word.max(asked));
-        let limit = self.options.root.fork_deadline.unwrap_or(FORK_DEADLINE);
+        let limit = if forks.is_ready {
+            self.options.root.fork_deadline.unwrap_or(FORK_DEADLINE)
+        } else {
+            READY_DEADLINE
+        };
         Some((since.elapsed(), limit))
     }
 
