@@ -63,11 +63,11 @@ fn json_has_every_workload_variant_and_wave() {
             assert_eq!(variant["summary"]["samples"], 2);
             let stages = variant["stages"].to_string();
             let own: &[&str] = match variant["name"].as_str() {
-                Some("root") => &["fork", "memory"],
-                Some("root, warm shell") => &["identity"],
-                _ => &["spawn", "exec", "memory"],
+                Some("root") => &["fork", "memory", "threads"],
+                Some("root, warm shell") => &["identity", "resume"],
+                _ => &["spawn", "exec", "memory", "resume"],
             };
-            for stage in own.iter().chain(&["resume", "first output, and rest"]) {
+            for stage in own.iter().chain(&["first output, and rest"]) {
                 assert!(stages.contains(stage), "no {stage} in {stages}");
             }
             let paged = variant["setup"]["engine"] == "copy";

@@ -56,12 +56,6 @@ pub(super) enum Purpose {
     Shell,
 }
 
-impl Purpose {
-    fn is_clone(&self) -> bool {
-        matches!(self, Self::Clone { .. })
-    }
-}
-
 /// A fork that was asked for.
 #[derive(Debug)]
 pub(super) struct Flight {
@@ -227,9 +221,10 @@ impl Supervisor {
         let id = self.forks.next_id;
         self.forks.next_id += 1;
         let group = self.new_group();
+        let is_clone = matches!(purpose, Purpose::Clone { .. });
         let cgroup = group.as_ref().map(CloneGroup::descriptor);
         let sent = match &self.forks.root {
-            Some(root) => root.fork(id, purpose.is_clone(), theirs.as_fd(), cgroup),
+            Some(root) => root.fork(id, is_clone, theirs.as_fd(), cgroup),
             None => return self.forks.waiting.push_front(purpose),
         };
         if let Err(error) = sent {

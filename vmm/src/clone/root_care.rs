@@ -16,6 +16,9 @@ use crate::root::protocol::RangeFaults;
 /// A root that does not answer for this long is replaced, unless the options say otherwise. It does
 /// nothing between two words that takes more than some milliseconds, on a disk that answers.
 pub const FORK_DEADLINE: Duration = Duration::from_secs(10);
+/// A root that is not ready and says nothing for this long is replaced: until it has opened its
+/// template nothing tells how far it is.
+const READY_DEADLINE: Duration = Duration::from_secs(60);
 /// How long after a start the pool waits with making a shell: the guest's first work comes first.
 const REFILL_REST: Duration = Duration::from_millis(3);
 /// A pool that has been too small for this long is filled although clones are starting.
@@ -125,15 +128,15 @@ impl Supervisor {
         self.tell_hole_faults();
         let limits = self.options.root.shells;
         let forks = &mut self.forks;
+        forks.is_short = false;
         if forks.is_ended || limits.ceiling == 0 || !forks.waiting.is_empty() {
             return;
         }
         let now = Instant::now();
         let target = forks.demand.target(limits, now);
         let coming = forks.shells.len() + forks.flying.len();
-        forks.is_short = coming < target && forks.root.is_some();
-        if forks.refill.may_begin(coming < target, now) {
-            forks.is_short = false;
+        let is_short = coming < target;
+        if forks.refill.may_begin(is_short, now) {
             forks.waiting.push_back(Purpose::Shell);
             self.send_forks();
         } else if self.forks.warm() > target
@@ -143,6 +146,8 @@ impl Supervisor {
             self.paging.forget(Owner::Shell(shell.id));
             let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
             self.end_shell(shell.process);
+        } else {
+            self.forks.is_short = is_short;
         }
     }
 
@@ -195,7 +200,11 @@ impl Supervisor {
     }
 
     fn answer_limit(&self) -> Duration {
-        self.options.root.fork_deadline.unwrap_or(FORK_DEADLINE)
+        if self.forks.is_ready {
+            self.options.root.fork_deadline.unwrap_or(FORK_DEADLINE)
+        } else {
+            READY_DEADLINE
+        }
     }
 
     /// How long to wait for events at most, so that what has its time is done in time.

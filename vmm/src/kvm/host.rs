@@ -77,7 +77,7 @@ pub fn host_cpuid() -> Result<Vec<CpuidEntry>, KvmError> {
 /// The numbers of the model specific registers that this host's KVM can save and restore, those
 /// included that every KVM has and older ones do not list.
 pub fn host_msrs() -> Result<Vec<u32>, KvmError> {
-    Ok(msr::to_save(&msr_list(shared()?)?))
+    Ok(msr::to_save(msr_list(shared()?)?))
 }
 
 /// `KVM_GET_SUPPORTED_CPUID`, asked once per process: the host does not change, and where the host

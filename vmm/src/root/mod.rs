@@ -2,7 +2,7 @@
 //! The root process of a template: memory that its clones share, and the forks that they are.
 //!
 //! ```text
-//! supervisor                       root (one thread, no ring, no KVM)         clone
+//! supervisor                       root (one thread, no ring, no VM)          clone
 //!   Start ------------------------>  maps and registers memory
 //!   <---- Ready, uffd -------------
 //!   (the pager fills the memory through that uffd)

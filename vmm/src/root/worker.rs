@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
 //! The root process: fills its memory once, then forks clones as it is told. One thread, no ring,
-//! no KVM: a fork must find nothing of another thread's half done.
+//! no VM: a fork must find nothing of another thread's half done.
 
 use std::collections::BTreeMap;
 use std::io;
