@@ -1,12 +1,18 @@
 #![forbid(unsafe_code)]
 //! The command line, as words.
 
+mod many;
+mod soak;
+
 use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use pando_vmm::cli::args::IoArg;
 use pando_vmm::clone::Engine;
+
+pub(crate) use many::{DensityArgs, PagerArgs};
+pub(crate) use soak::{ReportArgs, Scenario, SoakArgs};
 
 /// Measures what Pando promises, each figure beside its baseline in the same run.
 #[derive(Debug, Parser)]
@@ -25,6 +31,14 @@ pub(crate) enum Command {
     Clone(CloneArgs),
     /// What a page that is touched takes: the pager alone, without KVM.
     Fault(FaultArgs),
+    /// How many clones are alive at once, and what one more of them takes.
+    Density(DensityArgs),
+    /// How one pager serves many clones, and where its thread is best placed.
+    Pager(PagerArgs),
+    /// Clones under stress: everything they answer is compared. Ends with an error if anything is wrong.
+    Soak(SoakArgs),
+    /// Everything that is promised, judged in one run.
+    Report(ReportArgs),
 }
 
 /// Options of `pando-bench floor`.

@@ -3,11 +3,18 @@
 
 mod cli;
 mod clone;
+mod density;
 mod fault;
 mod floor;
+mod footprint;
+mod grove;
 mod host;
+mod limited;
 mod page_cache;
+mod program;
 mod report;
+mod seed;
+mod soak;
 mod stats;
 mod sys;
 mod targets;
@@ -19,5 +26,8 @@ fn main() -> anyhow::Result<()> {
         cli::Command::Floor(args) => floor::run(&args),
         cli::Command::Clone(args) => clone::run(&args),
         cli::Command::Fault(args) => fault::run(&args),
+        cli::Command::Density(args) => density::run(&args),
+        cli::Command::Soak(args) => soak::run(&args),
+        cli::Command::Pager(_) | cli::Command::Report(_) => anyhow::bail!("not yet"),
     }
 }

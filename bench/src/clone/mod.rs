@@ -2,8 +2,8 @@
 
 mod fleet;
 mod report;
-mod subject;
-mod workload;
+pub(crate) mod subject;
+pub(crate) mod workload;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -18,6 +18,7 @@ use serde::Serialize;
 use crate::cli::CloneArgs;
 use crate::floor::{Root, Wave as FloorWave};
 use crate::host::Host;
+use crate::program::program;
 use crate::stats::{Measured, Ratio, Runner, Summary, Variant};
 use crate::targets::Target;
 use fleet::{Fleet, Sample, Setup, Wave};
@@ -78,10 +79,7 @@ struct Waves {
 /// Runs the benchmark and prints its report.
 pub(crate) fn run(args: &CloneArgs) -> Result<()> {
     let host = Host::probe()?;
-    let program = match &args.pando {
-        Some(path) => path.clone(),
-        None => beside_this_program("pando")?,
-    };
+    let program = program(args.pando.as_deref())?;
     let io: Vec<Io> = args.io.iter().map(|&io| io.into()).collect();
     let setups = Setup::all(&args.engines, &io, args.no_verify);
     ensure!(!setups.is_empty(), "no engine to measure: give --engines");
@@ -114,17 +112,6 @@ pub(crate) fn run(args: &CloneArgs) -> Result<()> {
     };
     clones.targets = report::targets(&clones);
     report::report(host, clones).print(args.json)
-}
-
-fn beside_this_program(name: &str) -> Result<PathBuf> {
-    let program = std::env::current_exe().context("cannot tell where this program is")?;
-    let path = program.with_file_name(name);
-    ensure!(
-        path.is_file(),
-        "no program {}: build it, or give --pando",
-        path.display()
-    );
-    Ok(path)
 }
 
 /// A run.
