@@ -123,9 +123,6 @@ pub(crate) struct FaultArgs {
     /// Numbers of threads that touch one memory, with commas between them.
     #[arg(long, value_delimiter = ',', default_value = "1,2,8,32")]
     pub(crate) threads: Vec<NonZeroU32>,
-    /// Clones that one pager serves at once.
-    #[arg(long, default_value = "100")]
-    pub(crate) clones: NonZeroU32,
     /// How long a spinning pager looks for the next fault before it sleeps, in microseconds.
     #[arg(long, default_value = "50")]
     pub(crate) spin_us: u64,

@@ -67,6 +67,11 @@ impl Limited {
         write_pid(&self.dir, pid)
     }
 
+    /// Moves a process back to where this one was.
+    pub(crate) fn release(&self, pid: u32) -> Result<()> {
+        write_pid(&self.above, pid)
+    }
+
     /// Moves this process in; what it starts from now on is in here, too.
     pub(crate) fn enter(&mut self) -> Result<()> {
         self.home = Some(self.above.clone());

@@ -11,6 +11,7 @@ mod grove;
 mod host;
 mod limited;
 mod page_cache;
+mod pager;
 mod program;
 mod report;
 mod seed;
@@ -18,6 +19,7 @@ mod soak;
 mod stats;
 mod sys;
 mod targets;
+mod verdict;
 
 use clap::Parser;
 
@@ -28,6 +30,7 @@ fn main() -> anyhow::Result<()> {
         cli::Command::Fault(args) => fault::run(&args),
         cli::Command::Density(args) => density::run(&args),
         cli::Command::Soak(args) => soak::run(&args),
-        cli::Command::Pager(_) | cli::Command::Report(_) => anyhow::bail!("not yet"),
+        cli::Command::Pager(args) => pager::run(&args),
+        cli::Command::Report(args) => verdict::run(&args),
     }
 }

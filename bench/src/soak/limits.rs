@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Found, Stage};
 use crate::clone::workload::{DATA_PAGES, TEMPLATE_SALT};
-use crate::footprint::{Footprint, descendants};
+use crate::footprint::Footprint;
 use crate::grove::{Grove, echo, verify, write_and_verify};
 use crate::limited::{Limit, Limited};
 
@@ -95,11 +95,16 @@ pub(super) fn batches(stage: &Stage<'_>, engine: Engine) -> Result<Found> {
         set_descriptors(limits.current.unwrap_or(u64::MAX), limits.maximum)?;
         failed[0] += ran_out.context("with few descriptors")?;
 
-        let threads = descendants(std::process::id())?.len() as u64 * THREADS + 1;
-        let mut limited =
-            Limited::new(Limit::Processes(threads + u64::from(clones) * THREADS / 2))?;
+        // None of this process's children but a root is in it.
+        let room = u64::from(clones) * THREADS / 2;
+        let mut limited = Limited::new(Limit::Processes(room))?;
         limited.enter()?;
+        // Forks are where their root is.
+        let root = grove.supervisor.forks().root_pid();
+        root.map_or(Ok(()), |root| limited.admit(root))?;
         let ran_out = batch(&mut grove, clones);
+        let root = grove.supervisor.forks().root_pid();
+        root.map_or(Ok(()), |root| limited.release(root))?;
         limited.leave()?;
         failed[1] += ran_out.context("with few processes")?;
         // And now there is room again.
@@ -108,8 +113,10 @@ pub(super) fn batches(stage: &Stage<'_>, engine: Engine) -> Result<Found> {
         grove.stop(more)?;
     }
     ensure!(
-        failed[0] > 0,
-        "no clone met the limit of descriptors: give more --clones"
+        failed[0] > 0 && failed[1] > 0,
+        "{} clones met the limit of descriptors, {} that of processes: give more --clones",
+        failed[0],
+        failed[1]
     );
     let done = [
         ("batches", u64::from(rounds) * 2),

@@ -77,6 +77,9 @@ pub struct Forks {
     is_ready: bool,
     waiting: VecDeque<Purpose>,
     flying: HashMap<u64, Flight>,
+    /// One for each fork under way: room for the descriptor of its process. Without room the kernel
+    /// drops that descriptor, and a process that nobody can wait for is left.
+    rooms: Vec<OwnedFd>,
     shells: Vec<Shell>,
     demand: Demand,
     next_id: u64,
@@ -215,6 +218,14 @@ impl Supervisor {
             Ok(orders) => orders,
             Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
         };
+        let room = rustix::io::fcntl_dupfd_cloexec(&self.epoll, 0);
+        let room = match room {
+            Ok(room) => room,
+            Err(errno) => {
+                let message = format!("no descriptor is left for its process: {errno}");
+                return self.fail_purpose(&purpose, exit::FAILED, &message);
+            }
+        };
         let id = self.forks.next_id;
         self.forks.next_id += 1;
         let group = self.new_group();
@@ -238,6 +249,7 @@ impl Supervisor {
             group,
         };
         self.forks.flying.insert(id, flight);
+        self.forks.rooms.push(room);
     }
 
     fn start_root(&mut self) -> Result<(), String> {
@@ -286,8 +298,20 @@ impl Supervisor {
         let Some(root) = &self.forks.root else {
             return;
         };
+        // What comes may be the descriptor of a process.
+        drop(self.forks.rooms.pop());
         match root.receive() {
-            Ok(Some((message, descriptors))) => self.obey_root(message, descriptors),
+            Ok(Some((message, descriptors))) => {
+                let has_landed = matches!(
+                    message,
+                    FromRoot::Forked { .. } | FromRoot::NotForked { .. }
+                );
+                if !has_landed && self.forks.rooms.len() < self.forks.flying.len() {
+                    let again = rustix::io::fcntl_dupfd_cloexec(&self.epoll, 0);
+                    self.forks.rooms.extend(again);
+                }
+                self.obey_root(message, descriptors);
+            }
             Ok(None) => self.lose_root("it ended"),
             Err(error) => self.lose_root(&chain(&error)),
         }
@@ -413,6 +437,7 @@ impl Supervisor {
 
     /// A fork whose making was not confirmed ends when its control socket closes.
     fn land_flights(&mut self) {
+        self.forks.rooms.clear();
         let mut flights: Vec<_> = self.forks.flying.drain().collect();
         flights.sort_by_key(|(id, _)| std::cmp::Reverse(*id));
         for (_, flight) in flights {
