@@ -42,22 +42,24 @@ impl Pager<Idle> {
     /// How many pages of `batch`, from its first on, are there now.
     fn install_batch(&mut self, backend: usize, batch: PageRange, buffer: &mut Vec<u8>) -> u64 {
         let verify = self.verifies();
-        let (uffd, images) = self.for_installing();
-        let Some(served) = images.get_mut(backend) else {
+        let (uffd, tracking, regions) = self.for_installing();
+        let Some(served) = regions.get_mut(backend) else {
             return 0;
         };
-        let Some(mapping) = served.pin() else {
+        let Some(memory) = served.pin() else {
             return 0;
         };
-        let read = batch.aligned(CHUNK_PAGES, served.image().pages());
-        if !is_inside(served.image(), batch) || !read_proven(served.image(), read, buffer, verify) {
+        let image = served.image().image();
+        let read = batch.aligned(CHUNK_PAGES, image.pages());
+        if !is_inside(image, batch) || !read_proven(image, read, buffer, verify) {
             return 0;
         }
         let before = (batch.start().get() - read.start().get()) * PAGE_BYTES;
         let bytes = usize::try_from(before).ok().and_then(|at| buffer.get(at..));
         let mut place = OwnMemory {
             uffd,
-            mapping: &mapping,
+            memory: &memory,
+            tracking,
         };
         let report = install(&mut place, batch, Content::Bytes(bytes.unwrap_or(&[])));
         let done = PageRange::new(batch.start(), PageCount::new(report.done()));

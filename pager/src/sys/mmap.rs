@@ -10,6 +10,12 @@ use rustix::mm::{MprotectFlags, mprotect};
 
 use crate::page::PageRange;
 
+/// Memory that pages are installed in.
+pub(crate) trait Addressed {
+    /// The address of the first byte of `pages`, when they all lie inside.
+    fn address_of(&self, pages: PageRange) -> Option<u64>;
+}
+
 /// Anonymous memory that a pager fills. It stays mapped while anybody holds it, so that an
 /// install can never hit what was mapped at the same address later.
 #[derive(Debug)]
@@ -147,6 +153,12 @@ impl ServedMapping {
         // the right to it is what the caller wants to happen.
         unsafe { mprotect(address as *mut _, length, MprotectFlags::empty()) }?;
         Ok(())
+    }
+}
+
+impl Addressed for ServedMapping {
+    fn address_of(&self, pages: PageRange) -> Option<u64> {
+        ServedMapping::address_of(self, pages)
     }
 }
 
