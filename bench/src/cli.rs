@@ -39,6 +39,9 @@ pub(crate) enum Command {
     Soak(SoakArgs),
     /// Everything that is promised, judged in one run.
     Report(ReportArgs),
+    /// Is a client of `pager`.
+    #[command(hide = true)]
+    PagerClient,
 }
 
 /// Options of `pando-bench floor`.

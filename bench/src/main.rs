@@ -31,6 +31,7 @@ fn main() -> anyhow::Result<()> {
         cli::Command::Density(args) => density::run(&args),
         cli::Command::Soak(args) => soak::run(&args),
         cli::Command::Pager(args) => pager::run(&args),
+        cli::Command::PagerClient => pager::client::serve(),
         cli::Command::Report(args) => verdict::run(&args),
     }
 }

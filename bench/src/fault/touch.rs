@@ -147,6 +147,16 @@ impl Subject {
         self.cpus.len() > 1
     }
 
+    /// Pages of the image.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// CPUs of this process, two at most.
+    pub(crate) fn cpus(&self) -> &[usize] {
+        &self.cpus
+    }
+
     /// Drops the image from the page cache.
     pub(crate) fn make_cold(&self) -> Result<()> {
         page_cache::drop_file(&self.path())

@@ -1,9 +1,9 @@
 #![forbid(unsafe_code)]
 //! The figures of a run as tables, and how they stand to the targets.
 
-use super::{Many, Pagers};
+use super::shared::Place;
+use super::{Figures, Pagers, Served};
 use crate::fault::report::{group, rate};
-use crate::fault::touch::Placement;
 use crate::host::Host;
 use crate::report::{Report, TextTable, ratio, size, time};
 use crate::stats::Measured;
@@ -11,13 +11,16 @@ use crate::targets::Target;
 
 pub(super) const COPY: &str = "UFFDIO_COPY, 64 KiB a call, beside it";
 pub(super) const AHEAD: &str = "installed ahead, one run, verified";
-/// Clones that the promise of one pager under many is made for.
+/// Clients that the promise of one pager under many is made for.
 const MANY: u32 = 100;
+/// What a pager for many clients is: the promise is judged by it.
+const CHOSEN: (Place, u64) = (Place::EachTogether, 0);
 
 pub(super) fn report(host: Host, pagers: Pagers) -> Report<Pagers> {
-    let mut tables = vec![group(&pagers.hand_over)];
-    tables.extend(pagers.many.iter().map(|many| group(&many.group)));
-    tables.push(many(&pagers.many));
+    let mut tables: Vec<TextTable> = [false, true]
+        .into_iter()
+        .filter_map(|cold| served(&pagers, cold))
+        .collect();
     tables.push(group(&pagers.zero));
     tables.push(ahead(&pagers.ahead));
     tables.push(metrics(&pagers));
@@ -25,14 +28,17 @@ pub(super) fn report(host: Host, pagers: Pagers) -> Report<Pagers> {
     let mut report = Report::new("pager", host, pagers);
     report.marks = vec![
         format!(
-            "image: {}, data in its lower half, a hole in the upper; clones are memories of this process, \
-             each touched by a thread of its own, all served by one pager",
+            "image: {}, data in its lower half, a hole in the upper; a clone is a process with memory of \
+             that size, without KVM; all are served by one pager in this process",
             size(report.results.memory_bytes as f64)
         ),
-        "a touch: one byte of a page read; the clock is read once between two touches".to_owned(),
-        "a page: first touch to last touch of all threads, by the pages touched; the p50 is of rounds"
+        "a touch: one byte of a page read, in random order, each clone in its own; the clock is read once \
+         between two touches"
             .to_owned(),
-        "CPU a page: processor time of this process in a round, toucher and pager, by the pages".to_owned(),
+        "faults/s: of all clones, first touch to last touch; over the fewest: by the time of a page, \
+         median of rounds"
+            .to_owned(),
+        "CPU a page: processor time of pager and clones, by the pages".to_owned(),
         "metrics: pairs of short rounds, on and off, in alternating order; the ratio is the median of the \
          pairs'"
             .to_owned(),
@@ -42,56 +48,62 @@ pub(super) fn report(host: Host, pagers: Pagers) -> Report<Pagers> {
     report
 }
 
-/// The placements side by side, with the most clones over the fewest.
-fn many(all: &[Many]) -> TextTable {
+/// The ways side by side; `None` where nothing of it was measured.
+fn served(pagers: &Pagers, cold: bool) -> Option<TextTable> {
     let heads = [
         "",
+        "looks for",
         "clones",
         "faults/s",
         "over the fewest",
-        "p50",
+        "touch p50",
         "p99",
+        "max",
         "p99 / p50",
         "CPU a page",
     ];
-    let mut table = TextTable::new("one pager under many clones", &heads);
-    for many in all {
-        let Some(most) = many.group.ways.last() else {
-            continue;
-        };
-        let title = many
-            .group
-            .title
-            .trim_start_matches("clones of one pager at once, at random, ");
-        table.row(vec![
-            title.to_owned(),
-            most.load.clones.to_string(),
-            rate(most.faults_per_second),
-            ratio(faults_over_the_fewest(many)),
-            time(most.touch.p50_ns),
-            time(most.touch.p99_ns),
-            ratio(spread(many)),
-            time(most.processor_ns),
-        ]);
+    let cache = if cold {
+        "not in the page cache"
+    } else {
+        "in the page cache"
+    };
+    let mut table = TextTable::new(
+        format!("clones of one pager, all at once, image {cache}"),
+        &heads,
+    );
+    let mut setups = pagers
+        .setups
+        .iter()
+        .filter(|served| served.cold == cold)
+        .peekable();
+    setups.peek()?;
+    for served in setups {
+        for figures in &served.loads {
+            table.row(vec![
+                served.setup.place.name().to_owned(),
+                time(served.setup.spin_us * 1000),
+                figures.load.clones.to_string(),
+                rate(figures.faults_per_second),
+                ratio(over_the_fewest(served, figures)),
+                time(figures.touch.p50_ns),
+                time(figures.touch.p99_ns),
+                time(figures.touch.max_ns),
+                ratio(spread(figures)),
+                time(figures.processor_ns),
+            ]);
+        }
     }
-    table
+    Some(table)
 }
 
-/// Faults a second with the most clones over those with the fewest, round by round; each page is one
-/// fault.
-fn faults_over_the_fewest(many: &Many) -> f64 {
-    let ways = &many.group.ways;
-    match (ways.first(), ways.last()) {
-        (Some(first), Some(last)) => 1.0 / last.page.over(&first.page).p50,
-        _ => 0.0,
-    }
+/// Pages a second over those with the fewest clones, round by round; each page is one fault.
+fn over_the_fewest(served: &Served, figures: &Figures) -> f64 {
+    let first = served.loads.first();
+    first.map_or(0.0, |first| 1.0 / figures.page.over(&first.page).p50)
 }
 
-fn spread(many: &Many) -> f64 {
-    let most = many.group.ways.last();
-    most.map_or(0.0, |most| {
-        most.touch.p99_ns as f64 / most.touch.p50_ns.max(1) as f64
-    })
+fn spread(figures: &Figures) -> f64 {
+    figures.touch.p99_ns as f64 / figures.touch.p50_ns.max(1) as f64
 }
 
 fn ahead(all: &[Measured]) -> TextTable {
@@ -181,25 +193,22 @@ pub(super) fn targets(pagers: &Pagers) -> Vec<Target> {
         Some((ours, copy)) => Target::at_least(what, 1.0 / ours.over(copy).p50, 0.8, "x"),
         None => Target::untold(what, ">= 0.8 x", "another run"),
     });
-    // As the scheduler places them: that is what a pager for many clones gets.
+    let is_chosen =
+        |served: &&Served| (served.setup.place, served.setup.spin_us) == CHOSEN && !served.cold;
     let chosen = pagers
-        .many
+        .setups
         .iter()
-        .find(|many| many.placement == Placement::Free && many.spin_us == 0 && !many.cold);
-    let clones = chosen
-        .and_then(|many| many.group.ways.last())
-        .map_or(0, |way| way.load.clones);
-    match chosen.filter(|_| clones >= MANY) {
-        Some(many) => {
+        .find(is_chosen)
+        .or(pagers.setups.first());
+    let most = chosen.and_then(|served| Some((served, served.loads.last()?)));
+    match most.filter(|(_, figures)| figures.load.clones >= MANY) {
+        Some((served, figures)) => {
+            let clones = figures.load.clones;
             let what = format!("{clones} clones of one pager, faults/s over one's");
-            targets.push(Target::at_least(
-                what,
-                faults_over_the_fewest(many),
-                1.0,
-                "x",
-            ));
+            let over = over_the_fewest(served, figures);
+            targets.push(Target::at_least(what, over, 1.0, "x"));
             let what = format!("{clones} clones of one pager, p99 over p50");
-            targets.push(Target::at_most(what, spread(many), 10.0, "x"));
+            targets.push(Target::at_most(what, spread(figures), 10.0, "x"));
         }
         None => targets.push(Target::untold(
             "one pager under many clones, faults/s over one's",
