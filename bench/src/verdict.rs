@@ -27,7 +27,7 @@ const PARTS: &[Part] = &[
     Part {
         command: "clone",
         full: &[
-            "--rounds", "12", "--starts", "10", "--count", "200", "--waves", "1",
+            "--rounds", "25", "--starts", "10", "--count", "200", "--waves", "1",
         ],
         quick: &[
             "--rounds", "4", "--starts", "5", "--count", "50", "--waves", "1",
