@@ -92,7 +92,7 @@ fn a_page_that_one_clone_cannot_have_ends_that_clone_alone() -> Result<()> {
 
     let told = touch(&mut clones[1], Visit::all(bad_page, 1));
     ensure!(told.is_err(), "the clone answered {told:?}");
-    eventually("the clone is gone", || running.children().len() == 2)?;
+    eventually("the clone is gone", || running.clones().len() == 2)?;
     let mut exposition = String::new();
     eventually("the metrics tell of it", || {
         exposition = scrape(&address).unwrap_or_default();
@@ -105,7 +105,7 @@ fn a_page_that_one_clone_cannot_have_ends_that_clone_alone() -> Result<()> {
         touch(&mut clones[k], good)?;
         touch(&mut clones[k], Visit::all(bad_page + 500, 300))?;
     }
-    assert_eq!(running.children().len(), 2);
+    assert_eq!(running.clones().len(), 2);
 
     running.signal(Signal::TERM)?;
     running.finish()?.expect_code(5)?.expect_error(&[

@@ -12,7 +12,7 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::END_SIGNALS;
 use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
-use super::instantiate::CloneError;
+use super::instantiate::{CloneError, Paging};
 use super::placement::Placement;
 use super::record::Recorded;
 use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
@@ -33,8 +33,8 @@ pub(super) struct Ready<'a> {
     pub(super) channel: &'a Channel,
     pub(super) relay: Option<&'a Relay>,
     pub(super) machine: Machine<Paused>,
-    /// Where it has one of its own.
-    pub(super) pager: Option<Pager<Serving>>,
+    /// Who brings missing pages.
+    pub(super) paging: Paging,
     pub(super) placement: Option<Placement>,
     /// Where what it touches is recorded; it has a pager then.
     pub(super) record: Option<Recorded<'a>>,
@@ -61,18 +61,15 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         channel,
         relay,
         machine,
-        pager,
+        paging,
         mut placement,
         record,
         began,
         mut stages,
         signals,
     } = ready;
-    let health = pager.as_ref().map(Pager::<Serving>::health);
-    let io = pager
-        .as_ref()
-        .map_or("none", |pager| pager.io().name())
-        .to_owned();
+    let health = paging.own().map(Pager::<Serving>::health);
+    let io = paging.io().to_owned();
     let handle = machine.handle();
     if let Some(health) = &health {
         // Before a vCPU can touch a page that cannot be had.
@@ -97,10 +94,10 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
     let ended = &ended;
     let outcome = thread::scope(|scope| {
         let handle = &handle;
-        let mut review = || {
-            if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
-                placement.review(pager.counts().faults);
-            }
+        let mut review = || match (&mut placement, &paging) {
+            (Some(placement), Paging::Own(pager)) => placement.review(pager.counts().faults),
+            (Some(placement), Paging::Shared) => placement.review_pages(),
+            (_, Paging::None) | (None, _) => (),
         };
         thread::Builder::new()
             .name("attend".to_owned())
@@ -108,7 +105,7 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
                 attend(channel, relay, handle, signals, ended, &mut review)
             })
             .context(NO_THREAD)?;
-        if let (Some(record), Some(pager)) = (&record, &pager) {
+        if let (Some(record), Some(pager)) = (&record, paging.own()) {
             let watch = move || record.watch(pager, handle, ended);
             let thread = thread::Builder::new().name("record".to_owned());
             thread.spawn_scoped(scope, watch).context(NO_THREAD)?;
@@ -118,14 +115,14 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         anyhow::Ok(outcome)
     })?;
     let ending = ending(outcome, health.as_ref());
-    if let (Some(record), Some(ram), Some(pager)) = (&record, &recorded_ram, &pager)
+    if let (Some(record), Some(ram), Some(pager)) = (&record, &recorded_ram, paging.own())
         && ending.exit_code() == exit::OK
     {
         for piece in record.pieces(pager, ram) {
             send(channel, &FromWorker::Touched(piece));
         }
     }
-    if let Some(pager) = pager {
+    if let Paging::Own(pager) = paging {
         pager.stop().map_err(CloneError::from)?;
     }
     Ok(ending)

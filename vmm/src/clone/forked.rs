@@ -10,8 +10,10 @@ use pando_pager::working_set::PlannedRun;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
-use super::control::{Channel, Ending, FromWorker, PagerConfig, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, inherited};
+use super::control::{
+    Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
+};
+use super::instantiate::{CloneError, Handover, inherited};
 use super::placement::Placement;
 use super::worker::{die_with, exit_code, serial_target};
 use crate::device::legacy::console::SerialTarget;
@@ -45,9 +47,10 @@ pub struct Inheritance {
 /// Runs the clone. Returns the process's exit code.
 pub fn run(channel: &Channel, inheritance: Inheritance) -> u8 {
     log::become_shell(inheritance.id);
-    // Only a pager records anything here.
+    // Only a pager of its own records anything here.
     let is_complete = inheritance.memories.iter().all(RootMemory::is_complete);
-    let relay = if is_complete { None } else { Relay::install() };
+    let is_quiet = is_complete || inheritance.pager.place == PagerPlace::Shared;
+    let relay = if is_quiet { None } else { Relay::install() };
     let ending =
         work(channel, relay.as_ref(), inheritance).unwrap_or_else(|error| Ending::Failed {
             code: exit_code(&error),
@@ -81,7 +84,11 @@ fn work(
     let is_together =
         needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
     let placement = is_together.then(Placement::together).flatten();
-    let (backings, pager) = inherited(&template, memories, &config, &private)?;
+    let handover = Handover {
+        channel,
+        cpu: placement.as_ref().and_then(Placement::cpu),
+    };
+    let (backings, paging) = inherited(&template, memories, &config, &private, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
     let machine = Machine::restore(
@@ -115,7 +122,7 @@ fn work(
         channel,
         relay,
         machine,
-        pager,
+        paging,
         placement,
         record: None,
         began,

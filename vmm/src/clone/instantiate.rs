@@ -1,14 +1,20 @@
 #![forbid(unsafe_code)]
 //! A template and memory joined to a machine: the order of the steps is the order of the calls.
 
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use pando_pager::working_set::{MAX_TOUCHES, Plan, PlanRules, PlannedRun, ZeroReads};
-use pando_pager::{Idle, IoMode, Pager, PagerError, PagerOptions, RootMemory, Serving, Verify};
+use pando_pager::{
+    Idle, IoMode, Pager, PagerError, PagerOptions, Registration, RootMemory, Serving, Verify,
+};
 use thiserror::Error;
 
 use super::Engine;
-use super::control::{Io, PagerConfig};
+use super::control::{
+    Channel, ClientMemory, ControlError, FromWorker, IO_SHARED, Io, PagerConfig, PagerPlace,
+    RawRegion,
+};
 use crate::device::legacy::console::SerialTarget;
 use crate::machine::{HostCheck, Machine, MachineError, Paused};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
@@ -26,6 +32,9 @@ pub enum CloneError {
     /// The pager.
     #[error("the clone's pager cannot start")]
     Pager(#[from] PagerError),
+    /// The supervisor cannot be told.
+    #[error("cannot hand the clone's memory over to the pager process")]
+    HandOver(#[from] ControlError),
     /// The clone's memory.
     #[error("cannot give the clone its memory")]
     Memory(#[from] GuestMemoryError),
@@ -39,14 +48,74 @@ pub enum CloneError {
 pub struct Instance {
     /// Its machine, at the point of the freeze.
     pub machine: Machine<Paused>,
-    /// Its pager; engine `kernel` has none. It is stopped after the machine.
-    pub pager: Option<Pager<Serving>>,
+    /// Its pager. One of its own is stopped after the machine.
+    pub paging: Paging,
     /// How long each step took, in order.
     pub stages: Vec<(String, Duration)>,
 }
 
-/// Makes a clone of `template`. The pager serves before the machine is restored, because restoring
-/// may touch the guest's memory. With `record` the pager keeps what is touched.
+/// Who brings the pages that are missing.
+#[derive(Debug)]
+pub enum Paging {
+    /// Nobody: none is, or the kernel does.
+    None,
+    /// A thread of this process.
+    Own(Pager<Serving>),
+    /// The pager process.
+    Shared,
+}
+
+impl Paging {
+    /// The pager of this process, if it has one.
+    pub fn own(&self) -> Option<&Pager<Serving>> {
+        match self {
+            Self::Own(pager) => Some(pager),
+            Self::None | Self::Shared => None,
+        }
+    }
+
+    /// How template pages are read, as far as this process knows.
+    pub fn io(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Own(pager) => pager.io().name(),
+            Self::Shared => IO_SHARED,
+        }
+    }
+}
+
+/// The way to whoever has memory served by the pager process.
+#[derive(Debug, Clone, Copy)]
+pub struct Handover<'a> {
+    /// The supervisor.
+    pub channel: &'a Channel,
+    /// The CPU that the clone is kept on, if it is.
+    pub cpu: Option<u32>,
+}
+
+impl Handover<'_> {
+    /// Hands it over. What touches it sleeps until it is served; nobody waits for that here.
+    fn give(&self, registration: &Registration) -> Result<(), CloneError> {
+        let regions = (0..).zip(registration.places());
+        let memory = ClientMemory {
+            regions: regions
+                .map(|(image, place)| RawRegion {
+                    image,
+                    address: place.address,
+                    first_page: 0,
+                    pages: place.pages.get(),
+                })
+                .collect(),
+            cpu: self.cpu,
+        };
+        let message = FromWorker::Memory(memory);
+        Ok(self.channel.send(&message, &[registration.as_fd()])?)
+    }
+}
+
+/// Makes a clone of `template`. Its memory is registered, and by a pager of its own served, before
+/// the machine is restored, because restoring may touch it. With `record` a pager of its own keeps
+/// what is touched.
 pub fn instantiate(
     template: &Template,
     engine: Engine,
@@ -54,14 +123,19 @@ pub fn instantiate(
     record: bool,
     serial: SerialTarget,
     host_check: HostCheck,
+    handover: Handover<'_>,
 ) -> Result<Instance, CloneError> {
     let start = Instant::now();
-    let (backings, pager) = match engine {
+    let (backings, paging) = match engine {
+        Engine::Copy if pager.place == PagerPlace::Shared && !record => {
+            let backings = handed_over(template, pager, handover)?;
+            (backings, Paging::Shared)
+        }
         Engine::Copy => {
             let (backings, pager) = paged(template, pager, record)?;
-            (backings, Some(pager))
+            (backings, Paging::Own(pager))
         }
-        Engine::Kernel => (mapped(template)?, None),
+        Engine::Kernel => (mapped(template)?, Paging::None),
         Engine::Root => return Err(CloneError::NotForked),
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
@@ -76,7 +150,7 @@ pub fn instantiate(
     );
     Ok(Instance {
         machine,
-        pager,
+        paging,
         stages,
     })
 }
@@ -88,7 +162,33 @@ pub(super) fn inherited(
     memories: Vec<RootMemory>,
     config: &PagerConfig,
     private: &[PlannedRun],
-) -> Result<(Vec<RamBacking>, Option<Pager<Serving>>), CloneError> {
+    handover: Handover<'_>,
+) -> Result<(Vec<RamBacking>, Paging), CloneError> {
+    let is_complete = memories.iter().all(RootMemory::is_complete);
+    let (backings, paging) = match config.place {
+        PagerPlace::Shared if !is_complete => (
+            inherited_shared(template, memories, handover)?,
+            Paging::Shared,
+        ),
+        _ => inherited_own(template, memories, config)?,
+    };
+    for run in private {
+        let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
+        if let Some(RamBacking::Paged(memory)) = backings.get(backend)
+            && let Err(error) = memory.make_private(run.pages)
+        {
+            // Written pages are copied one by one then.
+            tracing::debug!(pages = %run.pages, %error, "pages of the working set stay shared");
+        }
+    }
+    Ok((backings, paging))
+}
+
+fn inherited_own(
+    template: &Template,
+    memories: Vec<RootMemory>,
+    config: &PagerConfig,
+) -> Result<(Vec<RamBacking>, Paging), CloneError> {
     let mut pager = None;
     let mut backings = Vec::new();
     for (image, memory) in template.images()?.into_iter().zip(memories) {
@@ -104,17 +204,28 @@ pub(super) fn inherited(
         };
         backings.push(RamBacking::Paged(memory));
     }
-    let pager = pager.map(Pager::<Idle>::serve).transpose()?;
-    for run in private {
-        let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
-        if let Some(RamBacking::Paged(memory)) = backings.get(backend)
-            && let Err(error) = memory.make_private(run.pages)
-        {
-            // Written pages are copied one by one then.
-            tracing::debug!(pages = %run.pages, %error, "pages of the working set stay shared");
-        }
-    }
-    Ok((backings, pager))
+    let paging = match pager.map(Pager::<Idle>::serve).transpose()? {
+        Some(pager) => Paging::Own(pager),
+        None => Paging::None,
+    };
+    Ok((backings, paging))
+}
+
+/// Memories without a hole are registered too, of no page: so places are images, one for one.
+fn inherited_shared(
+    template: &Template,
+    memories: Vec<RootMemory>,
+    handover: Handover<'_>,
+) -> Result<Vec<RamBacking>, CloneError> {
+    let mut registration = Registration::new()?;
+    let backings = template
+        .images()?
+        .iter()
+        .zip(memories)
+        .map(|(image, memory)| Ok(RamBacking::Paged(registration.inherit(image, memory)?)))
+        .collect::<Result<_, PagerError>>()?;
+    handover.give(&registration)?;
+    Ok(backings)
 }
 
 /// Most pages of the working set that a clone gets of each kind, ahead of its first instruction: 64
@@ -180,6 +291,27 @@ fn paged(
         pager.install_ahead(&plan_for_copy(template));
     }
     Ok((backings, pager.serve()?))
+}
+
+/// Memory that the pager process serves. What the working set knows is installed by this process,
+/// before its guest runs: it is read from the page cache then, and no message is waited for.
+fn handed_over(
+    template: &Template,
+    config: &PagerConfig,
+    handover: Handover<'_>,
+) -> Result<Vec<RamBacking>, CloneError> {
+    let images = template.images()?;
+    let mut registration = Registration::new()?;
+    let backings = images
+        .iter()
+        .map(|image| Ok(RamBacking::Paged(registration.map(image)?)))
+        .collect::<Result<_, PagerError>>()?;
+    handover.give(&registration)?;
+    if config.working_set {
+        let plan = plan_for_copy(template);
+        registration.install_ahead(&images, &plan, config.verify, &template.name());
+    }
+    Ok(backings)
 }
 
 fn mapped(template: &Template) -> Result<Vec<RamBacking>, CloneError> {

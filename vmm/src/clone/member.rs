@@ -83,6 +83,8 @@ pub struct Clone {
     pub(super) gauges: HashMap<Series, f64>,
     /// Gives the terminal back when the clone has ended, however it did.
     pub(super) terminal: Option<SavedTerminal>,
+    /// Whether the supervisor ended it for its [`Self::ending`].
+    pub(super) is_condemned: bool,
     /// Its socket, if COM1 goes to one: a worker that is killed cannot remove it.
     pub(super) socket: Option<PathBuf>,
 }
@@ -101,6 +103,7 @@ impl Clone {
             ending: None,
             gauges: HashMap::new(),
             terminal,
+            is_condemned: false,
             socket: match serial {
                 SerialPlan::Unix(path) => Some(path.clone()),
                 SerialPlan::Null | SerialPlan::Supervisor | SerialPlan::Terminal => None,

@@ -277,7 +277,11 @@ impl Underway {
             Ok(Some((FromWorker::Touched(piece), _))) => self.arriving.add(piece),
             Ok(Some((FromWorker::Ended(ending), _))) => self.ending = Some(ending),
             Ok(Some((
-                FromWorker::Started { .. } | FromWorker::Metrics(_) | FromWorker::Warm,
+                FromWorker::Started { .. }
+                | FromWorker::Metrics(_)
+                | FromWorker::Warm
+                // A recorded clone has a pager of its own.
+                | FromWorker::Memory(_),
                 _,
             ))) => (),
             Ok(None) => self.is_heard = false,

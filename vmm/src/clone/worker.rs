@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::Engine;
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
 use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, Instance, instantiate};
+use super::instantiate::{CloneError, Handover, Instance, instantiate};
 use super::placement::Placement;
 use super::record::Recorded;
 use crate::device::legacy::console::SerialTarget;
@@ -86,9 +86,13 @@ fn run_instance(
         HostCheck::Done
     };
     let placement = placement(config, template);
+    let handover = Handover {
+        channel,
+        cpu: placement.as_ref().and_then(Placement::cpu),
+    };
     let Instance {
         machine,
-        pager,
+        paging,
         stages: more,
     } = instantiate(
         template,
@@ -97,6 +101,7 @@ fn run_instance(
         config.record.is_some(),
         serial,
         host_check,
+        handover,
     )?;
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);
@@ -104,7 +109,7 @@ fn run_instance(
         channel,
         relay,
         machine,
-        pager,
+        paging,
         placement,
         record: config.record.map(|recording| Recorded {
             recording,

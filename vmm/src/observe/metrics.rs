@@ -85,6 +85,10 @@ fn describe() {
         "pando_clone_failures_total",
         "Clones that ended otherwise than asked"
     );
+    describe_counter!(
+        "pando_pager_restarts_total",
+        "Pager processes that were lost, and replaced as often as that is allowed"
+    );
 }
 
 /// Makes the series of a template's clones and pagers visible before anything has happened: a rate
@@ -92,6 +96,7 @@ fn describe() {
 pub fn register(template: &str) {
     pando_pager::metrics::register(template);
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
+    pager_restarts(template).increment(0);
     set_root_memory(template, 0);
     for (class, bytes) in RamMemory::default().classes() {
         set_memory(template, class, bytes);
@@ -145,6 +150,15 @@ pub fn count_unmeasured(template: &str, reason: &'static str) {
 
 fn unmeasured(template: &str, reason: &'static str) -> metrics::Counter {
     counter!("pando_clone_memory_errors_total", "template" => template.to_owned(), "reason" => reason)
+}
+
+/// Counts a pager process that was lost.
+pub fn count_pager_restart(template: &str) {
+    pager_restarts(template).increment(1);
+}
+
+fn pager_restarts(template: &str) -> metrics::Counter {
+    counter!("pando_pager_restarts_total", "template" => template.to_owned())
 }
 
 /// Counts a clone that ended otherwise than asked.

@@ -156,7 +156,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
 }
 
 /// A terminal sends its signals to the whole group; only the supervisor decides what they mean.
-fn ignore_end_signals() -> anyhow::Result<()> {
+pub(crate) fn ignore_end_signals() -> anyhow::Result<()> {
     for signal in END_SIGNALS {
         let seen = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         signal_hook::flag::register(signal, seen).context("cannot ignore signals")?;
