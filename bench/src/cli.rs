@@ -9,6 +9,7 @@ use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use pando_vmm::cli::args::IoArg;
+pub(crate) use pando_vmm::cli::args::PagerPlaceArg;
 use pando_vmm::clone::Engine;
 
 pub(crate) use many::{DensityArgs, PagerArgs};
@@ -85,6 +86,9 @@ pub(crate) struct CloneArgs {
     /// Ways to read the template, with commas between them; one variant of engine copy for each.
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     pub(crate) io: Vec<IoArg>,
+    /// Where pagers run, with commas between them; one variant of engine copy for each.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "own,shared")]
+    pub(crate) pager: Vec<PagerPlaceArg>,
     /// Measure engine copy also without comparing checksums.
     #[arg(long)]
     pub(crate) no_verify: bool,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail, ensure};
 use pando_vmm::clone::Engine;
 use pando_vmm::clone::cgroup::CloneGroups;
-use pando_vmm::clone::control::{Ending, PagerConfig};
+use pando_vmm::clone::control::{Ending, PagerConfig, PagerPlace};
 use pando_vmm::clone::process::SerialPlan;
 use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
 use pando_vmm::demo::plan::{Step, lines};
@@ -41,13 +41,16 @@ pub(crate) struct GroveOptions {
 }
 
 impl GroveOptions {
-    /// What users get.
+    /// What users get for several clones.
     pub(crate) fn new(program: PathBuf, template: PathBuf, engine: Engine) -> Self {
         Self {
             program,
             template,
             engine,
-            pager: PagerConfig::default(),
+            pager: PagerConfig {
+                place: PagerPlace::Shared,
+                ..PagerConfig::default()
+            },
             root: RootOptions::default(),
             cgroups: false,
         }

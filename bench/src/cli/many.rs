@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use clap::Args as ClapArgs;
 use pando_vmm::clone::Engine;
 
-use super::parse_bytes;
+use super::{PagerPlaceArg, parse_bytes};
 
 /// Options of `pando-bench density`.
 #[derive(Debug, Clone, ClapArgs)]
@@ -30,6 +30,9 @@ pub(crate) struct DensityArgs {
     /// How many clones may be starting at once; twice as many as there are CPUs if not given.
     #[arg(long)]
     pub(crate) parallel: Option<NonZeroU32>,
+    /// Where pagers run.
+    #[arg(long, value_enum, default_value = "shared")]
+    pub(crate) pager: PagerPlaceArg,
     /// Give each clone a cgroup of its own.
     #[arg(long)]
     pub(crate) cgroups: bool,

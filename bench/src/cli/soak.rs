@@ -8,7 +8,7 @@ use clap::{Args as ClapArgs, ValueEnum};
 use pando_vmm::clone::Engine;
 use serde::Serialize;
 
-use super::parse_bytes;
+use super::{PagerPlaceArg, parse_bytes};
 
 /// What is done to clones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize)]
@@ -63,6 +63,9 @@ pub(crate) struct SoakArgs {
     /// Time between two kills of the pager process, in milliseconds.
     #[arg(long, default_value = "300")]
     pub(crate) every_ms: NonZeroU32,
+    /// Where pagers run.
+    #[arg(long, value_enum, default_value = "shared")]
+    pub(crate) pager: PagerPlaceArg,
     /// Give each clone a cgroup of its own.
     #[arg(long)]
     pub(crate) cgroups: bool,

@@ -11,11 +11,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use pando_vmm::clone::control::Io;
+use pando_vmm::clone::control::{Io, PagerPlace};
 use pando_vmm::demo::result::PagerFacts;
 use serde::Serialize;
 
-use crate::cli::CloneArgs;
+use crate::cli::{CloneArgs, PagerPlaceArg};
 use crate::floor::{Root, Wave as FloorWave};
 use crate::host::Host;
 use crate::program::program;
@@ -81,7 +81,12 @@ pub(crate) fn run(args: &CloneArgs) -> Result<()> {
     let host = Host::probe()?;
     let program = program(args.pando.as_deref())?;
     let io: Vec<Io> = args.io.iter().map(|&io| io.into()).collect();
-    let setups = Setup::all(&args.engines, &io, args.no_verify);
+    let places: Vec<PagerPlace> = args
+        .pager
+        .iter()
+        .map(|&place| PagerPlaceArg::place(Some(place), 2))
+        .collect();
+    let setups = Setup::all(&args.engines, &io, &places, args.no_verify);
     ensure!(!setups.is_empty(), "no engine to measure: give --engines");
     let subject = Subject::make(args.memory, args.dir.as_deref())?;
     let floor = Root::new(args.memory, true)?;

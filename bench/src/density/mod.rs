@@ -17,7 +17,7 @@ use pando_vmm::payload::LAYOUT;
 use pando_vmm::payload::protocol::{Pattern, Visit};
 use serde::Serialize;
 
-use crate::cli::DensityArgs;
+use crate::cli::{DensityArgs, PagerPlaceArg};
 use crate::clone::subject::Subject;
 use crate::clone::workload::{DATA_PAGES, TEMPLATE_SALT};
 use crate::floor::{Grown, Root};
@@ -168,10 +168,10 @@ impl Bench<'_> {
     }
 
     fn forest(&self, engine: Engine) -> Result<Forest> {
-        let mut grove = Grove::new(GroveOptions {
-            cgroups: self.args.cgroups,
-            ..GroveOptions::new(self.program.clone(), self.subject.dir.clone(), engine)
-        })?;
+        let mut options = GroveOptions::new(self.program.clone(), self.subject.dir.clone(), engine);
+        options.cgroups = self.args.cgroups;
+        options.pager.place = PagerPlaceArg::place(Some(self.args.pager), 2);
+        let mut grove = Grove::new(options)?;
         let before = Footprint::take()?;
         grove.prepare()?;
         // Without the root: it is there once, however many clones there are.
@@ -193,8 +193,10 @@ impl Bench<'_> {
         let begun = Instant::now();
         grove.stop_all()?;
         let stop_ns = nanoseconds(begun);
-        let left = before.left()?;
         let (wrong, complaints) = grove.take_wrong();
+        // With the supervisor ends what serves its clones.
+        drop(grove);
+        let left = before.left()?;
         let levels = steps.iter().map(|step| (step.alive, step.available_bytes));
         Ok(Forest {
             engine,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use pando_vmm::clone::Engine;
+use pando_vmm::clone::control::PagerPlace;
 use pando_vmm::demo::plan::Step;
 use pando_vmm::payload::LAYOUT;
 use pando_vmm::payload::protocol::{Pattern, Visit};
@@ -152,6 +153,7 @@ pub(super) fn pager(stage: &Stage<'_>, engine: Engine) -> Result<Found> {
     // All pages come by fault: nothing ahead, nothing from a root.
     options.pager.working_set = false;
     options.root.budget_bytes = Some(0);
+    options.pager.place = PagerPlace::Shared;
     let mut grove = Grove::new(options)?;
     let before = Footprint::take()?;
     let mut random = stage.random();

@@ -17,7 +17,7 @@ use pando_vmm::clone::Engine;
 use pando_vmm::host::raise_descriptor_limit;
 use serde::Serialize;
 
-use crate::cli::{Scenario, SoakArgs};
+use crate::cli::{PagerPlaceArg, Scenario, SoakArgs};
 use crate::clone::subject::Subject;
 use crate::footprint::{Footprint, Left, adopt_orphans};
 use crate::grove::{Grove, GroveOptions};
@@ -78,10 +78,10 @@ impl Stage<'_> {
 
     /// How clones of `subject` are made.
     pub(super) fn options(&self, subject: &Subject, engine: Engine) -> GroveOptions {
-        GroveOptions {
-            cgroups: self.args.cgroups,
-            ..GroveOptions::new(self.program.clone(), subject.dir.clone(), engine)
-        }
+        let mut options = GroveOptions::new(self.program.clone(), subject.dir.clone(), engine);
+        options.cgroups = self.args.cgroups;
+        options.pager.place = PagerPlaceArg::place(Some(self.args.pager), 2);
+        options
     }
 
     /// Clones alive at once, and rounds: as asked for, else by size.
@@ -114,15 +114,17 @@ impl Stage<'_> {
         mut done: BTreeMap<&'static str, u64>,
     ) -> Result<Found> {
         grove.stop_all()?;
-        let left = before.left()?;
-        for complaint in left.complaints() {
-            grove.complain(complaint);
-        }
-        if self.args.judge_memory && left.memory_bytes as f64 > MISSING_BYTES {
-            grove.complain(left.summary());
-        }
         done.insert("right answers", grove.right_answers());
-        let (wrong, complaints) = grove.take_wrong();
+        let (mut wrong, mut complaints) = grove.take_wrong();
+        // With the supervisor ends what serves its clones.
+        drop(grove);
+        let left = before.left()?;
+        let mut missed = left.complaints();
+        if self.args.judge_memory && left.memory_bytes as f64 > MISSING_BYTES {
+            missed.push(left.summary());
+        }
+        wrong += missed.len() as u64;
+        complaints.extend(missed);
         Ok(Found {
             done,
             wrong,
@@ -164,10 +166,8 @@ impl Scenario {
         match self {
             Self::All => &[],
             Self::KillRoot => &[Engine::Root],
-            Self::KillPager => &[Engine::Copy],
-            Self::Template => &[Engine::Copy],
-            Self::SecondGeneration => &[Engine::Copy],
-            Self::Isolation | Self::KillClones | Self::Memory | Self::Limits => {
+            Self::Template | Self::SecondGeneration => &[Engine::Copy],
+            Self::Isolation | Self::KillClones | Self::KillPager | Self::Memory | Self::Limits => {
                 &[Engine::Root, Engine::Copy]
             }
         }
