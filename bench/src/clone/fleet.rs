@@ -71,19 +71,22 @@ impl Setup {
                 }
                 continue;
             }
-            for (&io, &place) in io
-                .iter()
-                .flat_map(|io| places.iter().map(move |place| (io, place)))
-            {
-                add(Self { io, place, ..plain });
-                if also_unverified {
-                    add(Self {
-                        io,
-                        place,
-                        verify: false,
-                        ..plain
-                    });
+            for &io in io {
+                let own = Self { io, ..plain };
+                if places.contains(&PagerPlace::Own) {
+                    add(own);
+                    if also_unverified {
+                        add(Self {
+                            verify: false,
+                            ..own
+                        });
+                    }
                 }
+            }
+            // Once: how it reads and whether it verifies is a question to any pager.
+            if places.contains(&PagerPlace::Shared) {
+                let place = PagerPlace::Shared;
+                add(Self { place, ..plain });
             }
         }
         all

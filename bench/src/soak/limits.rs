@@ -140,13 +140,16 @@ fn work() -> Vec<Step> {
 /// Starts clones, some of which cannot be: they fail, and all others answer. Ends all; how many
 /// failed.
 fn batch(grove: &mut Grove, clones: u32) -> Result<u64> {
-    let batch: Vec<usize> = (0..clones)
-        .map(|_| {
-            let number = grove.start(work());
-            grove.may_end(number);
-            number
-        })
-        .collect();
+    let mut batch = Vec::new();
+    for _ in 0..clones {
+        let number = grove.start(work());
+        grove.may_end(number);
+        batch.push(number);
+        // One after the other: of many that start at once, each might take what another lacks.
+        grove.until("a clone has answered or failed", |grove| {
+            !grove.owes(number)
+        })?;
+    }
     grove.all_answer()?;
     let mut failed = 0;
     for &number in &batch {

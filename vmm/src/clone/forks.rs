@@ -13,7 +13,9 @@
 
 mod failed;
 mod overdue;
+mod rooms;
 mod shells;
+mod strays;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,6 +88,7 @@ pub struct Forks {
     /// One for each fork under way: room for the descriptor of its process. Without room the kernel
     /// drops that descriptor, and a process that nobody can wait for is left.
     rooms: Vec<OwnedFd>,
+    strays: strays::Strays,
     shells: Vec<Shell>,
     demand: Demand,
     next_id: u64,
@@ -227,13 +230,9 @@ impl Supervisor {
             Ok(orders) => orders,
             Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
         };
-        let room = rustix::io::fcntl_dupfd_cloexec(&self.epoll, 0);
-        let room = match room {
+        let room = match self.room_for_a_process() {
             Ok(room) => room,
-            Err(errno) => {
-                let message = format!("no descriptor is left for its process: {errno}");
-                return self.fail_purpose(&purpose, exit::FAILED, &message);
-            }
+            Err(message) => return self.fail_purpose(&purpose, exit::FAILED, &message),
         };
         let id = self.forks.next_id;
         self.forks.next_id += 1;
@@ -312,14 +311,7 @@ impl Supervisor {
         drop(self.forks.rooms.pop());
         match root.receive() {
             Ok(Some((message, descriptors))) => {
-                let has_landed = matches!(
-                    message,
-                    FromRoot::Forked { .. } | FromRoot::NotForked { .. }
-                );
-                if !has_landed && self.forks.rooms.len() < self.forks.flying.len() {
-                    let again = rustix::io::fcntl_dupfd_cloexec(&self.epoll, 0);
-                    self.forks.rooms.extend(again);
-                }
+                self.keep_room(&message);
                 self.obey_root(message, descriptors);
             }
             Ok(None) => self.lose_root("it ended"),
@@ -437,6 +429,9 @@ impl Supervisor {
             tracing::warn!("the root process is lost: {why}");
         }
         self.drop_root();
+        if !self.forks.flying.is_empty() {
+            self.forks.strays.expect();
+        }
         self.land_flights();
         self.send_forks();
     }
@@ -462,6 +457,7 @@ impl Supervisor {
 
     /// Keeps the pool at its level, when nothing more urgent is to be done.
     pub(super) fn tend_forks(&mut self) {
+        self.take_strays();
         let limits = self.options.root.shells;
         let forks = &mut self.forks;
         if forks.is_ended || limits.ceiling == 0 || !forks.waiting.is_empty() {
