@@ -205,6 +205,11 @@ impl Grove {
         self.answers
     }
 
+    /// Whether anything was wrong so far.
+    pub(crate) fn is_wrong(&self) -> bool {
+        self.wrong > 0
+    }
+
     /// What was wrong, and how often; taken out of here.
     pub(crate) fn take_wrong(&mut self) -> (u64, Vec<String>) {
         (

@@ -112,10 +112,7 @@ fn what_cannot_be_measured_is_refused() {
     for (arguments, message) in [
         (["--engines", "fork"], "'fork' is no engine"),
         (["--memory", "12"], "12"),
-        (
-            ["--pando", "/nowhere/pando"],
-            "cannot start a clone's process",
-        ),
+        (["--pando", "/nowhere/pando"], "no program /nowhere/pando"),
     ] {
         let output = clone(&arguments);
         assert!(!output.status.success());

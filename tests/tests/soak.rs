@@ -70,6 +70,14 @@ fn clones_outlive_roots_that_are_killed_while_they_fork() -> Result<()> {
 }
 
 #[test]
+fn clones_get_every_byte_although_their_pager_is_killed_again_and_again() -> Result<()> {
+    for trial in trials(soak(&["kill-pager", "--every-ms", "100"])?)? {
+        assert!(trial["done"]["kills"].as_u64() > Some(0), "{trial:#}");
+    }
+    Ok(())
+}
+
+#[test]
 fn a_template_changed_while_served_gives_no_wrong_byte() -> Result<()> {
     let trials = trials(soak(&["template"])?)?;
     assert_eq!(trials[0]["done"]["changes"], 3, "{trials:#?}");

@@ -79,6 +79,10 @@ pub(super) fn run(stage: &Stage<'_>, engine: Engine) -> Result<Found> {
     let mut passing: Vec<usize> = Vec::new();
     let (mut came, mut went) = (0, 0);
     for round in 0..rounds {
+        if grove.is_wrong() {
+            // It has been found; what follows would only bury it.
+            break;
+        }
         let mut order = staying.clone();
         random.shuffle(&mut order);
         for &number in &order {
