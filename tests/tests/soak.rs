@@ -188,10 +188,11 @@ fn one_pager_is_measured_under_many_clones() -> Result<()> {
         results["targets"].as_array().map(Vec::len) >= Some(5),
         "{document:#}"
     );
-    for many in results["many"].as_array().context("no clones")? {
-        let six = &many["group"]["ways"][1];
+    let setups = results["setups"].as_array().context("no setups")?;
+    for setup in setups {
+        let six = &setup["loads"][1];
         assert_eq!(six["load"]["clones"], 6, "{six:#}");
-        assert!(six["pager"]["faults"].as_u64() > Some(0), "{six:#}");
+        assert!(six["faults"].as_u64() > Some(0), "{six:#}");
     }
     Ok(())
 }

@@ -62,8 +62,14 @@ pub(super) fn clones(stage: &Stage<'_>, engine: Engine) -> Result<Found> {
         } else {
             grove.start(work(&mut random))
         };
-        // A third of them before they have run at all.
-        if random.below(3) > 0 {
+        // A third of them at once, a third at some time, a third when their guest runs.
+        let when = random.below(3);
+        if when == 2 {
+            grove.until("the victim runs", |grove| {
+                grove.supervisor.clones()[victim].running.is_some() || grove.has_ended(victim)
+            })?;
+        }
+        if when > 0 {
             grove.pass(Duration::from_micros(random.below(LIFE_US)))?;
         }
         let is_running = grove.supervisor.clones()[victim].running.is_some();
