@@ -12,7 +12,9 @@
 //! ```
 
 mod failed;
+mod rooms;
 mod shells;
+mod strays;
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
@@ -86,6 +88,10 @@ pub struct Forks {
     pub(super) hole_faults: HoleFaults,
     pub(super) waiting: VecDeque<Purpose>,
     pub(super) flying: HashMap<u64, Flight>,
+    /// One for each fork under way: room for the descriptor of its process. Without room the kernel
+    /// drops that descriptor, and a process that nobody can wait for is left.
+    rooms: Vec<OwnedFd>,
+    strays: strays::Strays,
     pub(super) shells: Vec<Shell>,
     pub(super) demand: Demand,
     pub(super) refill: Refill,
@@ -218,6 +224,10 @@ impl Supervisor {
             Ok(pair) => pair,
             Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
         };
+        let room = match self.room_for_a_process() {
+            Ok(room) => room,
+            Err(message) => return self.fail_purpose(&purpose, exit::FAILED, &message),
+        };
         let id = self.forks.next_id;
         self.forks.next_id += 1;
         let group = self.new_group();
@@ -257,6 +267,7 @@ impl Supervisor {
             group,
         };
         self.forks.flying.insert(id, flight);
+        self.forks.rooms.push(room);
     }
 
     fn start_root(&mut self) -> Result<(), String> {
@@ -307,8 +318,13 @@ impl Supervisor {
         let Some(root) = &self.forks.root else {
             return;
         };
+        // What comes may be the descriptor of a process.
+        drop(self.forks.rooms.pop());
         match root.receive() {
-            Ok(Some((message, descriptors))) => self.obey_root(message, descriptors),
+            Ok(Some((message, descriptors))) => {
+                self.keep_room(&message);
+                self.obey_root(message, descriptors);
+            }
             Ok(None) => self.lose_root("it ended"),
             Err(error) => self.lose_root(&chain(&error)),
         }
@@ -436,6 +452,9 @@ impl Supervisor {
             tracing::warn!("the root process is lost: {why}");
         }
         self.drop_root();
+        if !self.forks.flying.is_empty() {
+            self.forks.strays.expect();
+        }
         self.land_flights();
         self.send_forks();
     }
@@ -451,6 +470,7 @@ impl Supervisor {
 
     /// A fork whose making was not confirmed ends when its control socket closes.
     fn land_flights(&mut self) {
+        self.forks.rooms.clear();
         let mut flights: Vec<_> = self.forks.flying.drain().collect();
         flights.sort_by_key(|(id, _)| std::cmp::Reverse(*id));
         for (_, flight) in flights {

@@ -64,9 +64,14 @@ pub struct ChildProcess {
 impl ChildProcess {
     /// Starts a program.
     pub fn spawn(command: &mut Command) -> Result<Self, SpawnError> {
-        let child = command.spawn().map_err(SpawnError::Spawn)?;
-        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
-            .map_err(|errno| SpawnError::Spawn(errno.into()))?;
+        let mut child = command.spawn().map_err(SpawnError::Spawn)?;
+        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+        if pidfd.is_err() {
+            // Nobody would hear of its end, nor take it.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let pidfd = pidfd.map_err(|errno| SpawnError::Spawn(errno.into()))?;
         // Dropping a `Child` neither ends nor awaits it.
         Ok(Self::new(child.id(), pidfd))
     }

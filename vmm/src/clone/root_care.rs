@@ -124,6 +124,7 @@ impl Supervisor {
     /// Keeps the pool at its level, when nothing more urgent is to be done.
     pub(super) fn tend_forks(&mut self) {
         self.check_root();
+        self.take_strays();
         self.reap_shells();
         self.tell_hole_faults();
         let limits = self.options.root.shells;

@@ -191,6 +191,14 @@ impl Usage {
         self.not_before = Some(Instant::now() + PERIOD.max(start.elapsed() * REST));
     }
 
+    /// Measures one clone now, whoever's turn it is; `None` when it does not run or cannot be looked at.
+    pub(super) fn measure_one(&mut self, clone: usize, pid: u32) -> Option<CloneMemory> {
+        let known = self.clones.get_mut(clone).filter(|known| known.is_alive)?;
+        let cgroup = known.cgroup.as_deref();
+        known.memory = CloneMemory::of(pid, &known.places, known.is_paged, cgroup).ok();
+        known.memory
+    }
+
     /// A clone's process has ended and takes nothing any more.
     pub(super) fn ended(&mut self, template: &str, clone: usize) {
         self.made = self.made.saturating_sub(1);
