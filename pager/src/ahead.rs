@@ -3,7 +3,7 @@
 //! without a message and without a waiter.
 
 use crate::handle::{Idle, Pager};
-use crate::image::{CHUNK_PAGES, Image};
+use crate::image::{CHUNK_PAGES, Image, PageKind};
 use crate::install::{Content, install};
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::residency::PageState;
@@ -18,12 +18,15 @@ const BATCH_PAGES: u64 = 64;
 pub struct Ahead {
     /// Pages that are there now.
     pub pages: u64,
+    /// Pages without data that are mapped now.
+    pub zero_pages: u64,
     /// Pages that could not be had; whoever touches them meets the pager's own tries.
     pub failed_pages: u64,
 }
 
 impl Pager<Idle> {
-    /// Installs every page of `plan` in the memory that was attached, in the plan's order. Images
+    /// Installs every page of `plan` in the memory that was attached, in the plan's order, its zero
+    /// pages last. Images
     /// are counted as they were attached; pages of others are left out.
     pub fn install_ahead(&mut self, plan: &Plan) -> Ahead {
         let mut ahead = Ahead::default();
@@ -36,7 +39,36 @@ impl Pager<Idle> {
                 ahead.failed_pages += batch.count().get() - done;
             }
         }
+        for run in &plan.zero {
+            let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
+            ahead.zero_pages += self.install_zeros(backend, run.pages);
+        }
         ahead
+    }
+
+    /// Maps the kernel's zero page at `pages`, none of which has data. How many there are now.
+    fn install_zeros(&mut self, backend: usize, pages: PageRange) -> u64 {
+        let (uffd, images) = self.for_installing();
+        let Some(served) = images.get_mut(backend) else {
+            return 0;
+        };
+        let index = served.image().index();
+        let has_data = |page| index.kind(page) == PageKind::Data;
+        if !is_inside(served.image(), pages) || pages.iter().any(has_data) {
+            return 0;
+        }
+        let Some(mapping) = served.pin() else {
+            return 0;
+        };
+        let mut place = OwnMemory {
+            uffd,
+            mapping: &mapping,
+        };
+        let report = install(&mut place, pages, Content::Zero);
+        let done = PageRange::new(pages.start(), PageCount::new(report.done()));
+        served.set_all(done, PageState::Present);
+        self.zeros_ahead(report.fresh);
+        report.done()
     }
 
     /// How many pages of `batch`, from its first on, are there now.

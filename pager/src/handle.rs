@@ -39,6 +39,8 @@ pub struct Idle {
     pub(crate) decorate: Option<Decorate>,
     /// Pages that were installed before serving.
     pub(crate) ahead_pages: u64,
+    /// Pages without data that were.
+    pub(crate) ahead_zero_pages: u64,
     pub(crate) recorder: Option<Recorder>,
 }
 
@@ -89,6 +91,7 @@ impl Pager<Idle> {
                 metrics,
                 decorate: None,
                 ahead_pages: 0,
+                ahead_zero_pages: 0,
                 recorder,
             },
         })
@@ -184,6 +187,11 @@ impl Pager<Idle> {
         self.state.metrics.ahead(pages);
     }
 
+    pub(crate) fn zeros_ahead(&mut self, pages: u64) {
+        self.state.ahead_zero_pages += pages;
+        self.state.metrics.installed(Origin::Zero, pages);
+    }
+
     pub(crate) fn for_installing(&mut self) -> (&Uffd, &mut [Served]) {
         let state = &mut self.state;
         (&state.uffd, &mut state.images)
@@ -208,6 +216,7 @@ impl Pager<Idle> {
         let stop = Arc::new(stop);
         let tally = Arc::new(Tally::default());
         crate::counts::add(&tally.pages_cache, idle.ahead_pages);
+        crate::counts::add(&tally.pages_zero, idle.ahead_zero_pages);
         let health = idle.health.clone();
         let recorder = idle.recorder.clone();
         let (ready, answer) = bounded(1);

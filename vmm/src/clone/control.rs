@@ -18,12 +18,14 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::Engine;
-use super::record::{Recording, TracePiece};
+use super::give_back::policy::Policy;
+use super::learn::Learn;
+use super::record::{Judgement, Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Delta;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 4;
+const VERSION: u32 = 5;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -84,8 +86,8 @@ pub struct WorkerConfig {
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
     pub verbosity: u8,
-    /// When its run ends, if what it touches is to be recorded: nothing is read ahead then.
-    pub record: Option<Recording>,
+    /// What of it is to be recorded, if anything.
+    pub record: Option<Record>,
 }
 
 /// How a clone's pager works.
@@ -101,6 +103,10 @@ pub struct PagerConfig {
     pub working_set: bool,
     /// Whether a clone of one vCPU is kept on one CPU with its pager while pages come in.
     pub keep_together: bool,
+    /// Which clones teach the template what they touch.
+    pub learn: Learn,
+    /// When an idle clone gives memory that it did not write back to the host.
+    pub give_back: Option<Policy>,
 }
 
 impl Default for PagerConfig {
@@ -111,6 +117,8 @@ impl Default for PagerConfig {
             fault_deadline: Duration::from_secs(10),
             working_set: true,
             keep_together: true,
+            learn: Learn::Off,
+            give_back: None,
         }
     }
 }
@@ -174,8 +182,17 @@ pub enum FromWorker {
     },
     /// What was recorded since the last time.
     Metrics(Delta),
-    /// A part of what a recorded run touched; all parts come before the last message.
+    /// A part of what a recorded clone touched; all parts come before the last message.
     Touched(TracePiece),
+    /// What bringing pages ahead of a recorded clone was good for.
+    Judged(Judgement),
+    /// It gave memory back since the last time it said so.
+    GaveBack {
+        /// How much.
+        bytes: u64,
+        /// How often its guest was paused for that.
+        pauses: u64,
+    },
     /// The last message: how the machine ended.
     Ended(Ending),
 }
@@ -362,10 +379,7 @@ mod tests {
             host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
-            record: Some(Recording {
-                idle: Duration::from_secs(1),
-                limit: Duration::from_secs(10),
-            }),
+            record: Some(Record::Beginning(Duration::from_secs(1))),
         }
     }
 

@@ -121,11 +121,15 @@ pub(super) fn inherited(
 /// MiB, some 50 ms.
 const AHEAD_PAGES: u64 = 16 << 10;
 
+/// Most zero pages that are mapped beside them: 64 MiB of guest memory, 2 ms, no memory but page tables.
+const ZERO_AHEAD_PAGES: u64 = 16 << 10;
+
 /// What to bring ahead of a clone without a root: all that it is known to need.
 pub fn plan_for_copy(template: &Template) -> Plan {
     let rules = PlanRules {
         share_pages: AHEAD_PAGES,
         private_pages: AHEAD_PAGES,
+        zero_pages: ZERO_AHEAD_PAGES,
         whole_ranges: false,
         zero_reads: ZeroReads::Skip,
     };
@@ -137,6 +141,7 @@ pub fn plan_for_root(template: &Template) -> Vec<PlannedRun> {
     let rules = PlanRules {
         share_pages: 0,
         private_pages: AHEAD_PAGES,
+        zero_pages: 0,
         whole_ranges: false,
         zero_reads: ZeroReads::Skip,
     };
