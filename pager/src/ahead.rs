@@ -99,12 +99,12 @@ impl Pager<Idle> {
     }
 }
 
-fn is_inside(image: &Image, pages: PageRange) -> bool {
+pub(crate) fn is_inside(image: &Image, pages: PageRange) -> bool {
     pages.end().get() <= image.pages().get()
 }
 
 /// Pieces that begin and end at multiples of [`BATCH_PAGES`], but for the ends of the whole.
-fn batches(pages: PageRange) -> impl Iterator<Item = PageRange> {
+pub(crate) fn batches(pages: PageRange) -> impl Iterator<Item = PageRange> {
     let (first, end) = (pages.start().get(), pages.end().get());
     (first / BATCH_PAGES..end.div_ceil(BATCH_PAGES)).map(move |batch| {
         let start = (batch * BATCH_PAGES).max(first);

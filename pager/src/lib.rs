@@ -35,6 +35,7 @@ mod probe;
 mod queue;
 mod record;
 mod region;
+mod registration;
 mod residency;
 mod retry;
 mod root_memory;
@@ -51,7 +52,7 @@ pub use ahead::Ahead;
 pub use budget::Budget;
 pub use client::{
     AheadRun, Attached, ClientEvent, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId,
-    MAX_REGIONS, SpecError,
+    MAX_REGIONS, SpecError, check_regions,
 };
 pub use counts::Counts;
 pub use error::PagerError;
@@ -63,5 +64,6 @@ pub use options::{IoMode, PagerOptions, Verify};
 pub use page::{ByteOffset, PAGE_BYTES, PageCount, PageIndex, PageRange};
 pub use port::IoPath;
 pub use probe::{HostFacts, Refusal, UffdAccess, UffdFacts, UffdFeatures, probe};
+pub use registration::{RegisteredPlace, Registration};
 pub use root_memory::{Filled, Root, RootMemory};
 pub use shared::{Decorate, Listener, SharedOptions, SharedPager};

@@ -196,6 +196,16 @@ impl RootMemory {
         self.holes.is_empty()
     }
 
+    /// Pages that are missing and have data, in ascending order.
+    pub fn holes(&self) -> &[PageRange] {
+        &self.holes
+    }
+
+    /// Where it lies: address and bytes, the same in the root and in each of its forks.
+    pub fn place(&self) -> (u64, u64) {
+        (self.mapping.address() as u64, self.mapping.bytes())
+    }
+
     /// The memory of a clone that needs no pager; gives it back if pages are missing.
     pub fn into_complete(self) -> Result<CloneMemory, Self> {
         if !self.is_complete() {

@@ -13,6 +13,7 @@ pub mod launch;
 pub mod machine;
 pub mod memory;
 pub mod observe;
+pub mod pager_process;
 pub mod payload;
 pub mod report;
 pub mod root;

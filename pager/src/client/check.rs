@@ -92,7 +92,7 @@ pub enum SpecError {
 }
 
 /// Proves `regions` and sorts them by address. `pages_of` says how many pages an image has.
-pub(crate) fn check(
+pub fn check(
     regions: &mut [ClientRegion],
     pages_of: impl Fn(ImageId) -> Option<PageCount>,
 ) -> Result<(), SpecError> {

@@ -4,8 +4,9 @@
 mod check;
 mod spec;
 
-pub use check::SpecError;
+#[expect(unused_imports, reason = "for the shards")]
 pub(crate) use check::check;
+pub use check::{SpecError, check as check_regions};
 pub use spec::{AheadRun, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId, MAX_REGIONS};
 
 use crate::ahead::Ahead;

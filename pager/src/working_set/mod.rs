@@ -18,6 +18,7 @@ mod probe;
 mod run;
 mod set;
 mod types;
+mod within;
 
 pub use format::WorkingSetError;
 pub use merge::{MAX_TOUCHES, MergeRules, Merged, ZeroReads};

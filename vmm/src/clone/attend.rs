@@ -12,10 +12,14 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::END_SIGNALS;
 use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
+use super::give_back::Subject;
+use super::give_back::keeper::Keeper;
 use super::instantiate::CloneError;
 use super::placement::Placement;
-use super::record::Recorded;
+use super::record::{self, Recorded};
 use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
+use crate::memory::guest::GuestRam;
+use crate::observe::metrics::Judged;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
 
@@ -36,8 +40,10 @@ pub(super) struct Ready<'a> {
     /// Where it has one of its own.
     pub(super) pager: Option<Pager<Serving>>,
     pub(super) placement: Option<Placement>,
-    /// Where what it touches is recorded; it has a pager then.
+    /// Where what it touches is recorded.
     pub(super) record: Option<Recorded<'a>>,
+    /// Who has it give memory back when it is idle.
+    pub(super) keeper: Option<Keeper>,
     /// When this process's own code began, on the monotonic clock.
     pub(super) began: Duration,
     /// How long each step took so far.
@@ -64,6 +70,7 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         pager,
         mut placement,
         record,
+        mut keeper,
         began,
         mut stages,
         signals,
@@ -82,7 +89,7 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
     }
     let places = machine.ram().places().collect();
     // Kept beyond the machine's end, to see what was written.
-    let recorded_ram = record.as_ref().map(|_| machine.shared_ram());
+    let ram = machine.shared_ram();
     let resume_start = Instant::now();
     let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
@@ -101,6 +108,11 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
             if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
                 placement.review(pager.counts().faults);
             }
+            if let Some(record) = &record
+                && record.is_due(resume_start.elapsed())
+            {
+                tell(channel, record, pager.as_ref(), &ram);
+            }
         };
         thread::Builder::new()
             .name("attend".to_owned())
@@ -108,8 +120,9 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
                 attend(channel, relay, handle, signals, ended, &mut review)
             })
             .context(NO_THREAD)?;
-        if let (Some(record), Some(pager)) = (&record, &pager) {
-            let watch = move || record.watch(pager, handle, ended);
+        let run = record.as_ref().and_then(Recorded::run);
+        if let (Some(recording), Some(pager)) = (run, &pager) {
+            let watch = move || record::watch(recording, pager, handle, ended);
             let thread = thread::Builder::new().name("record".to_owned());
             thread.spawn_scoped(scope, watch).context(NO_THREAD)?;
         }
@@ -118,17 +131,28 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         anyhow::Ok(outcome)
     })?;
     let ending = ending(outcome, health.as_ref());
-    if let (Some(record), Some(ram), Some(pager)) = (&record, &recorded_ram, &pager)
+    if let Some(record) = &record
         && ending.exit_code() == exit::OK
     {
-        for piece in record.pieces(pager, ram) {
-            send(channel, &FromWorker::Touched(piece));
-        }
+        tell(channel, record, pager.as_ref(), &ram);
     }
     if let Some(pager) = pager {
         pager.stop().map_err(CloneError::from)?;
     }
     Ok(ending)
+}
+
+/// Sends what a recorded clone touched, the first time.
+fn tell(channel: &Channel, record: &Recorded<'_>, pager: Option<&Pager<Serving>>, ram: &GuestRam) {
+    let Some(lesson) = record.tell(pager, ram) else {
+        return;
+    };
+    for piece in lesson.pieces {
+        send(channel, &FromWorker::Touched(piece));
+    }
+    if lesson.judged != Judged::default() {
+        send(channel, &FromWorker::Judged(lesson.judged));
+    }
 }
 
 /// Sends metrics and reviews the clone's placement each second, and stops the machine when the supervisor says so, dies, or a signal

@@ -6,21 +6,25 @@ use std::time::Instant;
 
 use anyhow::Context;
 use pando_pager::RootMemory;
-use pando_pager::working_set::PlannedRun;
+use pando_pager::working_set::Plan;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
 use super::control::{Channel, Ending, FromWorker, PagerConfig, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, inherited};
+use super::instantiate::{CloneError, inherited, to_bring};
 use super::placement::Placement;
+use super::record::{Record, Recorded};
+use super::sight;
 use super::worker::{die_with, exit_code, serial_target};
 use crate::device::legacy::console::SerialTarget;
 use crate::machine::{HostCheck, Machine, Paused};
 use crate::memory::guest::GuestRam;
 use crate::observe::log;
+use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Relay;
 use crate::report::chain;
 use crate::spec::CpuCount;
+use crate::sys::pagemap::Pagemap;
 use crate::template::Template;
 
 /// What a fork has of its root.
@@ -32,8 +36,10 @@ pub struct Inheritance {
     pub template: Template,
     /// Its memory, one per backend, in the machine's order. Holes are not registered yet.
     pub memories: Vec<RootMemory>,
-    /// Pages that it is known to write.
-    pub private: Vec<PlannedRun>,
+    /// What clones are known to need.
+    pub plan: Plan,
+    /// What of it is to be recorded, if anything.
+    pub record: Option<Record>,
     /// How its pager works, where it needs one.
     pub pager: PagerConfig,
     /// Whether this host was compared with the template.
@@ -67,7 +73,8 @@ fn work(
     let Inheritance {
         template,
         memories,
-        private,
+        plan,
+        record,
         pager: config,
         host_check,
         supervisor_pid,
@@ -81,7 +88,11 @@ fn work(
     let is_together =
         needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
     let placement = is_together.then(Placement::together).flatten();
-    let (backings, pager) = inherited(&template, memories, &config, &private)?;
+    let mut brought = to_bring(plan, &config, record);
+    if record.is_some() {
+        brought.unasked.extend(of_root(&memories)?);
+    }
+    let (backings, pager) = inherited(&template, memories, &config, record, &brought)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
     let machine = Machine::restore(
@@ -117,11 +128,25 @@ fn work(
         machine,
         pager,
         placement,
-        record: None,
+        record: record.map(|record| Recorded::new(record, &template, brought)),
+        keeper: None,
         began,
         stages,
         signals: &signals,
     })
+}
+
+/// What a fork has of its root, before anything is installed in it.
+fn of_root(memories: &[RootMemory]) -> anyhow::Result<Vec<sight::Unasked>> {
+    let map = Pagemap::of_self().context("cannot see what is inherited")?;
+    sight::present(&map, &places(memories)).context("cannot see what is inherited")
+}
+
+fn places(memories: &[RootMemory]) -> Vec<MemoryPlace> {
+    let places = memories.iter().map(RootMemory::place);
+    places
+        .map(|(address, bytes)| MemoryPlace { address, bytes })
+        .collect()
 }
 
 type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);

@@ -14,18 +14,22 @@
 
 pub mod admit;
 mod attend;
+pub mod brought;
 pub mod cgroup;
+pub mod channel;
 pub mod control;
 pub mod forked;
 mod forks;
 pub mod give_back;
 pub mod instantiate;
+pub mod learn;
 pub mod member;
 pub mod placement;
 pub mod pool;
 pub mod process;
 pub mod record;
 mod resources;
+pub mod sight;
 pub mod supervise;
 mod token;
 pub mod usage;

@@ -2,19 +2,20 @@
 //! A clone that records what it touches: when its run is over, what it wrote, and how its trace
 //! gets to the supervisor, in pieces that fit a message.
 
-use std::collections::BTreeSet;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pando_pager::working_set::{MAX_TOUCHES, Plan, Seen, Sight, Touch, Trace};
+use pando_pager::working_set::{MAX_TOUCHES, Seen, Sight, Touch, Trace};
 use pando_pager::{PageCount, PageIndex, PageRange, Pager, Serving};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 
-use super::sight::{MAX_SEEN, Sights, Unasked, look};
+use super::brought::Brought;
+use super::sight::{MAX_SEEN, Sights, look};
 use crate::machine::MachineHandle;
 use crate::memory::guest::GuestRam;
+use crate::observe::metrics::Judged;
 use crate::template::Template;
 
 /// How often is looked whether the guest has become quiet.
@@ -98,87 +99,6 @@ impl From<SeenAs> for Sight {
     }
 }
 
-/// What bringing pages ahead of a recorded clone was good for.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Judgement {
-    /// Pages that were brought and written.
-    pub useful: u64,
-    /// Pages that were brought to be written and were not.
-    pub wasted: u64,
-    /// Pages that were held back and asked for.
-    pub probes_touched: u64,
-    /// Pages that were held back and not asked for.
-    pub probes_untouched: u64,
-}
-
-/// What was brought ahead of a clone that is recorded.
-#[derive(Debug, Default)]
-pub struct Brought {
-    /// Pages that it had unasked.
-    pub unasked: Vec<Unasked>,
-    /// What was planned for it, before any page was held back.
-    pub whole_plan: Plan,
-    /// What was brought of that.
-    pub plan: Plan,
-}
-
-impl Brought {
-    /// A clone for which all of `plan` was brought but what `probes` chooses is held back.
-    pub fn with_probes(whole_plan: Plan, probes: u64) -> Self {
-        let (plan, _) = whole_plan.with_probes(probes);
-        let lists = plan.private.iter().chain(&plan.share).chain(&plan.whole);
-        let unasked = lists
-            .map(|run| Unasked {
-                backend: run.backend,
-                pages: run.pages,
-            })
-            .collect();
-        Self {
-            unasked,
-            whole_plan,
-            plan,
-        }
-    }
-
-    /// What `trace` says of it.
-    fn judge(&self, trace: &Trace) -> Judgement {
-        let pages = |lists: [&Vec<_>; 2]| -> BTreeSet<(u32, PageIndex)> {
-            let runs = lists.into_iter().flatten();
-            runs.flat_map(|run: &pando_pager::working_set::PlannedRun| {
-                run.pages.iter().map(|page| (run.backend, page))
-            })
-            .collect()
-        };
-        let none = Vec::new();
-        let brought = pages([&self.plan.private, &self.plan.share]);
-        let to_write = pages([&self.plan.private, &none]);
-        let held_back: BTreeSet<_> = pages([&self.whole_plan.private, &self.whole_plan.share])
-            .difference(&brought)
-            .copied()
-            .collect();
-        let is_written = |seen: &&Seen| seen.sight == Sight::Written;
-        let written: BTreeSet<_> = trace
-            .seen
-            .iter()
-            .filter(is_written)
-            .flat_map(|seen| seen.pages.iter().map(|page| (seen.image, page)))
-            .collect();
-        let touched: BTreeSet<_> = trace
-            .touches
-            .iter()
-            .map(|touch| (touch.image, touch.page))
-            .chain(written.iter().copied())
-            .collect();
-        let probes_touched = held_back.intersection(&touched).count() as u64;
-        Judgement {
-            useful: brought.intersection(&written).count() as u64,
-            wasted: to_write.difference(&written).count() as u64,
-            probes_touched,
-            probes_untouched: held_back.len() as u64 - probes_touched,
-        }
-    }
-}
-
 /// A clone that is recorded.
 #[derive(Debug)]
 pub struct Recorded<'a> {
@@ -195,7 +115,7 @@ pub struct Lesson {
     /// What it touched, in pieces that fit a message.
     pub pieces: Vec<TracePiece>,
     /// What bringing pages ahead was good for.
-    pub judgement: Judgement,
+    pub judged: Judged,
 }
 
 impl<'a> Recorded<'a> {
@@ -250,7 +170,7 @@ impl<'a> Recorded<'a> {
         }
         mark_written(&mut trace);
         Some(Lesson {
-            judgement: self.brought.judge(&trace),
+            judged: self.brought.judge(&trace),
             pieces: pieces(&trace),
         })
     }
@@ -372,6 +292,11 @@ impl Arriving {
         self.is_whole = piece.is_last || !fits;
     }
 
+    /// Whether nothing more is to come.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
+    }
+
     /// The trace of clone number `client`, if all of it has come.
     pub fn finish(self, client: u64) -> Option<Trace> {
         self.is_whole.then_some(Trace {
@@ -470,43 +395,5 @@ mod tests {
         mark_written(&mut trace);
         let written: Vec<bool> = trace.touches.iter().map(|touch| touch.write).collect();
         assert_eq!(written, [false, true, true, false, false]);
-    }
-
-    #[test]
-    fn what_was_brought_is_judged_by_what_was_written() {
-        let run = |start, count| pando_pager::working_set::PlannedRun {
-            backend: 0,
-            pages: PageRange::new(PageIndex::new(start), PageCount::new(count)),
-            rank: 0,
-        };
-        let plan = Plan {
-            private: vec![run(0, 640)],
-            share: vec![run(1000, 640)],
-            ..Plan::default()
-        };
-        let brought = Brought::with_probes(plan, 5);
-        let all = |lists: [&[_]; 2]| lists.map(Plan::pages_of).iter().sum::<u64>();
-        let held_back = 1280 - all([&brought.plan.private, &brought.plan.share]);
-        let mut trace = trace(0);
-        trace.seen = vec![Seen {
-            image: 0,
-            pages: PageRange::new(PageIndex::new(0), PageCount::new(1100)),
-            sight: Sight::Written,
-        }];
-        let judgement = brought.judge(&trace);
-        let written = Plan::pages_of(&brought.plan.private)
-            + (1000..1100)
-                .filter(|&page| {
-                    let runs = brought.plan.share.iter();
-                    runs.into_iter().any(|run| run.pages.contains(PageIndex::new(page)))
-                })
-                .count() as u64;
-        assert_eq!((judgement.useful, judgement.wasted), (written, 0));
-        assert_eq!(judgement.probes_touched + judgement.probes_untouched, held_back);
-        assert!(judgement.probes_touched > 0 && judgement.probes_untouched > 0);
-        trace.seen.clear();
-        let judgement = brought.judge(&trace);
-        let wasted = Plan::pages_of(&brought.plan.private);
-        assert_eq!((judgement.useful, judgement.wasted), (0, wasted));
     }
 }

@@ -15,7 +15,8 @@ use thiserror::Error;
 use super::cgroup::CloneGroups;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
-pub use super::member::{Clone, CloneOptions, Event, RootOptions};
+use super::learn::Learner;
+pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
@@ -61,6 +62,8 @@ pub struct Supervisor {
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
+    /// What clones touch, on its way to the template's working set.
+    pub(super) learner: Learner,
     /// Cgroups of clones, if they have some. Behind what holds their processes: it removes them.
     pub(super) groups: Option<CloneGroups>,
 }
@@ -77,7 +80,9 @@ impl Supervisor {
                 .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
                 .map_err(system("watch for signals"))?;
         }
+        let learner = Learner::new(options.pager.learn, &options.template, &options.name);
         let supervisor = Self {
+            learner,
             options,
             epoll,
             signals,
@@ -148,7 +153,7 @@ impl Supervisor {
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
-            record: None,
+            record: self.options.pager.learn.record(number as u64),
         }
     }
 
@@ -385,8 +390,21 @@ impl Supervisor {
             }
             // A shell that was asked for while it said so.
             FromWorker::Warm => None,
-            // Only runs that ask for it are recorded, and these are not.
-            FromWorker::Touched(_) => None,
+            FromWorker::Touched(piece) => {
+                self.learner.hear(number, piece);
+                None
+            }
+            FromWorker::Judged(judged) => {
+                metrics::count_judgement(&self.options.name, &judged);
+                None
+            }
+            FromWorker::GaveBack { bytes, pauses } => {
+                clone.given_back.bytes += bytes;
+                clone.given_back.pauses += pauses;
+                metrics::count_given_back(&self.options.name, bytes, pauses);
+                None
+            }
+            FromWorker::Memory(_) => None,
             FromWorker::Ended(ending) => {
                 clone.ending = Some(ending);
                 None
@@ -424,6 +442,7 @@ impl Supervisor {
             clone.gauges.get(series).copied().unwrap_or(0.0)
         });
         clone.gauges.clear();
+        self.learner.ended(number);
         self.usage.ended(&self.options.name, number);
         self.publish_counts();
         Event::Ended(number)

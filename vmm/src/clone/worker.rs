@@ -89,12 +89,13 @@ fn run_instance(
     let Instance {
         machine,
         pager,
+        brought,
         stages: more,
     } = instantiate(
         template,
         config.engine,
         &config.pager,
-        config.record.is_some(),
+        config.record,
         serial,
         host_check,
     )?;
@@ -106,10 +107,10 @@ fn run_instance(
         machine,
         pager,
         placement,
-        record: config.record.map(|recording| Recorded {
-            recording,
-            template,
-        }),
+        record: config
+            .record
+            .map(|record| Recorded::new(record, template, brought)),
+        keeper: None,
         began,
         stages,
         signals,

@@ -31,6 +31,11 @@ pub fn start_root(verbosity: u8) {
     start_with(verbosity, "root ");
 }
 
+/// Starts logging in the pager process of a supervisor.
+pub fn start_pager(verbosity: u8) {
+    start_with(verbosity, "pager ");
+}
+
 /// Logs from now on as a fork that is no clone yet.
 pub fn become_shell(id: u64) {
     set_mark(&format!("shell={id} "));

@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
 use anyhow::{Context, bail};
-use pando_pager::working_set::PlannedRun;
+use pando_pager::working_set::Plan;
 use pando_pager::{PAGE_BYTES, Root};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -15,7 +15,7 @@ use super::protocol::{FromRoot, RootConfig, ToRoot};
 use crate::clone::END_SIGNALS;
 use crate::clone::control::Channel;
 use crate::clone::forked::{self, Inheritance};
-use crate::clone::instantiate::{CloneError, plan_for_root};
+use crate::clone::instantiate::{CloneError, plan};
 use crate::clone::worker::{die_with, exit_code, take_channel};
 use crate::machine::HostCheck;
 use crate::observe::log;
@@ -50,8 +50,8 @@ pub fn run() -> u8 {
 struct Ready {
     template: Template,
     root: Root,
-    /// Pages that its clones are known to write.
-    private: Vec<PlannedRun>,
+    /// What its clones are known to need.
+    plan: Plan,
     one_thread: OneThread,
 }
 
@@ -62,6 +62,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         Ok(None) => return Ok(exit::OK),
         Err(error) => return Err((channel, error)),
     };
+    let mut forks = 0;
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
         while !has_order(&channel) && ready.root.collapse_next() {}
@@ -76,14 +77,15 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 let Ready {
                     template,
                     root,
-                    private,
+                    plan,
                     ..
                 } = ready;
                 let inheritance = Inheritance {
                     id,
                     template,
                     memories: root.into_memories(),
-                    private,
+                    plan,
+                    record: config.pager.learn.record(forks),
                     pager: config.pager,
                     host_check: if config.host_check_is_due {
                         HostCheck::Due
@@ -95,6 +97,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 return Ok(forked::run(&Channel::new(theirs), inheritance));
             }
             Ok(Forked::Parent { pid, pidfd }) => {
+                forks += 1;
                 let pid = pid.as_raw_nonzero().get().unsigned_abs();
                 let sent = channel.send(&FromRoot::Forked { id, pid }, &[pidfd.as_fd()]);
                 if let Err(error) = sent {
@@ -131,10 +134,10 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let budget_pages = config.budget_bytes / PAGE_BYTES;
     let root = Root::fill(&images, budget_pages, config.pager.verify).map_err(CloneError::from)?;
     let filled = root.filled();
-    let private = if config.pager.working_set {
-        plan_for_root(&template)
+    let plan = if config.pager.working_set {
+        plan(&template)
     } else {
-        Vec::new()
+        Plan::default()
     };
     // Last: whatever was called before might have started a thread.
     let one_thread = OneThread::prove().context("a root cannot fork")?;
@@ -149,14 +152,14 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let ready = Ready {
         template,
         root,
-        private,
+        plan,
         one_thread,
     };
     Ok(Some((ready, config)))
 }
 
 /// A terminal sends its signals to the whole group; only the supervisor decides what they mean.
-fn ignore_end_signals() -> anyhow::Result<()> {
+pub(crate) fn ignore_end_signals() -> anyhow::Result<()> {
     for signal in END_SIGNALS {
         let seen = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         signal_hook::flag::register(signal, seen).context("cannot ignore signals")?;
