@@ -40,7 +40,7 @@ pub enum PagerError {
         bytes: u64,
         /// What the kernel said.
         #[source]
-        source: userfaultfd::Error,
+        source: io::Error,
     },
     /// The kernel registers the memory of a clone, but not for all that serving it takes.
     #[error("memory {image} cannot be served: the userfaultfd of this kernel offers no {} for it", missing.join(", "))]

@@ -51,6 +51,10 @@ pub struct PagerOptions {
     /// Record the clone's first touches, at most so many. Nothing is installed ahead of a walk then:
     /// what was would never be seen to be touched.
     pub record: Option<usize>,
+    /// Install pages write-protected where the kernel can (UFFD_FEATURE_WP_ASYNC), so that it knows
+    /// which were written: what a clone did not write can be given back (`Pager::forget`). A first
+    /// write lifts the protection of its page without a message.
+    pub track_writes: bool,
 }
 
 impl Default for PagerOptions {
@@ -64,6 +68,7 @@ impl Default for PagerOptions {
             cpu: None,
             spin: Duration::ZERO,
             record: None,
+            track_writes: false,
         }
     }
 }

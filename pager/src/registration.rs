@@ -11,16 +11,16 @@ use std::sync::{Arc, Weak};
 
 use userfaultfd::Uffd;
 
-use crate::ahead::{Ahead, batches, is_inside};
+use crate::ahead::{Ahead, are_zeros, batches, is_inside};
 use crate::error::PagerError;
 use crate::image::{CHUNK_PAGES, Image};
 use crate::install::{Content, install};
 use crate::memory::CloneMemory;
 use crate::metrics::{Metrics, Origin};
-use crate::page::{PAGE_BYTES, PageCount, PageRange};
+use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::root_memory::{OwnMemory, RootMemory, read_proven};
 use crate::sys::mmap::ServedMapping;
-use crate::sys::userfaultfd as uffd_sys;
+use crate::sys::userfaultfd::{self as uffd_sys, Tracking};
 use crate::working_set::Plan;
 
 /// Where the memory of one image lies in this process.
@@ -36,6 +36,7 @@ pub struct RegisteredPlace {
 #[derive(Debug)]
 pub struct Registration {
     uffd: Uffd,
+    tracking: Tracking,
     // The clone's to hold: dropped memory is dropped here too.
     mappings: Vec<Weak<ServedMapping>>,
     places: Vec<RegisteredPlace>,
@@ -44,9 +45,24 @@ pub struct Registration {
 impl Registration {
     /// Gets a userfaultfd.
     pub fn new() -> Result<Self, PagerError> {
-        let (uffd, _) = uffd_sys::open().map_err(PagerError::Userfaultfd)?;
+        Self::with(Tracking::Off)
+    }
+
+    /// The same; and the kernel will know which pages were written, where it can: see
+    /// `PagerOptions::track_writes`.
+    pub fn tracking_writes() -> Result<Self, PagerError> {
+        Self::with(Tracking::On)
+    }
+
+    fn with(wanted: Tracking) -> Result<Self, PagerError> {
+        let opened = uffd_sys::open(wanted).map_err(PagerError::Userfaultfd)?;
         Ok(Self {
-            uffd,
+            uffd: opened.uffd,
+            tracking: if opened.tracks {
+                Tracking::On
+            } else {
+                Tracking::Off
+            },
             mappings: Vec::new(),
             places: Vec::new(),
         })
@@ -54,22 +70,24 @@ impl Registration {
 
     /// Maps and registers memory for `image`.
     pub fn map(&mut self, image: &Image) -> Result<CloneMemory, PagerError> {
-        let (id, bytes) = (|| image.id().to_owned(), image.bytes());
+        let bytes = image.bytes();
         if bytes == 0 {
-            return Err(PagerError::Empty { image: id() });
+            let image = image.id().to_owned();
+            return Err(PagerError::Empty { image });
         }
         let map = |source| PagerError::Map {
-            image: id(),
+            image: image.id().to_owned(),
             bytes,
             source,
         };
         let mapping = Arc::new(ServedMapping::new(bytes).map_err(map)?);
-        let missing =
-            uffd_sys::register(&self.uffd, &mapping).map_err(|source| PagerError::Register {
-                image: id(),
-                bytes,
-                source,
-            })?;
+        let whole = PageRange::new(PageIndex::default(), image.pages());
+        let missing = uffd_sys::register(&self.uffd, &mapping, whole, self.tracking);
+        let missing = missing.map_err(|source| PagerError::Register {
+            image: image.id().to_owned(),
+            bytes,
+            source,
+        })?;
         self.keep(image, mapping, missing)
     }
 
@@ -86,8 +104,8 @@ impl Registration {
         let (mapping, runs) = memory.into_parts().map_err(holes)?;
         let mut missing = Vec::new();
         for run in runs {
-            let found = uffd_sys::register_pages(&self.uffd, &mapping, run).map_err(holes)?;
-            missing.extend(found);
+            let found = uffd_sys::register(&self.uffd, &mapping, run, self.tracking);
+            missing.extend(found.map_err(holes)?);
         }
         self.keep(image, mapping, missing)
     }
@@ -112,6 +130,11 @@ impl Registration {
             pages: image.pages(),
         });
         Ok(CloneMemory::new(mapping, own))
+    }
+
+    /// Whether the kernel will know which pages were written.
+    pub fn tracks_writes(&self) -> bool {
+        self.tracking == Tracking::On
     }
 
     /// Where the images lie, in the order in which they came.
@@ -146,12 +169,43 @@ impl Registration {
                 ahead.failed_pages += batch.count().get() - done.0;
             }
         }
-        if fresh > 0 {
+        let mut fresh_zeros = 0;
+        for run in &plan.zero {
+            let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
+            let mapping = self.mappings.get(backend).and_then(Weak::upgrade);
+            if let (Some(image), Some(mapping)) = (images.get(backend), &mapping) {
+                let done = self.install_zeros(image, mapping, run.pages);
+                ahead.zero_pages += done.0;
+                fresh_zeros += done.1;
+            }
+        }
+        if fresh + fresh_zeros > 0 {
             let metrics = Metrics::new(template);
             metrics.installed(Origin::Cache, fresh);
+            metrics.installed(Origin::Zero, fresh_zeros);
             metrics.ahead(fresh);
         }
         ahead
+    }
+
+    /// Maps the kernel's zero page at `pages`, none of which has data. How many are there now, and
+    /// how many of them were not before.
+    fn install_zeros(
+        &self,
+        image: &Image,
+        mapping: &ServedMapping,
+        pages: PageRange,
+    ) -> (u64, u64) {
+        if !are_zeros(image, pages) {
+            return (0, 0);
+        }
+        let mut place = OwnMemory {
+            uffd: &self.uffd,
+            memory: mapping,
+            tracking: self.tracking,
+        };
+        let report = install(&mut place, pages, Content::Zero);
+        (report.done(), report.fresh)
     }
 
     /// How many pages of `batch`, from its first on, are there now, and how many of them were not
@@ -172,7 +226,8 @@ impl Registration {
         let bytes = usize::try_from(before).ok().and_then(|at| buffer.get(at..));
         let mut place = OwnMemory {
             uffd: &self.uffd,
-            mapping,
+            memory: mapping,
+            tracking: self.tracking,
         };
         let report = install(&mut place, batch, Content::Bytes(bytes.unwrap_or(&[])));
         (report.done(), report.fresh)
@@ -192,7 +247,6 @@ mod tests {
 
     use super::*;
     use crate::image::BackendIndex;
-    use crate::page::PageIndex;
     use crate::working_set::PlannedRun;
 
     #[test]

@@ -24,8 +24,8 @@ use crate::image::{CHUNK_PAGES, ChunkIndex, Image, PageKind};
 use crate::install::{Content, PageOps, install};
 use crate::memory::CloneMemory;
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
-use crate::sys::mmap::{HUGE_BYTES, ServedMapping};
-use crate::sys::userfaultfd::{self as sys, Answer};
+use crate::sys::mmap::{Addressed, HUGE_BYTES, ServedMapping};
+use crate::sys::userfaultfd::{self as sys, Answer, Tracking};
 
 /// Pages of one range that is filled, and collapsed, as a whole.
 const UNIT_PAGES: u64 = HUGE_BYTES / PAGE_BYTES;
@@ -63,7 +63,9 @@ impl Root {
     /// Maps memory for `images` and fills it, at most `budget_pages` of it; with `verify` each
     /// chunk is compared with the index first.
     pub fn fill(images: &[Image], budget_pages: u64, verify: bool) -> Result<Self, PagerError> {
-        let (uffd, _) = sys::open().map_err(PagerError::Userfaultfd)?;
+        let uffd = sys::open(Tracking::Off)
+            .map_err(PagerError::Userfaultfd)?
+            .uffd;
         let mut root = Self {
             memories: Vec::new(),
             small: VecDeque::new(),
@@ -96,10 +98,12 @@ impl Root {
         };
         let mapping = ServedMapping::inherited(bytes).map_err(map)?;
         let missing =
-            sys::register(&self.uffd, &mapping).map_err(|source| PagerError::Register {
-                image: id(),
-                bytes,
-                source,
+            sys::register(&self.uffd, &mapping, whole(image), Tracking::Off).map_err(|source| {
+                PagerError::Register {
+                    image: id(),
+                    bytes,
+                    source,
+                }
             })?;
         if !missing.is_empty() {
             let image = id();
@@ -146,7 +150,8 @@ impl Root {
         }
         let mut place = OwnMemory {
             uffd: &self.uffd,
-            mapping,
+            memory: mapping,
+            tracking: Tracking::Off,
         };
         let report = install(&mut place, unit, Content::Bytes(buffer));
         if let Some(stopped) = report.stopped {
@@ -201,6 +206,14 @@ impl RootMemory {
         &self.holes
     }
 
+    /// Has a pager serve these pages too, which are there: they can be given back then. In ascending
+    /// order.
+    pub fn serve_too(&mut self, pages: impl IntoIterator<Item = PageRange>) {
+        let mut all: Vec<PageRange> = self.holes.drain(..).chain(pages).collect();
+        all.sort_by_key(|range| range.start());
+        self.holes = joined(&all);
+    }
+
     /// Where it lies: address and bytes, the same in the root and in each of its forks.
     pub fn place(&self) -> (u64, u64) {
         (self.mapping.address() as u64, self.mapping.bytes())
@@ -222,6 +235,11 @@ impl RootMemory {
         self.mapping.keep_small_and_own()?;
         Ok((self.mapping, self.holes))
     }
+}
+
+/// All pages of an image.
+fn whole(image: &Image) -> PageRange {
+    PageRange::new(PageIndex::default(), image.pages())
 }
 
 /// The ranges of an image; the last may be short.
@@ -290,29 +308,30 @@ fn joined(ranges: &[PageRange]) -> Vec<PageRange> {
 }
 
 /// Memory of this process that nobody touches but the install.
-pub(crate) struct OwnMemory<'a> {
+pub(crate) struct OwnMemory<'a, M> {
     pub(crate) uffd: &'a Uffd,
-    pub(crate) mapping: &'a ServedMapping,
+    pub(crate) memory: &'a M,
+    pub(crate) tracking: Tracking,
 }
 
-impl PageOps for OwnMemory<'_> {
+impl<M: Addressed> PageOps for OwnMemory<'_, M> {
     fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer {
         use std::os::fd::AsFd;
-        sys::copy(self.uffd.as_fd(), self.mapping, pages, source)
+        sys::copy(self.uffd.as_fd(), self.memory, pages, source, self.tracking)
     }
 
     fn zero(&mut self, pages: PageRange) -> Answer {
         use std::os::fd::AsFd;
-        sys::zero(self.uffd.as_fd(), self.mapping, pages)
+        sys::zero(self.uffd.as_fd(), self.memory, pages)
     }
 
     fn poison(&mut self, pages: PageRange) -> Answer {
         use std::os::fd::AsFd;
-        sys::poison(self.uffd.as_fd(), self.mapping, pages)
+        sys::poison(self.uffd.as_fd(), self.memory, pages)
     }
 
     fn wake(&mut self, pages: PageRange) {
-        sys::wake(self.uffd, self.mapping, pages);
+        sys::wake(self.uffd, self.memory, pages);
     }
 
     /// Nobody faults here: there is nothing to read.

@@ -205,7 +205,7 @@ fn a_template_that_cannot_be_written_is_a_note() -> Result<()> {
     std::fs::set_permissions(&template, std::fs::Permissions::from_mode(0o555))?;
     let mut command = pando(&["clone", "--count", "2"])?;
     let running = Running::start(command.arg(&template))?;
-    eventually("two clones run", || running.children().len() == 2)?;
+    eventually("two clones run", || running.children().len() >= 2)?;
     running.signal(Signal::TERM)?;
     let finished = running.finish()?.expect_code(0)?;
     if !rustix::process::geteuid().is_root() {

@@ -4,7 +4,6 @@
 mod check;
 mod spec;
 
-#[expect(unused_imports, reason = "for the shards")]
 pub(crate) use check::check;
 pub use check::{SpecError, check as check_regions};
 pub use spec::{AheadRun, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId, MAX_REGIONS};

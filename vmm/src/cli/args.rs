@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! What can be typed. Pure: nothing here looks at the host or opens a file.
 
+mod pager;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,6 +10,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
@@ -51,6 +54,8 @@ pub enum Command {
     Clone(CloneArgs),
     /// Run one VM that is neither template nor clone
     Run(RunArgs),
+    /// The pager by itself, for other VMMs
+    Pager(PagerCommandArgs),
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -62,6 +67,9 @@ pub enum Command {
     /// The root process of a template; started by `pando clone --engine root`
     #[command(hide = true, name = "root-worker")]
     RootWorker,
+    /// The pager process of a supervisor; started by `pando clone --pager shared`
+    #[command(hide = true, name = "pager-worker")]
+    PagerWorker,
 }
 
 /// `pando demo`
@@ -83,6 +91,10 @@ pub struct DemoArgs {
     /// Keep the template in this directory, which must not exist [default: a temporary one]
     #[arg(long, value_name = "DIR")]
     pub template: Option<PathBuf>,
+    /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
+    /// clones) [default: shared for several clones, own for one]
+    #[arg(long = "pager", value_enum, value_name = "WHERE")]
+    pub pager_place: Option<PagerPlaceArg>,
     /// How the clones' pagers work.
     #[command(flatten)]
     pub pager: PagerArgs,
@@ -321,6 +333,10 @@ pub struct CloneArgs {
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]
     pub serial: Option<PathBuf>,
+    /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
+    /// clones) [default: shared for several clones, own for one]
+    #[arg(long = "pager", value_enum, value_name = "WHERE")]
+    pub pager_place: Option<PagerPlaceArg>,
     /// How the clones' pagers work.
     #[command(flatten)]
     pub pager: PagerArgs,

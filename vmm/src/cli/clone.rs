@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::args::{CloneArgs, PagerArgs};
+use super::args::{CloneArgs, PagerArgs, PagerPlaceArg};
 use super::fail::Failure;
 use super::lines::{LineWriter, Printed};
 use super::memory::{memory_document, print_memory};
@@ -33,7 +33,10 @@ use crate::template::{Template, TemplateError, compat};
 
 /// Runs the clones.
 pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
-    let mut pager = pager_config(&args.pager)?;
+    let mut pager = PagerConfig {
+        place: PagerPlaceArg::place(args.pager_place, args.count),
+        ..pager_config(&args.pager)?
+    };
     // Opened here once, so that what is wrong with it is said once and before anything starts.
     let template = Template::open(&args.dir)?;
     let offer = host::offer().map_err(|error| Failure::new(exit::HOST, chain(&error)))?;
@@ -131,23 +134,22 @@ fn root_bytes(args: &CloneArgs, limits: &HostLimits, ram_bytes: u64) -> u64 {
 
 /// How pagers work, as the flags say.
 pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
-    let fault_deadline = Duration::try_from_secs_f64(args.fault_deadline)
-        .ok()
-        .filter(|deadline| !deadline.is_zero())
-        .ok_or_else(|| {
-            Failure::usage(format!(
-                "--fault-deadline {} is no time above zero",
-                args.fault_deadline
-            ))
-        })?;
     Ok(PagerConfig {
         io: args.io.into(),
         verify: !args.no_verify,
         keep_together: !args.no_pin,
         working_set: !args.no_working_set,
-        fault_deadline,
+        fault_deadline: fault_deadline(args.fault_deadline)?,
         ..PagerConfig::default()
     })
+}
+
+/// How long a fault may take, as the flag says.
+pub fn fault_deadline(seconds: f64) -> Result<Duration, Failure> {
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|deadline| !deadline.is_zero())
+        .ok_or_else(|| Failure::usage(format!("--fault-deadline {seconds} is no time above zero")))
 }
 
 /// Fails when this host refuses what an engine needs: said once, and not by each clone.
@@ -201,6 +203,8 @@ fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<bool, Fail
     for clone in 0..supervisor.clones().len() {
         pass_on(supervisor, clone, &mut lines);
     }
+    // What clones had in common: its last figures belong to the report.
+    supervisor.stop_all(STOP_GRACE).map_err(failed)?;
     let Printed { dropped, stalled } = lines.finish();
     if dropped > 0 {
         note!("pando: {dropped} lines of clones were dropped: standard output was not read");

@@ -10,6 +10,7 @@ pub mod inspect;
 pub mod lines;
 pub mod memory;
 mod out;
+pub mod pager;
 pub mod progress;
 pub mod run;
 pub mod size;
@@ -39,7 +40,10 @@ pub fn main() -> u8 {
         }
     };
     // A clone's process learns from its orders how much to log.
-    if !matches!(args.command, Command::CloneWorker | Command::RootWorker) {
+    if !matches!(
+        args.command,
+        Command::CloneWorker | Command::RootWorker | Command::PagerWorker
+    ) {
         crate::observe::log::start(args.verbose);
     }
     match dispatch(args.command, args.verbose) {
@@ -64,6 +68,7 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
         Command::Template(args) => template::run(args, verbosity),
         Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
+        Command::Pager(args) => pager::run(&args),
         Command::Completions { shell } => {
             // Into memory first: clap panics where a reader goes away.
             let mut script = Vec::new();
@@ -73,5 +78,6 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
         }
         Command::CloneWorker => Ok(crate::clone::worker::run()),
         Command::RootWorker => Ok(crate::root::worker::run()),
+        Command::PagerWorker => Ok(crate::pager_process::worker::run()),
     }
 }

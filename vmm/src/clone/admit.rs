@@ -10,8 +10,8 @@ use super::Engine;
 use limits::{HostLimits, MemoryLimit, ProcessLimit};
 
 /// Descriptors that the supervisor holds for each clone at most: its control socket, its pidfd, its
-/// console, and one more while it is being started.
-const DESCRIPTORS_PER_CLONE: u64 = 4;
+/// console, its userfaultfd where a pager process serves it, and one more while it is being started.
+const DESCRIPTORS_PER_CLONE: u64 = 5;
 /// Descriptors that the supervisor holds for itself, with a reserve for the metrics' clients.
 const DESCRIPTORS_OF_OWN: u64 = 64;
 /// Threads of a clone beside its vCPUs: main, attend, machine, console, and KVM's own (of this process

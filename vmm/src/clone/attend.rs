@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! A clone from its resumption to its end: metrics out, orders and signals in.
 
+use std::cell::Cell;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -12,10 +13,10 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::END_SIGNALS;
 use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
-use super::give_back::Subject;
 use super::give_back::keeper::Keeper;
-use super::instantiate::CloneError;
-use super::placement::Placement;
+use super::give_back::running::Running;
+use super::instantiate::{CloneError, Paging};
+use super::placement::{Placement, resident_pages};
 use super::record::{self, Recorded};
 use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
 use crate::memory::guest::GuestRam;
@@ -37,8 +38,8 @@ pub(super) struct Ready<'a> {
     pub(super) channel: &'a Channel,
     pub(super) relay: Option<&'a Relay>,
     pub(super) machine: Machine<Paused>,
-    /// Where it has one of its own.
-    pub(super) pager: Option<Pager<Serving>>,
+    /// Who brings missing pages.
+    pub(super) paging: Paging,
     pub(super) placement: Option<Placement>,
     /// Where what it touches is recorded.
     pub(super) record: Option<Recorded<'a>>,
@@ -67,7 +68,7 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         channel,
         relay,
         machine,
-        pager,
+        paging,
         mut placement,
         record,
         mut keeper,
@@ -75,11 +76,8 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         mut stages,
         signals,
     } = ready;
-    let health = pager.as_ref().map(Pager::<Serving>::health);
-    let io = pager
-        .as_ref()
-        .map_or("none", |pager| pager.io().name())
-        .to_owned();
+    let health = paging.own().map(Pager::<Serving>::health);
+    let io = paging.io().to_owned();
     let handle = machine.handle();
     if let Some(health) = &health {
         // Before a vCPU can touch a page that cannot be had.
@@ -105,14 +103,28 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
     let outcome = thread::scope(|scope| {
         let handle = &handle;
         let mut review = || {
-            if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
-                placement.review(pager.counts().faults);
+            match (&mut placement, &paging) {
+                (Some(placement), Paging::Own(pager)) => placement.review(pager.counts().faults),
+                (Some(placement), Paging::Shared) => placement.review_pages(),
+                (_, Paging::None) | (None, _) => (),
             }
             if let Some(record) = &record
                 && record.is_due(resume_start.elapsed())
             {
-                tell(channel, record, pager.as_ref(), &ram);
+                tell(channel, record, paging.own(), &ram);
             }
+            let is_stopped = Cell::new(false);
+            if let Some(keeper) = &mut keeper {
+                let mut clone = Running {
+                    handle,
+                    paging: &paging,
+                    ram: &ram,
+                    channel,
+                    is_stopped: &is_stopped,
+                };
+                give_back(keeper, &mut clone);
+            }
+            is_stopped.get()
         };
         thread::Builder::new()
             .name("attend".to_owned())
@@ -121,7 +133,7 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
             })
             .context(NO_THREAD)?;
         let run = record.as_ref().and_then(Recorded::run);
-        if let (Some(recording), Some(pager)) = (run, &pager) {
+        if let (Some(recording), Some(pager)) = (run, paging.own()) {
             let watch = move || record::watch(recording, pager, handle, ended);
             let thread = thread::Builder::new().name("record".to_owned());
             thread.spawn_scoped(scope, watch).context(NO_THREAD)?;
@@ -134,12 +146,30 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
     if let Some(record) = &record
         && ending.exit_code() == exit::OK
     {
-        tell(channel, record, pager.as_ref(), &ram);
+        tell(channel, record, paging.own(), &ram);
     }
-    if let Some(pager) = pager {
+    if let Paging::Own(pager) = paging {
         pager.stop().map_err(CloneError::from)?;
     }
     Ok(ending)
+}
+
+/// Has the clone give memory back if it is idle.
+fn give_back(keeper: &mut Keeper, clone: &mut Running<'_>) {
+    let faults = match clone.paging {
+        Paging::Own(pager) => pager.counts().faults,
+        // Its own process does not see them; but pages that come in show.
+        Paging::Shared => resident_pages().unwrap_or(0),
+        Paging::None => return,
+    };
+    let given = keeper.review(faults, clone);
+    if given.given_bytes > 0 {
+        let gave = FromWorker::GaveBack {
+            bytes: given.given_bytes,
+            pauses: given.pauses,
+        };
+        send(clone.channel, &gave);
+    }
 }
 
 /// Sends what a recorded clone touched, the first time.
@@ -156,14 +186,14 @@ fn tell(channel: &Channel, record: &Recorded<'_>, pager: Option<&Pager<Serving>>
 }
 
 /// Sends metrics and reviews the clone's placement each second, and stops the machine when the supervisor says so, dies, or a signal
-/// comes; returns when the other end of `ended` is closed.
+/// comes; returns when the other end of `ended` is closed. `review` says whether an order to stop came meanwhile.
 fn attend(
     channel: &Channel,
     relay: Option<&Relay>,
     handle: &MachineHandle,
     signals: &UnixStream,
     ended: &UnixStream,
-    review: &mut dyn FnMut(),
+    review: &mut dyn FnMut() -> bool,
 ) {
     let mut stopping = false;
     loop {
@@ -182,10 +212,12 @@ fn attend(
             return;
         }
         send_metrics(channel, relay);
-        review();
-        if ready.get(1) == Some(&true) {
-            // Whatever it says or fails to say: there is no other order than to stop.
-            let _ = channel.receive::<ToWorker>();
+        let is_told = ready.get(1) == Some(&true) && {
+            // Whatever else it says or fails to say is an order to stop.
+            let message = channel.receive::<ToWorker>();
+            !matches!(message, Ok(Some((ToWorker::Forgotten { .. }, _))))
+        };
+        if is_told || (!stopping && review()) {
             handle.stop("the supervisor asked for it");
             stopping = true;
         }

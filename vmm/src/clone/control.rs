@@ -23,6 +23,11 @@ pub enum ToWorker {
     Start(WorkerConfig),
     /// Stop the machine and end.
     Stop,
+    /// The answer to [`FromWorker::Forget`].
+    Forgotten {
+        /// Whether the pager process brings the pages again; else they must stay.
+        is_done: bool,
+    },
 }
 
 /// What a worker is to run.
@@ -147,6 +152,8 @@ pub struct ClientMemory {
     pub regions: Vec<RawRegion>,
     /// The CPU that its one vCPU is kept on while pages come in.
     pub cpu: Option<u32>,
+    /// Whether pages are to be installed so that the kernel knows which were written.
+    pub track_writes: bool,
 }
 
 /// A run of pages of an image in the address space of a client, as the client says; not proven.
@@ -160,6 +167,18 @@ pub struct RawRegion {
     /// Which page of the image lies there.
     pub first_page: u64,
     /// How many pages lie there, one after the other.
+    pub pages: u64,
+}
+
+/// Pages of an image; not proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawRun {
+    /// Which image.
+    pub image: u32,
+    /// The first page.
+    pub first_page: u64,
+    /// How many.
     pub pages: u64,
 }
 
@@ -189,6 +208,9 @@ pub enum FromWorker {
     Touched(TracePiece),
     /// What bringing pages ahead of a recorded clone was good for.
     Judged(Judged),
+    /// Have the pager process bring these pages again when they are touched the next time. The guest
+    /// stands until [`ToWorker::Forgotten`] comes.
+    Forget(Vec<RawRun>),
     /// It gave memory back since the last time it said so.
     GaveBack {
         /// How much.

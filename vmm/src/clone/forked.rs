@@ -10,8 +10,10 @@ use pando_pager::working_set::Plan;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
-use super::control::{Channel, Ending, FromWorker, PagerConfig, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, inherited, to_bring};
+use super::control::{
+    Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
+};
+use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
 use super::placement::Placement;
 use super::record::{Record, Recorded};
 use super::sight;
@@ -51,9 +53,11 @@ pub struct Inheritance {
 /// Runs the clone. Returns the process's exit code.
 pub fn run(channel: &Channel, inheritance: Inheritance) -> u8 {
     log::become_shell(inheritance.id);
-    // Only a pager records anything here.
+    // Only a pager of its own records anything here.
     let is_complete = inheritance.memories.iter().all(RootMemory::is_complete);
-    let relay = if is_complete { None } else { Relay::install() };
+    let is_shared = inheritance.pager.place == PagerPlace::Shared && inheritance.record.is_none();
+    let is_quiet = is_complete || is_shared;
+    let relay = if is_quiet { None } else { Relay::install() };
     let ending =
         work(channel, relay.as_ref(), inheritance).unwrap_or_else(|error| Ending::Failed {
             code: exit_code(&error),
@@ -88,11 +92,16 @@ fn work(
     let is_together =
         needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
     let placement = is_together.then(Placement::together).flatten();
+    let keeper = keeper(&config);
     let mut brought = to_bring(plan, &config, record);
     if record.is_some() {
         brought.unasked.extend(of_root(&memories)?);
     }
-    let (backings, pager) = inherited(&template, memories, &config, record, &brought)?;
+    let handover = Handover {
+        channel,
+        cpu: placement.as_ref().and_then(Placement::cpu),
+    };
+    let (backings, paging) = inherited(&template, memories, &config, record, &brought, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
     let machine = Machine::restore(
@@ -126,10 +135,10 @@ fn work(
         channel,
         relay,
         machine,
-        pager,
+        paging,
         placement,
         record: record.map(|record| Recorded::new(record, &template, brought)),
-        keeper: None,
+        keeper,
         began,
         stages,
         signals: &signals,
@@ -155,7 +164,7 @@ type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
 fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     match channel.receive::<ToWorker>()? {
         Some((ToWorker::Start(config), descriptors)) => Ok(Some((config, descriptors))),
-        Some((ToWorker::Stop, _)) | None => Ok(None),
+        Some((ToWorker::Stop | ToWorker::Forgotten { .. }, _)) | None => Ok(None),
     }
 }
 

@@ -11,6 +11,10 @@
 //!              +------ the root died -------------+
 //! ```
 
+mod failed;
+mod overdue;
+mod shells;
+
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -18,8 +22,10 @@ use std::time::{Duration, Instant};
 use super::cgroup::CloneGroup;
 use super::control::{Channel, Ending, FromWorker};
 use super::member::{Clone, Event};
+use super::paging::Owner;
 use super::pool::Demand;
 use super::process::{ChildProcess, CloneProcess, Orders, SerialPlan, SpawnError, give_orders};
+use super::silence::Silence;
 use super::supervise::{Supervisor, saved_terminal};
 use super::token::{self, Kind};
 use crate::console::GuestConsole;
@@ -81,6 +87,7 @@ pub struct Forks {
     demand: Demand,
     next_id: u64,
     restarts: VecDeque<Instant>,
+    silence: Silence,
     /// Bytes that the root holds for all clones, and bytes of its holes.
     pub filled: Option<(u64, u64)>,
     /// Roots that were started.
@@ -154,6 +161,8 @@ impl Supervisor {
         let console = give_orders(&shell.channel, self.config(number), serial, input)?;
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         let process = CloneProcess::adopt(shell.process, shell.channel, requested);
+        self.paging
+            .give(Owner::Shell(shell.id), Owner::Clone(number));
         self.install(number, process, console)
     }
 
@@ -276,6 +285,7 @@ impl Supervisor {
         self.watch(root.channel(), token::ROOT)
             .map_err(|error| format!("cannot watch the root process: {error}"))?;
         self.forks.root = Some(root);
+        self.forks.silence.heard();
         self.forks.is_ready = false;
         self.forks.roots_started += 1;
         Ok(())
@@ -294,6 +304,7 @@ impl Supervisor {
     }
 
     fn obey_root(&mut self, message: FromRoot, descriptors: Vec<OwnedFd>) {
+        self.forks.silence.heard();
         match message {
             FromRoot::Ready {
                 filled_bytes,
@@ -380,12 +391,16 @@ impl Supervisor {
                 self.publish_counts();
                 return;
             }
+            Ok(Some((FromWorker::Memory(memory), descriptors))) => {
+                return self.take_memory(Owner::Shell(id), memory, descriptors);
+            }
             Ok(Some((FromWorker::Ended(Ending::Failed { message, .. }), _))) => message,
             Ok(Some(_)) => return,
             Ok(None) => "it ended without a word".to_owned(),
             Err(error) => chain(&error),
         };
         tracing::warn!(shell = id, "a shell is lost: {ended}");
+        self.paging.forget(Owner::Shell(id));
         let shell = self.forks.shells.swap_remove(at);
         self.usage.unmade();
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
@@ -436,6 +451,7 @@ impl Supervisor {
             && let Some(shell) = self.forks.take_warm()
         {
             self.usage.unmade();
+            self.paging.forget(Owner::Shell(shell.id));
             let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         }
     }
@@ -453,34 +469,9 @@ impl Supervisor {
                 self.pending.push(Event::Ended(number));
             }
         }
-        self.forks.shells.clear();
+        for shell in self.forks.shells.drain(..) {
+            self.paging.forget(Owner::Shell(shell.id));
+        }
         self.drop_root();
-    }
-
-    fn fail_waiting(&mut self, code: u8, message: &str) {
-        let waiting: Vec<Purpose> = self.forks.waiting.drain(..).collect();
-        for purpose in waiting {
-            self.fail_purpose(&purpose, code, message);
-        }
-    }
-
-    fn fail_purpose(&mut self, purpose: &Purpose, code: u8, message: &str) {
-        match purpose {
-            Purpose::Clone { number, .. } => self.fail_clone(*number, code, message),
-            Purpose::Shell => tracing::warn!("a shell could not be made: {message}"),
-        }
-    }
-
-    fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
-        metrics::count_failure(&self.options.name);
-        if let Some(clone) = self.clones.get_mut(number) {
-            if clone.process.take().is_some() {
-                self.usage.unmade();
-            }
-            let message = message.to_owned();
-            clone.ending = Some(Ending::Failed { code, message });
-            self.pending.push(Event::Ended(number));
-        }
-        self.publish_counts();
     }
 }

@@ -16,6 +16,7 @@
 
 pub mod keeper;
 pub mod policy;
+pub mod running;
 
 use std::io;
 use std::ops::Range;

@@ -1,21 +1,27 @@
 #![forbid(unsafe_code)]
 //! A template and memory joined to a machine: the order of the steps is the order of the calls.
 
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use pando_pager::working_set::{Plan, PlanRules, ZeroReads};
 use pando_pager::{
-    Idle, IoMode, PageRange, Pager, PagerError, PagerOptions, RootMemory, Serving, Verify,
+    IoMode, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, Serving, Verify,
 };
 use thiserror::Error;
 
 use super::Engine;
 use super::brought::Brought;
-use super::control::{Io, PagerConfig};
+use super::control::{
+    Channel, ClientMemory, ControlError, FromWorker, IO_SHARED, Io, PagerConfig, PagerPlace,
+    RawRegion,
+};
+use super::give_back::keeper::Keeper;
 use super::record::Record;
 use crate::device::legacy::console::SerialTarget;
 use crate::machine::{HostCheck, Machine, MachineError, Paused};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::report::chain;
 use crate::template::{Template, TemplateError, working_set};
 
 /// Why a clone could not be made.
@@ -30,6 +36,9 @@ pub enum CloneError {
     /// The pager.
     #[error("the clone's pager cannot start")]
     Pager(#[from] PagerError),
+    /// The supervisor cannot be told.
+    #[error("cannot hand the clone's memory over to the pager process")]
+    HandOver(#[from] ControlError),
     /// The clone's memory.
     #[error("cannot give the clone its memory")]
     Memory(#[from] GuestMemoryError),
@@ -43,16 +52,77 @@ pub enum CloneError {
 pub struct Instance {
     /// Its machine, at the point of the freeze.
     pub machine: Machine<Paused>,
-    /// Its pager; engine `kernel` has none. It is stopped after the machine.
-    pub pager: Option<Pager<Serving>>,
+    /// Its pager. One of its own is stopped after the machine.
+    pub paging: Paging,
     /// What was brought ahead of it.
     pub brought: Brought,
     /// How long each step took, in order.
     pub stages: Vec<(String, Duration)>,
 }
 
-/// Makes a clone of `template`. The pager serves before the machine is restored, because restoring
-/// may touch the guest's memory. With `record` the pager keeps what is touched.
+/// Who brings the pages that are missing.
+#[derive(Debug)]
+pub enum Paging {
+    /// Nobody: none is, or the kernel does.
+    None,
+    /// A thread of this process.
+    Own(Pager<Serving>),
+    /// The pager process.
+    Shared,
+}
+
+impl Paging {
+    /// The pager of this process, if it has one.
+    pub fn own(&self) -> Option<&Pager<Serving>> {
+        match self {
+            Self::Own(pager) => Some(pager),
+            Self::None | Self::Shared => None,
+        }
+    }
+
+    /// How template pages are read, as far as this process knows.
+    pub fn io(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Own(pager) => pager.io().name(),
+            Self::Shared => IO_SHARED,
+        }
+    }
+}
+
+/// The way to whoever has memory served by the pager process.
+#[derive(Debug, Clone, Copy)]
+pub struct Handover<'a> {
+    /// The supervisor.
+    pub channel: &'a Channel,
+    /// The CPU that the clone is kept on, if it is.
+    pub cpu: Option<u32>,
+}
+
+impl Handover<'_> {
+    /// Hands it over. What touches it sleeps until it is served; nobody waits for that here.
+    fn give(&self, registration: &Registration) -> Result<(), CloneError> {
+        let regions = (0..).zip(registration.places());
+        let memory = ClientMemory {
+            regions: regions
+                .map(|(image, place)| RawRegion {
+                    image,
+                    address: place.address,
+                    first_page: 0,
+                    pages: place.pages.get(),
+                })
+                .collect(),
+            cpu: self.cpu,
+            track_writes: registration.tracks_writes(),
+        };
+        let message = FromWorker::Memory(memory);
+        Ok(self.channel.send(&message, &[registration.as_fd()])?)
+    }
+}
+
+/// Makes a clone of `template`. Its memory is registered, and by a pager of its own served, before
+/// the machine is restored, because restoring may touch it. With `record` a pager of its own keeps
+/// what is touched.
 pub fn instantiate(
     template: &Template,
     engine: Engine,
@@ -60,14 +130,19 @@ pub fn instantiate(
     record: Option<Record>,
     serial: SerialTarget,
     host_check: HostCheck,
+    handover: Handover<'_>,
 ) -> Result<Instance, CloneError> {
     let start = Instant::now();
-    let (backings, pager, brought) = match engine {
+    let (backings, paging, brought) = match engine {
+        Engine::Copy if pager.place == PagerPlace::Shared && record.is_none() => {
+            let (backings, brought) = handed_over(template, pager, handover)?;
+            (backings, Paging::Shared, brought)
+        }
         Engine::Copy => {
             let (backings, pager, brought) = paged(template, pager, record)?;
-            (backings, Some(pager), brought)
+            (backings, Paging::Own(pager), brought)
         }
-        Engine::Kernel => (mapped(template)?, None, Brought::default()),
+        Engine::Kernel => (mapped(template)?, Paging::None, Brought::default()),
         Engine::Root => return Err(CloneError::NotForked),
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
@@ -82,7 +157,7 @@ pub fn instantiate(
     );
     Ok(Instance {
         machine,
-        pager,
+        paging,
         brought,
         stages,
     })
@@ -93,49 +168,108 @@ pub fn instantiate(
 /// holes it is installed, elsewhere the pages that the clone is known to write become its own.
 pub(super) fn inherited(
     template: &Template,
-    memories: Vec<RootMemory>,
+    mut memories: Vec<RootMemory>,
     config: &PagerConfig,
     record: Option<Record>,
     brought: &Brought,
-) -> Result<(Vec<RamBacking>, Option<Pager<Serving>>), CloneError> {
+    handover: Handover<'_>,
+) -> Result<(Vec<RamBacking>, Paging), CloneError> {
     let holes: Vec<Vec<PageRange>> = memories.iter().map(|m| m.holes().to_vec()).collect();
     let (in_holes, in_root) = brought.plan.split(&holes);
-    let mut pager = None;
-    let mut backings = Vec::new();
-    // Images without a hole are attached too where one has some: they are counted as backends are.
-    let is_complete = memories.iter().all(RootMemory::is_complete);
-    for (image, memory) in template.images()?.into_iter().zip(memories) {
-        let memory = if is_complete {
-            memory.into_complete()
-        } else {
-            Err(memory)
-        };
-        let memory = match memory {
-            Ok(memory) => memory,
-            Err(memory) => {
-                let pager = match &mut pager {
-                    Some(pager) => pager,
-                    None => pager.insert(Pager::new(options(template, config, record))?),
-                };
-                pager.attach_inherited(image, memory)?
-            }
-        };
-        backings.push(RamBacking::Paged(memory));
-    }
-    if let Some(pager) = &mut pager {
-        pager.install_ahead(&in_holes);
-    }
-    let pager = pager.map(Pager::<Idle>::serve).transpose()?;
-    for run in &in_root.private {
-        let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
-        if let Some(RamBacking::Paged(memory)) = backings.get(backend)
-            && let Err(error) = memory.make_private(run.pages)
-        {
-            // Written pages are copied one by one then.
-            tracing::debug!(pages = %run.pages, %error, "pages of the working set stay shared");
+    let is_tracked = config.give_back.is_some();
+    if is_tracked {
+        for (memory, backend) in memories.iter_mut().zip(0..) {
+            let own = in_root.private.iter().filter(|run| run.backend == backend);
+            memory.serve_too(own.map(|run| run.pages));
         }
     }
-    Ok((backings, pager))
+    let is_complete = memories.iter().all(RootMemory::is_complete);
+    let (backings, paging) = if is_complete {
+        (inherited_whole(memories)?, Paging::None)
+    } else if config.place == PagerPlace::Shared && record.is_none() {
+        let backings = inherited_shared(template, memories, config, &in_holes, handover)?;
+        (backings, Paging::Shared)
+    } else {
+        let (backings, pager) = inherited_own(template, memories, config, record, &in_holes)?;
+        (backings, Paging::Own(pager))
+    };
+    for run in &in_root.private {
+        let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
+        let Some(RamBacking::Paged(memory)) = backings.get(backend) else {
+            continue;
+        };
+        if let Err(error) = memory.make_private(run.pages) {
+            // Written pages are copied one by one then.
+            tracing::debug!(pages = %run.pages, %error, "pages of the working set stay shared");
+        } else if is_tracked && let Err(error) = memory.track(run.pages) {
+            tracing::debug!(pages = %run.pages, %error, "pages count as written");
+        }
+    }
+    Ok((backings, paging))
+}
+
+fn inherited_whole(memories: Vec<RootMemory>) -> Result<Vec<RamBacking>, CloneError> {
+    let whole = memories.into_iter().map(RootMemory::into_complete);
+    whole
+        .map(|memory| memory.map(RamBacking::Paged))
+        .collect::<Result<_, _>>()
+        .map_err(|_| CloneError::NotForked)
+}
+
+fn inherited_own(
+    template: &Template,
+    memories: Vec<RootMemory>,
+    config: &PagerConfig,
+    record: Option<Record>,
+    ahead: &Plan,
+) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
+    let mut pager = Pager::new(options(template, config, record))?;
+    let backings = template
+        .images()?
+        .into_iter()
+        .zip(memories)
+        .map(|(image, memory)| Ok(RamBacking::Paged(pager.attach_inherited(image, memory)?)))
+        .collect::<Result<_, PagerError>>()?;
+    pager.install_ahead(ahead);
+    Ok((backings, pager.serve()?))
+}
+
+/// Who has the clone give memory back, if that is wanted.
+pub(super) fn keeper(config: &PagerConfig) -> Option<Keeper> {
+    match Keeper::new(config.give_back?) {
+        Ok(keeper) => Some(keeper),
+        Err(error) => {
+            tracing::warn!("no memory is given back: {}", chain(&error));
+            None
+        }
+    }
+}
+
+fn registration(config: &PagerConfig) -> Result<Registration, PagerError> {
+    match config.give_back {
+        Some(_) => Registration::tracking_writes(),
+        None => Registration::new(),
+    }
+}
+
+/// Memories without a hole are registered too, of no page: so places are images, one for one.
+fn inherited_shared(
+    template: &Template,
+    memories: Vec<RootMemory>,
+    config: &PagerConfig,
+    ahead: &Plan,
+    handover: Handover<'_>,
+) -> Result<Vec<RamBacking>, CloneError> {
+    let mut registration = registration(config)?;
+    let images = template.images()?;
+    let backings = images
+        .iter()
+        .zip(memories)
+        .map(|(image, memory)| Ok(RamBacking::Paged(registration.inherit(image, memory)?)))
+        .collect::<Result<_, PagerError>>()?;
+    handover.give(&registration)?;
+    registration.install_ahead(&images, ahead, config.verify, &template.name());
+    Ok(backings)
 }
 
 /// Most pages of the working set that a clone gets of each kind, ahead of its first instruction: 64
@@ -171,6 +305,7 @@ pub(super) fn to_bring(plan: Plan, config: &PagerConfig, record: Option<Record>)
 fn options(template: &Template, config: &PagerConfig, record: Option<Record>) -> PagerOptions {
     PagerOptions {
         record: record.map(Record::max_touches),
+        track_writes: config.give_back.is_some() || record.is_some(),
         template: template.name(),
         io: match config.io {
             Io::Auto => IoMode::Auto,
@@ -204,6 +339,28 @@ fn paged(
         pager.install_ahead(&brought.plan);
     }
     Ok((backings, pager.serve()?, brought))
+}
+
+/// Memory that the pager process serves. What the working set knows is installed by this process,
+/// before its guest runs: it is read from the page cache then, and no message is waited for.
+fn handed_over(
+    template: &Template,
+    config: &PagerConfig,
+    handover: Handover<'_>,
+) -> Result<(Vec<RamBacking>, Brought), CloneError> {
+    let images = template.images()?;
+    let mut registration = registration(config)?;
+    let backings = images
+        .iter()
+        .map(|image| Ok(RamBacking::Paged(registration.map(image)?)))
+        .collect::<Result<_, PagerError>>()?;
+    handover.give(&registration)?;
+    let mut brought = Brought::default();
+    if config.working_set {
+        brought = to_bring(plan(template), config, None);
+        registration.install_ahead(&images, &brought.plan, config.verify, &template.name());
+    }
+    Ok((backings, brought))
 }
 
 fn mapped(template: &Template) -> Result<Vec<RamBacking>, CloneError> {

@@ -109,6 +109,8 @@ pub struct Clone {
     pub(super) gauges: HashMap<Series, f64>,
     /// Gives the terminal back when the clone has ended, however it did.
     pub(super) terminal: Option<SavedTerminal>,
+    /// Whether the supervisor ended it for its [`Self::ending`].
+    pub(super) is_condemned: bool,
     /// Its socket, if COM1 goes to one: a worker that is killed cannot remove it.
     pub(super) socket: Option<PathBuf>,
 }
@@ -128,6 +130,7 @@ impl Clone {
             given_back: GivenBack::default(),
             gauges: HashMap::new(),
             terminal,
+            is_condemned: false,
             socket: match serial {
                 SerialPlan::Unix(path) => Some(path.clone()),
                 SerialPlan::Null | SerialPlan::Supervisor | SerialPlan::Terminal => None,

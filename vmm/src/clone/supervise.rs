@@ -1,10 +1,8 @@
 #![forbid(unsafe_code)]
 //! The supervisor: starts clones, hears what they report, ends them in order.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -17,6 +15,7 @@ use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
 use super::learn::Learner;
 pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
+use super::paging::{Owner, SharedPaging};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
@@ -25,12 +24,14 @@ use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::machine::HostCheck;
 use crate::observe::metrics;
-use crate::observe::relay::{Change, Delta, replay};
+use crate::observe::relay::replay;
 use crate::observe::stats::PagerStats;
 use crate::report::{chain, exit};
 
 /// How long clones that were asked to stop may take before they are killed.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
+/// Longest wait for something to happen.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
 
@@ -57,6 +58,8 @@ pub struct Supervisor {
     pub(super) clones: Vec<Clone>,
     /// Engine `root`: the root, its shells, and the clones that are being forked.
     pub(super) forks: Forks,
+    /// The pager process, where clones share one.
+    pub(super) paging: SharedPaging,
     pub(super) usage: Usage,
     /// What happened outside of [`Self::wait`].
     pub(super) pending: Vec<Event>,
@@ -88,6 +91,7 @@ impl Supervisor {
             signals,
             clones: Vec::new(),
             forks: Forks::default(),
+            paging: SharedPaging::default(),
             usage: Usage::default(),
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
@@ -126,6 +130,9 @@ impl Supervisor {
         } else if self.options.engine == Engine::Root {
             self.start_fork(number, serial, input);
         } else {
+            if self.options.engine == Engine::Copy {
+                self.prepare_paging();
+            }
             let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
                 metrics::count_failure(&self.options.name);
                 self.pending.push(Event::Ended(number));
@@ -200,7 +207,8 @@ impl Supervisor {
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
         let mut events = std::mem::take(&mut self.pending);
         let timeout = if events.is_empty() {
-            timeout
+            // Whoever does not answer is looked after.
+            timeout.min(LOOK_PERIOD)
         } else {
             Duration::ZERO
         };
@@ -230,10 +238,14 @@ impl Supervisor {
                 events.push(Event::Signal);
             } else if data == token::ROOT {
                 self.hear_root();
+            } else if data == token::PAGER {
+                self.hear_pager();
             } else if let Some((clone, kind)) = parse_token(data) {
                 events.extend(self.attend(clone, kind));
             }
         }
+        self.tend_paging();
+        self.tend_root();
         self.tend_forks();
         events.append(&mut self.pending);
         if self.options.measure_memory {
@@ -276,6 +288,7 @@ impl Supervisor {
                 killed = true;
             }
         }
+        self.end_paging();
         Ok(())
     }
 
@@ -334,6 +347,10 @@ impl Supervisor {
         match kind {
             Kind::Console | Kind::Shell => None,
             Kind::Control => match process.channel.receive::<FromWorker>() {
+                Ok(Some((FromWorker::Memory(memory), descriptors))) => {
+                    self.take_memory(Owner::Clone(number), memory, descriptors);
+                    None
+                }
                 Ok(Some((message, _))) => self.hear(number, message),
                 Ok(None) => {
                     // The process is ending; its pidfd will say so.
@@ -350,7 +367,7 @@ impl Supervisor {
         }
     }
 
-    fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
+    pub(super) fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
         let clone = self.clones.get_mut(number)?;
         match message {
             FromWorker::Started {
@@ -359,7 +376,7 @@ impl Supervisor {
                 io,
                 places,
             } => {
-                clone.io = io;
+                clone.io = self.paging.known_io(io);
                 if let Some(process) = &clone.process {
                     clone.running = Some(process.requested.elapsed());
                     if self.options.engine != Engine::Root {
@@ -398,54 +415,23 @@ impl Supervisor {
                 metrics::count_judgement(&self.options.name, &judged);
                 None
             }
+            FromWorker::Forget(runs) => {
+                self.forget_pages(number, runs);
+                None
+            }
             FromWorker::GaveBack { bytes, pauses } => {
                 clone.given_back.bytes += bytes;
                 clone.given_back.pauses += pauses;
                 metrics::count_given_back(&self.options.name, bytes, pauses);
                 None
             }
+            // Too late to be served: its process has ended.
             FromWorker::Memory(_) => None,
             FromWorker::Ended(ending) => {
-                clone.ending = Some(ending);
+                clone.ending.get_or_insert(ending);
                 None
             }
         }
-    }
-
-    /// Takes leave of a clone whose process ended: what it said last, its exit, its gauges.
-    fn bury(&mut self, number: usize) -> Event {
-        while let Some(process) = self.clones[number].process.as_ref()
-            && let Ok(Some((message, _))) = process.channel.receive::<FromWorker>()
-        {
-            self.hear(number, message);
-        }
-        let clone = &mut self.clones[number];
-        if let Some(mut process) = clone.process.take() {
-            let unsaid = process.reap();
-            if clone.ending.is_none()
-                && let Some(path) = &clone.socket
-            {
-                remove_dead_socket(path);
-            }
-            drop(clone.terminal.take());
-            let ending = clone.ending.get_or_insert(unsaid);
-            if ending.exit_code() != 0 {
-                metrics::count_failure(&self.options.name);
-            }
-        }
-        let zeros: Delta = clone
-            .gauges
-            .keys()
-            .map(|series| (series.clone(), Change::Gauge(0.0)))
-            .collect();
-        replay(&zeros, |series, _| {
-            clone.gauges.get(series).copied().unwrap_or(0.0)
-        });
-        clone.gauges.clear();
-        self.learner.ended(number);
-        self.usage.ended(&self.options.name, number);
-        self.publish_counts();
-        Event::Ended(number)
     }
 
     pub(super) fn publish_counts(&self) {
@@ -481,16 +467,5 @@ pub(super) fn saved_terminal(serial: &SerialPlan) -> Option<SavedTerminal> {
     match serial {
         SerialPlan::Terminal => SavedTerminal::save(std::io::stdin()),
         SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
-    }
-}
-
-/// Removes the socket of a worker that was killed, unless somebody else listens there by now.
-fn remove_dead_socket(path: &Path) {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    let refuses = UnixStream::connect(path)
-        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    if is_socket && refuses {
-        // Whatever keeps it there: the next clone takes its place.
-        let _ = fs::remove_file(path);
     }
 }

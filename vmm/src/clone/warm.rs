@@ -282,6 +282,8 @@ impl Underway {
                 | FromWorker::Warm
                 | FromWorker::Judged(_)
                 | FromWorker::GaveBack { .. }
+                | FromWorker::Forget(_)
+                // A recorded clone has a pager of its own.
                 | FromWorker::Memory(_),
                 _,
             ))) => (),

@@ -103,6 +103,10 @@ fn describe() {
         "pando_clone_probe_pages_total",
         "Pages of the working set that were held back from recorded clones, by whether they asked for them"
     );
+    describe_counter!(
+        "pando_pager_restarts_total",
+        "Pager processes that were lost, and replaced as often as that is allowed"
+    );
 }
 
 /// Makes the series of a template's clones and pagers visible before anything has happened: a rate
@@ -110,6 +114,7 @@ fn describe() {
 pub fn register(template: &str) {
     pando_pager::metrics::register(template);
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
+    pager_restarts(template).increment(0);
     set_root_memory(template, 0);
     for (class, bytes) in RamMemory::default().classes() {
         set_memory(template, class, bytes);
@@ -168,6 +173,15 @@ pub fn count_unmeasured(template: &str, reason: &'static str) {
 
 fn unmeasured(template: &str, reason: &'static str) -> metrics::Counter {
     counter!("pando_clone_memory_errors_total", "template" => template.to_owned(), "reason" => reason)
+}
+
+/// Counts a pager process that was lost.
+pub fn count_pager_restart(template: &str) {
+    pager_restarts(template).increment(1);
+}
+
+fn pager_restarts(template: &str) -> metrics::Counter {
+    counter!("pando_pager_restarts_total", "template" => template.to_owned())
 }
 
 /// Counts a clone that ended otherwise than asked.

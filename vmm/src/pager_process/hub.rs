@@ -132,7 +132,7 @@ impl Hub {
         };
         let events = listener(&registry, &failure, &wake);
         Ok(Self {
-            pager: SharedPager::start(&options, events)?,
+            pager: SharedPager::start(options, events)?,
             pages: Vec::new(),
             registry,
             failure,
@@ -241,13 +241,14 @@ impl Hub {
         let spec = ClientSpec {
             pidfd: Some(pidfd),
             wake: raw.wake,
+            track_writes: raw.track_writes,
             shard: cpu.and_then(|cpu| self.cpus.iter().position(|own| *own == cpu)),
             ..ClientSpec::new(uffd, regions)
         };
         // Not under the lock: the shard that serves it may have something to tell.
         match self.pager.attach(id, spec) {
-            Ok(_) => {
-                lock(&self.registry).attached(id);
+            Ok(attached) => {
+                lock(&self.registry).attached(id, attached.io.name());
                 Ok(())
             }
             Err(error) => {

@@ -8,7 +8,7 @@ use pando_pager::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::clone::control::{PagerConfig, RawRegion};
+use crate::clone::control::{PagerConfig, RawRegion, RawRun};
 use crate::observe::relay::Delta;
 
 /// How often a pager process says something, if only that it lives.
@@ -83,6 +83,10 @@ pub struct RawAttach {
     /// The CPU that it is kept on, if it is.
     #[serde(default)]
     pub cpu: Option<u32>,
+    /// Install pages write-protected: its userfaultfd has UFFD_FEATURE_WP_ASYNC, and its memory is
+    /// registered for write protection too.
+    #[serde(default)]
+    pub track_writes: bool,
 }
 
 /// Pages of a client to be absent again; not proven.
@@ -95,26 +99,11 @@ pub struct RawForget {
     pub runs: Vec<RawRun>,
 }
 
-/// Pages of an image; not proven.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RawRun {
-    /// Which image.
-    pub image: u32,
-    /// The first page.
-    pub first_page: u64,
-    /// How many.
-    pub pages: u64,
-}
-
 /// From a pager process to its supervisor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromPager {
     /// It has its shards and waits for clients.
-    Ready {
-        /// How it reads (`pando_pager::IoPath`).
-        io: String,
-    },
+    Ready,
     /// Something about a client.
     Client(ClientNews),
     /// What was recorded since the last time; empty where that is nothing, to show that it lives.
@@ -138,6 +127,8 @@ pub enum ClientNews {
     Attached {
         /// Who.
         client: u64,
+        /// How its pages are read (`pando_pager::IoPath`).
+        io: String,
     },
     /// What was ordered for it cannot be; nothing has changed.
     Refused {
@@ -197,7 +188,7 @@ impl ClientNews {
     /// Whom it is about.
     pub fn client(&self) -> u64 {
         match self {
-            Self::Attached { client }
+            Self::Attached { client, .. }
             | Self::Refused { client, .. }
             | Self::Forgotten { client }
             | Self::Poisoned { client, .. }

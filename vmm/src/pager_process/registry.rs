@@ -34,7 +34,7 @@ struct Early {
 
 /// All clients.
 #[derive(Debug, Default)]
-pub struct Registry {
+pub(super) struct Registry {
     next: u64,
     entries: HashMap<ClientId, Entry>,
     names: HashMap<(PeerId, u64), ClientId>,
@@ -43,7 +43,12 @@ pub struct Registry {
 
 impl Registry {
     /// A new client of `peer`; `None` if it has one of that name.
-    pub fn begin(&mut self, peer: PeerId, name: u64, outlet: &Arc<Outlet>) -> Option<ClientId> {
+    pub(super) fn begin(
+        &mut self,
+        peer: PeerId,
+        name: u64,
+        outlet: &Arc<Outlet>,
+    ) -> Option<ClientId> {
         if self.names.contains_key(&(peer, name)) {
             return None;
         }
@@ -63,17 +68,20 @@ impl Registry {
     }
 
     /// How many clients a peer has.
-    pub fn count(&self, peer: PeerId) -> usize {
+    pub(super) fn count(&self, peer: PeerId) -> usize {
         self.of_peer.get(&peer).copied().unwrap_or(0)
     }
 
     /// It is served: tells its peer, and what has happened since.
-    pub fn attached(&mut self, id: ClientId) {
+    pub(super) fn attached(&mut self, id: ClientId, io: &str) {
         let Some(entry) = self.entries.get_mut(&id) else {
             return;
         };
         let client = entry.name;
-        entry.outlet.tell_client(ClientNews::Attached { client });
+        let io = io.to_owned();
+        entry
+            .outlet
+            .tell_client(ClientNews::Attached { client, io });
         let early = entry.early.take().unwrap_or_default();
         if let Some(page) = early.poisoned {
             entry
@@ -86,12 +94,12 @@ impl Registry {
     }
 
     /// The number of a peer's client.
-    pub fn find(&self, peer: PeerId, name: u64) -> Option<ClientId> {
+    pub(super) fn find(&self, peer: PeerId, name: u64) -> Option<ClientId> {
         self.names.get(&(peer, name)).copied()
     }
 
     /// Forgets a client.
-    pub fn remove(&mut self, id: ClientId) {
+    pub(super) fn remove(&mut self, id: ClientId) {
         if let Some(entry) = self.entries.remove(&id) {
             self.names.remove(&(entry.peer, entry.name));
             if let Some(count) = self.of_peer.get_mut(&entry.peer) {
@@ -104,7 +112,7 @@ impl Registry {
     }
 
     /// Forgets a peer; gives its clients.
-    pub fn remove_peer(&mut self, peer: PeerId) -> Vec<ClientId> {
+    pub(super) fn remove_peer(&mut self, peer: PeerId) -> Vec<ClientId> {
         let of_peer = self.entries.iter().filter(|(_, entry)| entry.peer == peer);
         let ids: Vec<ClientId> = of_peer.map(|(id, _)| *id).collect();
         ids.iter().for_each(|&id| self.remove(id));
@@ -112,7 +120,7 @@ impl Registry {
     }
 
     /// Tells a peer what the pager says of its client.
-    pub fn hear(&mut self, event: &ClientEvent) {
+    pub(super) fn hear(&mut self, event: &ClientEvent) {
         match event {
             ClientEvent::Poisoned { client, page } => {
                 let Some(entry) = self.entries.get_mut(client) else {
@@ -189,10 +197,10 @@ mod tests {
         registry.hear(&poisoned);
         registry.hear(&ClientEvent::Gone { client: id });
         assert!(news(&theirs).is_empty(), "it is not attached yet");
-        registry.attached(id);
+        registry.attached(id, "pread");
         registry.hear(&poisoned);
         let told = news(&theirs);
-        assert_eq!(told[0], ClientNews::Attached { client: 7 });
+        assert!(matches!(&told[0], ClientNews::Attached { client: 7, io } if io == "pread"));
         assert!(
             matches!(&told[1], ClientNews::Poisoned { client: 7, page } if page.contains("page 5 of ram0"))
         );

@@ -99,8 +99,7 @@ enum Request {
 }
 
 fn serve(mut hub: Hub, peer: &Peer, relay: Option<&Relay>) -> anyhow::Result<()> {
-    let io = hub.io().to_owned();
-    peer.outlet.tell(FromPager::Ready { io });
+    peer.outlet.tell(FromPager::Ready);
     let mut next_beat = Instant::now() + BEAT;
     loop {
         wait(&hub, peer, next_beat)?;

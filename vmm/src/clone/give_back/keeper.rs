@@ -7,7 +7,6 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::policy::{Activity, Doings, Policy, may_keep};
 use super::{GiveBack, GiveBackError, Given, Subject};
-use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::pressure::Pressure;
 use crate::sys::pagemap::Pagemap;
 
@@ -24,9 +23,10 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// For a clone of this process with its memory at `places`. Of a fork, called before anything
-    /// was installed in it.
-    pub fn new(policy: Policy, places: &[MemoryPlace]) -> Result<Self, GiveBackError> {
+    /// For the clone that this process is. Of a fork too: what its root gave is not registered, so nothing
+    /// tracks writes there and none of it counts as clean, but for pages of which it got copies of its
+    /// own ahead.
+    pub fn new(policy: Policy) -> Result<Self, GiveBackError> {
         let map = Pagemap::of_self().map_err(GiveBackError::Scan)?;
         let activity = Activity::new(Doings {
             at: Duration::ZERO,
@@ -35,7 +35,7 @@ impl Keeper {
         });
         Ok(Self {
             policy,
-            give_back: GiveBack::new(map, places)?,
+            give_back: GiveBack::new(map, &[])?,
             began: Instant::now(),
             activity,
             settled: None,
