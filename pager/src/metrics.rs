@@ -58,7 +58,7 @@ pub fn describe() {
     );
     describe_counter!(
         AHEAD_PAGES,
-        "Pages of the recorded working set that were in place before the guest ran"
+        "Pages of the recorded working set that were brought before anybody asked"
     );
     describe_gauge!(INFLIGHT_READS, "Template reads that are not done yet");
     describe_counter!(RETRIES, "Tries repeated, by reason");

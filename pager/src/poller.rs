@@ -102,21 +102,21 @@ impl Poller {
         }
     }
 
-    pub(crate) fn arm(&mut self, slot: ClientSlot) {
-        self.set(slot, true);
+    pub(crate) fn arm(&mut self, slot: ClientSlot) -> bool {
+        self.set(slot, true)
     }
 
     pub(crate) fn disarm(&mut self, slot: ClientSlot) {
         self.set(slot, false);
     }
 
-    fn set(&mut self, slot: ClientSlot, armed: bool) {
+    fn set(&mut self, slot: ClientSlot, armed: bool) -> bool {
         let place = self.places.get_mut(slot.index());
         let Some(watched) = place.and_then(Option::as_mut) else {
-            return;
+            return true;
         };
         if watched.is_armed == armed {
-            return;
+            return true;
         }
         // Level triggered and not one-shot: a wait that goes on costs no call.
         let flags = if armed {
@@ -126,8 +126,14 @@ impl Poller {
         };
         let data = EventData::new_u64(Token::Uffd(slot).encode());
         match epoll::modify(&self.epoll, &*watched.uffd, data, flags) {
-            Ok(()) => watched.is_armed = armed,
-            Err(error) => tracing::error!(%error, "cannot wait for a userfaultfd"),
+            Ok(()) => {
+                watched.is_armed = armed;
+                true
+            }
+            Err(error) => {
+                tracing::error!(%error, "cannot wait for a userfaultfd");
+                false
+            }
         }
     }
 

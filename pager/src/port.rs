@@ -4,11 +4,12 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
+use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use userfaultfd::Uffd;
 
 use crate::fault::{MESSAGE_BYTES, Message, messages};
@@ -77,7 +78,7 @@ pub(crate) fn drain(uffd: &Uffd, room: usize, each: &mut dyn FnMut(Message)) -> 
     let mut buffer = [0; MESSAGES_PER_READ * MESSAGE_BYTES];
     let mut left = room;
     while left >= MESSAGES_PER_READ {
-        match rustix::io::read(uffd, &mut buffer) {
+        match read_now(uffd, &mut buffer) {
             Ok(bytes) => {
                 messages(&buffer[..bytes]).for_each(&mut *each);
                 // Fewer than fit: there were no more.
@@ -92,6 +93,18 @@ pub(crate) fn drain(uffd: &Uffd, room: usize, each: &mut dyn FnMut(Message)) -> 
         }
     }
     Ok(())
+}
+
+/// Reads without waiting, even if somebody who shares the descriptor made it a blocking one. Kernels
+/// that cannot be told so (before 6.10) go by the descriptor.
+fn read_now(uffd: &Uffd, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+    // Not at any offset.
+    const HERE: u64 = u64::MAX;
+    let mut buffers = [IoSliceMut::new(buffer)];
+    match preadv2(uffd, &mut buffers, HERE, ReadWriteFlags::NOWAIT) {
+        Err(Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => rustix::io::read(uffd, buffer),
+        result => result,
+    }
 }
 
 /// How long to wait.
@@ -155,8 +168,9 @@ impl Port {
         }
     }
 
-    /// Waits for the next messages of a client; goes to the kernel with the next submission.
-    pub(crate) fn arm(&mut self, slot: ClientSlot) {
+    /// Waits for the next messages of a client; goes to the kernel with the next submission. False
+    /// when there is no room for that now.
+    pub(crate) fn arm(&mut self, slot: ClientSlot) -> bool {
         match self {
             Self::Ring(ring) => ring.arm(slot),
             Self::Poll(poller) => poller.arm(slot),

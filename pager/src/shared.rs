@@ -12,6 +12,7 @@ use crate::client::{
 };
 use crate::counts::Counts;
 use crate::error::PagerError;
+use crate::health::PoisonMethod;
 use crate::image::Image;
 use crate::metrics::Metrics;
 use crate::options::{IoMode, Verify};
@@ -48,6 +49,9 @@ pub struct SharedOptions {
     pub shards: Vec<Option<usize>>,
     /// How long a shard looks for the next fault before it sleeps; see `PagerOptions::spin`.
     pub spin: Duration,
+    /// What is done about a page that cannot be had: a mark, or (as on kernels without
+    /// UFFDIO_POISON) nothing, so that who waits for it sleeps until its process is ended.
+    pub poison: PoisonMethod,
     /// Around the source of each shard.
     pub decorate: Option<Decorate>,
 }
@@ -61,6 +65,7 @@ impl fmt::Debug for SharedOptions {
             .field("budget", &self.budget)
             .field("shards", &self.shards)
             .field("spin", &self.spin)
+            .field("poison", &self.poison)
             .finish_non_exhaustive()
     }
 }
@@ -74,6 +79,7 @@ impl Default for SharedOptions {
             budget: Budget::shared(),
             shards: vec![None],
             spin: Duration::ZERO,
+            poison: PoisonMethod::Marker,
             decorate: None,
         }
     }
@@ -215,6 +221,7 @@ impl SharedPager {
         let uffd = adopt(spec.uffd, &first, page, tracking).map_err(wrong)?;
         let tells = Tells::Listener(Arc::clone(&self.events));
         let mut client = Client::new(id, Arc::new(uffd), regions, tells);
+        client.poison = self.options.poison;
         client.tracking = tracking;
         client.recorder = spec.record.map(|most| Recorder::new(id, most));
         client.plan(&spec.ahead, self.options.budget.ahead_pages);

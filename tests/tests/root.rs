@@ -1,155 +1,29 @@
 #![forbid(unsafe_code)]
 //! Engine `root`: forks that share what their root holds, and nothing that any of them writes.
 
-use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::path::Path;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use pando_tests::command::{
-    HANG, Running, eventually, finish, is_alive, make_template, names, pando, signal_pid,
+    Running, eventually, finish, is_alive, make_template, names, pando, signal_pid,
 };
-use pando_tests::rig::built_program;
+use pando_tests::grove::{Grove, MEMORY_BYTES};
 use pando_vmm::clone::Engine;
-use pando_vmm::clone::control::{Ending, PagerConfig};
+use pando_vmm::clone::control::PagerConfig;
 use pando_vmm::clone::pool::PoolLimits;
-use pando_vmm::clone::process::SerialPlan;
-use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
-use pando_vmm::config::{self, MachineRequest};
-use pando_vmm::demo::drive::Demo;
-use pando_vmm::demo::plan::{self, Plan, Step};
-use pando_vmm::machine::HostCheck;
+use pando_vmm::clone::supervise::{RootOptions, STOP_GRACE};
+use pando_vmm::demo::plan::Step;
 use pando_vmm::payload::LAYOUT;
-use pando_vmm::payload::protocol::{Command, Outcome, Pattern, Reply, Visit};
+use pando_vmm::payload::protocol::{Command, Outcome, Pattern, Visit};
 use rustix::process::Signal;
 
-const MEMORY_BYTES: u64 = 64 << 20;
-
-/// A template whose guest wrote 4096 pages, and clones of it that answer for what they do.
-struct Grove {
-    supervisor: Supervisor,
-    plan: Plan,
-    /// What each clone has not answered yet.
-    open: HashMap<usize, VecDeque<Step>>,
-    _dir: tempfile::TempDir,
-}
-
-fn template_in(dir: &Path) -> Result<PathBuf> {
-    let (spec, _) = config::resolve(&MachineRequest {
-        kernel: config::EMBEDDED_KERNEL.into(),
-        initrd: None,
-        append: String::new(),
-        memory_bytes: MEMORY_BYTES,
-        cpus: 1,
-    })?;
-    let path = dir.join("template");
-    Demo::make_template(&path, &spec, Arc::new(AtomicBool::new(false)))?;
-    Ok(path)
-}
-
-impl Grove {
-    fn new(root: RootOptions) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let supervisor = Supervisor::new(CloneOptions {
-            program: built_program("pando")?,
-            template: template_in(dir.path())?,
-            name: "grove".into(),
-            engine: Engine::Root,
-            pager: PagerConfig::default(),
-            verbosity: 0,
-            overcommit: true,
-            measure_memory: false,
-            host_check: HostCheck::Due,
-            root,
-        })?;
-        Ok(Self {
-            supervisor,
-            plan: Plan::new(MEMORY_BYTES),
-            open: HashMap::new(),
-            _dir: dir,
-        })
-    }
-
-    /// Starts a clone that verifies what the template holds and what it writes itself.
-    fn start(&mut self) -> usize {
-        let number = self.supervisor.clones().len();
-        let steps = self.plan.clone(number as u64);
-        self.supervisor
-            .start(&SerialPlan::Supervisor, &plan::lines(&steps));
-        self.open.insert(number, steps.into());
-        number
-    }
-
-    fn ask(&mut self, number: usize, steps: &[Step]) -> Result<()> {
-        let console = self.supervisor.clone_mut(number);
-        let console = console.and_then(|clone| clone.console.as_mut());
-        console.context("no console")?.send(&plan::lines(steps))?;
-        self.open.entry(number).or_default().extend(steps.to_vec());
-        Ok(())
-    }
-
-    /// Waits for `until`; every answer is checked, and a clone that ends is an error unless it is
-    /// in `may_end`.
-    fn run(&mut self, may_end: &[usize], until: impl Fn(&Self) -> bool) -> Result<()> {
-        let deadline = Instant::now() + HANG;
-        while !until(self) {
-            ensure!(Instant::now() < deadline, "open: {:?}", self.open.keys());
-            for event in self.supervisor.wait(Duration::from_millis(20))? {
-                match event {
-                    Event::Output(number) => self.hear(number)?,
-                    Event::Ended(number) if !may_end.contains(&number) => bail!(
-                        "clone {number} ended: {:?}",
-                        self.supervisor.clones()[number].ending
-                    ),
-                    _ => (),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn hear(&mut self, number: usize) -> Result<()> {
-        let clone = self.supervisor.clone_mut(number).context("no clone")?;
-        let console = clone.console.as_mut().context("no console")?;
-        let is_open = console.poll()?;
-        while let Some(line) = console.take_line() {
-            let open = self.open.get_mut(&number).context("nothing was asked")?;
-            let (command, expected) = open.pop_front().context("more answers than questions")?;
-            let outcome = Reply::parse(&line)?.outcome;
-            ensure!(
-                expected.is_none_or(|expected| expected == outcome),
-                "clone {number}: {command:?} gave {outcome:?}"
-            );
-        }
-        if !is_open {
-            self.supervisor.forget_console(number);
-        }
-        Ok(())
-    }
-
-    fn all_answer(&mut self) -> Result<()> {
-        self.run(&[], |grove| grove.open.values().all(VecDeque::is_empty))
-    }
-
-    fn stop(mut self) -> Result<()> {
-        self.supervisor.stop_all(STOP_GRACE)?;
-        for (number, clone) in self.supervisor.clones().iter().enumerate() {
-            ensure!(
-                clone.ending == Some(Ending::Stopped),
-                "clone {number}: {:?}",
-                clone.ending
-            );
-            ensure!(!is_alive(clone.pid), "clone {number} is left");
-        }
-        Ok(())
-    }
+fn root_grove(root: RootOptions) -> Result<Grove> {
+    Grove::new(Engine::Root, PagerConfig::default(), root)
 }
 
 #[test]
 fn clones_of_a_root_see_the_template_and_only_their_own_writes() -> Result<()> {
-    let mut grove = Grove::new(RootOptions::default())?;
+    let mut grove = root_grove(RootOptions::default())?;
     (0..24).for_each(|_| {
         grove.start();
     });
@@ -168,7 +42,7 @@ fn clones_of_a_root_see_the_template_and_only_their_own_writes() -> Result<()> {
 #[test]
 fn what_does_not_fit_the_root_is_brought_by_the_clones_pagers() -> Result<()> {
     for budget_bytes in [0, 5 << 20] {
-        let mut grove = Grove::new(RootOptions {
+        let mut grove = root_grove(RootOptions {
             budget_bytes: Some(budget_bytes),
             ..RootOptions::default()
         })?;
@@ -190,7 +64,7 @@ fn no_byte_crosses_between_clones() -> Result<()> {
     const CLONES: usize = 12;
     const ROUNDS: u64 = 6;
     let quarter = MEMORY_BYTES / 4096 / 4;
-    let mut grove = Grove::new(RootOptions::default())?;
+    let mut grove = root_grove(RootOptions::default())?;
     (0..CLONES).for_each(|_| {
         grove.start();
     });
@@ -249,7 +123,7 @@ fn no_byte_crosses_between_clones() -> Result<()> {
 
 #[test]
 fn clones_outlive_their_root_and_new_ones_come_from_another() -> Result<()> {
-    let mut grove = Grove::new(RootOptions::default())?;
+    let mut grove = root_grove(RootOptions::default())?;
     for round in 0..4 {
         (0..3).for_each(|_| {
             grove.start();
@@ -282,7 +156,7 @@ fn a_shell_becomes_a_clone_and_the_pool_fills_again() -> Result<()> {
         floor: 2,
         ceiling: 4,
     };
-    let mut grove = Grove::new(RootOptions {
+    let mut grove = root_grove(RootOptions {
         shells,
         ..RootOptions::default()
     })?;

@@ -29,7 +29,7 @@ pub struct Attached {
 #[derive(Clone, Debug, PartialEq)]
 pub enum ClientEvent {
     /// A page cannot be had. Told *before* whoever waits for it is woken. Where the kernel has no
-    /// UFFDIO_POISON (or the client's userfaultfd did not ask for it) nobody is woken: end the client.
+    /// UFFDIO_POISON nobody is woken: end the client.
     Poisoned {
         /// Whose page.
         client: ClientId,

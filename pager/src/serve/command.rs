@@ -135,7 +135,9 @@ impl Server {
     /// Arms the first wait for a client's messages and looks what becomes of it: a READ that says
     /// EAGAIN at once is not tried again. Messages of threads that were early are kept.
     fn settle(&mut self, key: ClientKey) -> io::Result<()> {
-        self.parts.port.arm(key.slot);
+        if !self.parts.port.arm(key.slot) {
+            return Err(io::Error::from(io::ErrorKind::ResourceBusy));
+        }
         self.goes_on = true;
         self.parts.port.look(&mut self.inbox)
     }

@@ -111,13 +111,12 @@ impl Server {
             let Some(client) = self.clients.get_mut(key) else {
                 return false;
             };
-            if room {
-                client.is_unarmed = false;
-                self.parts.port.arm(key.slot);
-            } else {
+            if !room {
                 self.parts.port.disarm(key.slot);
+                return true;
             }
-            !room
+            client.is_unarmed = !self.parts.port.arm(key.slot);
+            client.is_unarmed
         });
         self.unarmed = unarmed;
     }

@@ -75,9 +75,10 @@ impl ActiveRead {
     /// Lets `region` have `pages` too.
     pub(super) fn add(&mut self, region: RegionKey, pages: PageRange, is_planned: bool) {
         let wanted = self.bits(pages);
-        // Neighbours come one after the other: joined, they are installed at once.
+        // Neighbours come one after the other: joined, they are installed at once. Batches of a plan
+        // are counted one by one.
         match self.targets.last_mut() {
-            Some(last) if last.region == region && last.is_planned == is_planned => {
+            Some(last) if last.region == region && !last.is_planned && !is_planned => {
                 last.wanted |= wanted;
             }
             _ => self.targets.push(Target {
@@ -134,7 +135,8 @@ mod tests {
         read.add(region(0), range(8, 2), false);
         read.add(region(0), range(71, 9), false);
         read.add(region(1), range(9, 1), true);
-        assert_eq!(read.targets.len(), 2);
+        read.add(region(1), range(10, 1), true);
+        assert_eq!(read.targets.len(), 3);
         let bits = read.targets[0].wanted;
         let listed: Vec<u64> = read.pages(bits).map(PageIndex::get).collect();
         assert_eq!(listed, [8, 9, 71]);

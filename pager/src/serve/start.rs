@@ -34,10 +34,12 @@ impl Server {
     /// Starts a read for everybody who has none and need not pause, while there are buffers: of
     /// the clients in turn, the oldest of each first.
     pub(super) fn start_reads(&mut self) {
-        if self.queue.len() == 0 {
+        if self.queue.next_try().is_some() {
+            self.queue.end_pauses(Instant::now());
+        }
+        if !self.queue.has_ready() {
             return;
         }
-        self.queue.end_pauses(Instant::now());
         let most = self.parts.budget.client_reads.max(1);
         loop {
             let clients = &self.clients;

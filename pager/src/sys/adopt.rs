@@ -45,7 +45,7 @@ pub(crate) fn adopt(
         .ok_or_else(|| ("it has no such page", outside()))?;
     let uffd = uffd_from(fd);
     // Any other file says ENOTTY, one without a handshake EINVAL.
-    uffd.wake(start as *mut _, PAGE_BYTES as usize)
+    uffd.wake(start as *mut _, usize::try_from(page.bytes()).unwrap_or(0))
         .map_err(|error| {
             let source = io::Error::other(error);
             ("it is no userfaultfd that made its handshake", source)

@@ -265,6 +265,7 @@ const CRATES: &[(&str, &[&str], &str)] = &[
             "vmm/src/clone/forked.rs",
             "vmm/src/clone/worker.rs",
             "vmm/src/root/worker.rs",
+            "vmm/src/pager_process/worker.rs",
             "vmm/src/demo/",
             "vmm/src/host/doctor.rs",
             "vmm/examples/",

@@ -17,6 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
+use self::restart::CannotStart;
 use super::control::{ClientMemory, IO_SHARED, PagerPlace, RawRegion, Received};
 use super::silence::Silence;
 use super::supervise::Supervisor;
@@ -196,7 +197,15 @@ impl Supervisor {
         })?;
         prove_uffd(uffd.as_fd()).map_err(|error| wrong(chain(&error)))?;
         if self.paging.process.is_none() {
-            self.start_pager()?;
+            match self.start_pager() {
+                // It is tried again, and this clone then waits with the others.
+                Err(CannotStart::Now(message)) if self.paging.template.is_some() => {
+                    tracing::warn!("{message}");
+                }
+                Err(CannotStart::Now(message)) => return Err(wrong(message)),
+                Err(CannotStart::Ever(given_up)) => return Err(given_up),
+                Ok(()) => (),
+            }
         }
         let template = &self.paging.template;
         prove_regions(&memory.regions, |image| {

@@ -88,10 +88,19 @@ impl PagerProcess {
     ) -> Result<Self, SpawnError> {
         let (channel, theirs) = Channel::pair()?;
         // These few fit into the socket before anybody reads.
-        channel.send(&ToPager::Start(start), &[])?;
+        let send = |message: &ToPager, descriptors: &[BorrowedFd<'_>]| match channel
+            .send_now(message, descriptors)
+        {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ControlError::Damaged {
+                reason: format!("{} images are too many", template.images.len()),
+            }),
+            Err(error) => Err(error),
+        };
+        send(&ToPager::Start(start), &[])?;
         for (raw, file, _) in &template.images {
             let descriptors = [file.as_fd(), template.index.as_fd()];
-            channel.send(&ToPager::Image(raw.clone()), &descriptors)?;
+            send(&ToPager::Image(raw.clone()), &descriptors)?;
         }
         let mut command = Command::new(program);
         command

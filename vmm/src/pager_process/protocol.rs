@@ -259,7 +259,7 @@ mod tests {
             panic!("{order:?}");
         };
         assert_eq!((attach.client, attach.wake, attach.cpu), (7, false, None));
-        assert!(serde_json::from_str::<ClientOrder>(&text.replace("client", "clien")).is_err());
+        serde_json::from_str::<ClientOrder>(&text.replace("client", "clien")).unwrap_err();
         let news = serde_json::to_string(&ClientNews::Gone { client: 7 }).unwrap();
         assert_eq!(news, r#"{"gone":{"client":7}}"#);
     }

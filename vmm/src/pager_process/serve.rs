@@ -19,6 +19,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind, connect,
     listen, socket_with,
 };
+use rustix::process::{Resource, getrlimit};
 use thiserror::Error;
 
 use super::hub::{Hub, OrderError};
@@ -32,8 +33,10 @@ use crate::template::{Template, TemplateError};
 
 /// Most peers at once; one more is turned away.
 pub const MAX_PEERS: usize = 64;
-/// Most clients of one peer.
+/// Most clients of one peer, fewer where this process may have few descriptors.
 pub const MAX_CLIENTS: usize = 256;
+/// Descriptors for everything else: sockets of peers, images, rings.
+const DESCRIPTORS_OF_OWN: usize = 256;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 16;
 
@@ -106,7 +109,7 @@ impl Server {
         images: &[PathBuf],
         config: &PagerConfig,
     ) -> Result<Self, ServeError> {
-        let mut hub = Hub::start(config, MAX_CLIENTS)?;
+        let mut hub = Hub::start(config, clients_of_a_peer())?;
         let mut names = Vec::new();
         for path in images {
             for (image, template) in open(path)? {
@@ -232,6 +235,16 @@ impl Server {
     pub fn path(&self) -> &Path {
         &self.socket.0
     }
+}
+
+/// Most clients of one peer: as many as leave each of the others the same, two descriptors each.
+fn clients_of_a_peer() -> usize {
+    let limit = getrlimit(Resource::Nofile).current;
+    let limit = limit.map_or(usize::MAX, |limit| {
+        usize::try_from(limit).unwrap_or(usize::MAX)
+    });
+    let left = limit.saturating_sub(DESCRIPTORS_OF_OWN);
+    (left / MAX_PEERS / 2).clamp(1, MAX_CLIENTS)
 }
 
 /// Takes one order from a peer's socket.

@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use pando_pager::Image;
 use pando_pager::image::Index;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -92,12 +92,6 @@ fn fail(channel: &Channel, error: &anyhow::Error) -> u8 {
     code
 }
 
-/// What the supervisor wants that is no order of a client.
-enum Request {
-    Image(RawImage, Vec<OwnedFd>),
-    Stop,
-}
-
 fn serve(mut hub: Hub, peer: &Peer, relay: Option<&Relay>) -> anyhow::Result<()> {
     peer.outlet.tell(FromPager::Ready);
     let mut next_beat = Instant::now() + BEAT;
@@ -107,28 +101,29 @@ fn serve(mut hub: Hub, peer: &Peer, relay: Option<&Relay>) -> anyhow::Result<()>
         if let Some(why) = hub.failure() {
             bail!("{why}");
         }
-        let mut requests = Vec::new();
-        let mut is_confused = false;
+        let mut is_over = false;
+        let mut wrong = None;
         let is_there = peer.attend(
             |outlet| outlet.channel().receive_now::<ToPager>(),
             |message, descriptors| match message {
                 ToPager::Client(order) => hub.obey(peer.id, &peer.outlet, order, descriptors),
-                ToPager::Image(image) => requests.push(Request::Image(image, descriptors)),
-                ToPager::Stop => requests.push(Request::Stop),
-                ToPager::Start(_) => is_confused = true,
+                ToPager::Image(image) => {
+                    if let Err(error) = add_image(&mut hub, &image, descriptors) {
+                        wrong.get_or_insert(error);
+                    }
+                }
+                ToPager::Stop => is_over = true,
+                ToPager::Start(_) => {
+                    wrong.get_or_insert(anyhow!("a pager was told twice how to work"));
+                }
             },
         )?;
-        if is_confused {
-            bail!("a pager was told twice how to work");
+        if let Some(error) = wrong {
+            return Err(error);
         }
-        for request in requests {
-            match request {
-                Request::Image(raw, descriptors) => add_image(&mut hub, &raw, descriptors)?,
-                Request::Stop => {
-                    drop(hub);
-                    return stop(peer.outlet.channel(), relay);
-                }
-            }
+        if is_over {
+            drop(hub);
+            return stop(peer.outlet.channel(), relay);
         }
         if !is_there {
             return Ok(());

@@ -215,14 +215,14 @@ impl Ring {
         self.wait
     }
 
-    /// Queues the wait for messages of a client, unless it is pending.
-    pub(crate) fn arm(&mut self, slot: ClientSlot) {
+    /// Queues the wait for messages of a client, unless it is pending; false when there is no room.
+    pub(crate) fn arm(&mut self, slot: ClientSlot) -> bool {
         let wait = self.wait;
         let Some(watched) = self.watch.get_mut(slot) else {
-            return;
+            return true;
         };
         if watched.is_armed || watched.is_closing {
-            return;
+            return true;
         }
         let fd = Fd(watched.uffd.as_raw_fd());
         let length = u32::try_from(MESSAGE_BUFFER_BYTES).unwrap_or(0);
@@ -234,6 +234,7 @@ impl Ring {
         if let Some(watched) = self.watch.get_mut(slot) {
             watched.is_armed = pushed;
         }
+        pushed
     }
 
     fn arm_bell(&mut self) {

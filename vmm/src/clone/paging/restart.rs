@@ -27,6 +27,17 @@ const SILENCE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a pager may take to say what it recorded last.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// A start that failed is tried again after so long.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why there is no pager process.
+pub(super) enum CannotStart {
+    /// It is worth another try, soon: this process or the host lacks something for the moment.
+    Now(String),
+    /// It is not.
+    Ever(GivenUp),
+}
+
 impl SharedPaging {
     /// Counts a start; an error when there were too many.
     fn note_start(&mut self) -> Result<(), String> {
@@ -62,26 +73,27 @@ impl Supervisor {
         if self.options.pager.place == PagerPlace::Shared
             && self.paging.process.is_none()
             && self.paging.given_up.is_none()
-            && let Err(GivenUp { message, .. }) = self.start_pager()
+            && let Err(CannotStart::Now(message) | CannotStart::Ever(GivenUp { message, .. })) =
+                self.start_pager()
         {
             tracing::warn!("{message}");
         }
     }
 
-    pub(super) fn start_pager(&mut self) -> Result<(), GivenUp> {
-        let failed = |message: String| GivenUp {
-            code: exit::FAILED,
-            message,
-        };
-        self.paging.note_start().map_err(|message| GivenUp {
-            code: exit::MEMORY,
-            message,
+    pub(super) fn start_pager(&mut self) -> Result<(), CannotStart> {
+        self.paging.note_start().map_err(|message| {
+            CannotStart::Ever(GivenUp {
+                code: exit::MEMORY,
+                message,
+            })
         })?;
         let template = match self.paging.template.take() {
             Some(template) => template,
-            None => ServedTemplate::open(&self.options.template).map_err(|error| GivenUp {
-                code: error.exit_code(),
-                message: chain(&error),
+            None => ServedTemplate::open(&self.options.template).map_err(|error| {
+                CannotStart::Ever(GivenUp {
+                    code: error.exit_code(),
+                    message: chain(&error),
+                })
             })?,
         };
         let start = PagerStart {
@@ -91,12 +103,23 @@ impl Supervisor {
         };
         let started = PagerProcess::start(&self.options.program, start, &template);
         self.paging.template = Some(template);
-        let process = started.map_err(|error| failed(chain(&error)))?;
+        let process = started.map_err(|error| CannotStart::Now(chain(&error)))?;
         self.watch(process.channel(), token::PAGER)
-            .map_err(|error| failed(format!("cannot watch the pager process: {error}")))?;
+            .map_err(|error| {
+                CannotStart::Now(format!("cannot watch the pager process: {error}"))
+            })?;
         self.paging.process = Some(process);
         self.paging.silence.heard();
         Ok(())
+    }
+
+    /// Starts the pager that clients wait for; gives up if that will never be.
+    fn start_again(&mut self) {
+        match self.start_pager() {
+            Ok(()) => self.send_clients(),
+            Err(CannotStart::Now(message)) => tracing::warn!("the pager is tried again: {message}"),
+            Err(CannotStart::Ever(given_up)) => self.give_up(&given_up),
+        }
     }
 
     /// The pager is gone; its clients are not. They are attached to the next one.
@@ -109,10 +132,7 @@ impl Supervisor {
         tracing::warn!(clients, "the pager process is lost: {why}");
         self.paging.restarts += 1;
         metrics::count_pager_restart(&self.options.name);
-        match self.start_pager() {
-            Ok(()) => self.send_clients(),
-            Err(given_up) => self.give_up(&given_up),
-        }
+        self.start_again();
     }
 
     /// Ends it, and takes its share out of all gauges. Its clients wait for another.
@@ -154,6 +174,11 @@ impl Supervisor {
     /// Looks after the pager, when nothing more urgent is to be done.
     pub(in crate::clone) fn tend_paging(&mut self) {
         if self.paging.process.is_none() {
+            let last = self.paging.starts.back();
+            let is_due = last.is_none_or(|last| last.elapsed() > PAUSE);
+            if is_due && !self.paging.clients.is_empty() && !self.paging.is_ended {
+                self.start_again();
+            }
             return;
         }
         if self.paging.silence.look() > SILENCE_LIMIT {
