@@ -185,9 +185,6 @@ fn what_the_working_set_brought_in_vain_goes_back() -> Result<()> {
         herd.all_answer()?;
         herd.run(|herd| {
             let given = herd.supervisor.clones()[clone].given_back.bytes;
-            if std::env::var("DBG").is_ok() {
-                eprintln!("{engine} {given} {:?}", ram(herd, clone));
-            }
             given >= OWN_PAGES * PAGE
                 && ram(herd, clone).is_some_and(|ram| ram.private_clean_bytes == 0)
         })?;

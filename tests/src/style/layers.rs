@@ -215,6 +215,8 @@ const PURE: &[&str] = &[
     "vmm/src/payload/protocol",
     "vmm/src/payload/model",
     "pager/src/page",
+    "pager/src/client/check",
+    "pager/src/registry",
     "pager/src/residency",
     "pager/src/prefetch/plan",
     "pager/src/working_set",
