@@ -17,20 +17,26 @@ use crate::image::{CHUNK_PAGES, Image};
 use crate::install::{Content, install};
 use crate::memory::CloneMemory;
 use crate::metrics::{Metrics, Origin};
-use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
+use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::root_memory::{OwnMemory, RootMemory, read_proven};
 use crate::sys::mmap::ServedMapping;
 use crate::sys::userfaultfd::{self as uffd_sys, Tracking};
 use crate::working_set::Plan;
 
-/// Where the memory of one image lies in this process.
+/// Where pages of an image are registered in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegisteredPlace {
-    /// Address of the image's first page.
+    /// Which image: they are counted from 0 as they came.
+    pub image: u32,
+    /// Address of the first of the pages.
     pub address: u64,
-    /// Pages of the image, all of them.
-    pub pages: PageCount,
+    /// Which pages.
+    pub pages: PageRange,
 }
+
+/// Most places of one image that was inherited. Where there are more, one place takes all in: pages
+/// between them are there, and raise nothing.
+const MAX_PLACES: usize = 1024;
 
 /// Memory that is registered and not served yet, image after image.
 #[derive(Debug)]
@@ -88,7 +94,7 @@ impl Registration {
             bytes,
             source,
         })?;
-        self.keep(image, mapping, missing)
+        self.keep(image, mapping, &[whole], missing)
     }
 
     /// Registers the holes of memory that this process inherited from a root.
@@ -103,17 +109,24 @@ impl Registration {
         };
         let (mapping, runs) = memory.into_parts().map_err(holes)?;
         let mut missing = Vec::new();
-        for run in runs {
+        for &run in &runs {
             let found = uffd_sys::register(&self.uffd, &mapping, run, self.tracking);
             missing.extend(found.map_err(holes)?);
         }
-        self.keep(image, mapping, missing)
+        match (runs.first(), runs.last()) {
+            (Some(first), Some(last)) if runs.len() > MAX_PLACES => {
+                let all = PageRange::between(first.start(), last.end());
+                self.keep(image, mapping, &[all], missing)
+            }
+            _ => self.keep(image, mapping, &runs, missing),
+        }
     }
 
     fn keep(
         &mut self,
         image: &Image,
         mapping: Arc<ServedMapping>,
+        registered: &[PageRange],
         missing: Vec<&'static str>,
     ) -> Result<CloneMemory, PagerError> {
         if !missing.is_empty() {
@@ -124,11 +137,14 @@ impl Registration {
             what: "a descriptor of the userfaultfd",
             source,
         })?;
+        let number = u32::try_from(self.mappings.len()).unwrap_or(u32::MAX);
         self.mappings.push(Arc::downgrade(&mapping));
-        self.places.push(RegisteredPlace {
-            address: mapping.address() as u64,
-            pages: image.pages(),
-        });
+        self.places
+            .extend(registered.iter().map(|&pages| RegisteredPlace {
+                image: number,
+                address: mapping.address() as u64 + pages.offset().get(),
+                pages,
+            }));
         Ok(CloneMemory::new(mapping, own))
     }
 
@@ -137,7 +153,7 @@ impl Registration {
         self.tracking == Tracking::On
     }
 
-    /// Where the images lie, in the order in which they came.
+    /// Where the images' pages are registered, in the order in which they came.
     pub fn places(&self) -> &[RegisteredPlace] {
         &self.places
     }
@@ -247,6 +263,7 @@ mod tests {
 
     use super::*;
     use crate::image::BackendIndex;
+    use crate::page::PageCount;
     use crate::working_set::PlannedRun;
 
     #[test]
@@ -261,7 +278,7 @@ mod tests {
         let memory = registration.map(&images[0]).unwrap();
         let place = registration.places()[0];
         assert_eq!(place.address, memory.host_address() as u64);
-        assert_eq!(place.pages.get(), 200);
+        assert_eq!((place.image, place.pages.count().get()), (0, 200));
         let run = |backend, start, count| PlannedRun {
             backend,
             pages: PageRange::new(PageIndex::new(start), PageCount::new(count)),

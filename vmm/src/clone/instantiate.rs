@@ -102,14 +102,14 @@ pub struct Handover<'a> {
 impl Handover<'_> {
     /// Hands it over. What touches it sleeps until it is served; nobody waits for that here.
     fn give(&self, registration: &Registration) -> Result<(), CloneError> {
-        let regions = (0..).zip(registration.places());
+        let places = registration.places().iter();
         let memory = ClientMemory {
-            regions: regions
-                .map(|(image, place)| RawRegion {
-                    image,
+            regions: places
+                .map(|place| RawRegion {
+                    image: place.image,
                     address: place.address,
-                    first_page: 0,
-                    pages: place.pages.get(),
+                    first_page: place.pages.start().get(),
+                    pages: place.pages.count().get(),
                 })
                 .collect(),
             cpu: self.cpu,
@@ -252,7 +252,7 @@ fn registration(config: &PagerConfig) -> Result<Registration, PagerError> {
     }
 }
 
-/// Memories without a hole are registered too, of no page: so places are images, one for one.
+/// Memories without a hole are registered too, of no page: so they are counted as images are.
 fn inherited_shared(
     template: &Template,
     memories: Vec<RootMemory>,
