@@ -90,9 +90,10 @@ fn idle_clones_shrink(engine: Engine, place: PagerPlace, root_bytes: Option<u64>
     let life = |clone: usize| {
         let salt = clone as u64 + 1;
         [
-            Command::Checksum {
-                first_page: LAYOUT.first_data_page,
-                pages: DATA_PAGES,
+            // Of those that it wrote the model knows that they differ.
+            Command::Verify {
+                visit: all(),
+                salt: SALT,
             },
             Command::Write {
                 visit: some(salt),
@@ -125,7 +126,12 @@ fn idle_clones_shrink(engine: Engine, place: PagerPlace, root_bytes: Option<u64>
                 visit: some(salt),
                 salt,
             };
-            herd.ask(clone, &[verify, life(clone)[0].clone()])?;
+            // Every byte of some.
+            let checksum = Command::Checksum {
+                first_page: LAYOUT.first_data_page,
+                pages: 128,
+            };
+            herd.ask(clone, &[verify, life(clone)[0].clone(), checksum])?;
         }
         herd.all_answer()?;
     }
