@@ -64,9 +64,9 @@ impl Keeper {
                 self.settled = Some((faults, keep_bytes));
                 given
             }
-            // It is ending.
-            Err(GiveBackError::Machine(error)) => {
-                tracing::debug!(%error, "no memory is given back");
+            // It is ending, or its pager is being replaced: if not, it is tried again.
+            Err(error @ (GiveBackError::Machine(_) | GiveBackError::Pager)) => {
+                tracing::debug!(%error, "no memory is given back this time");
                 Given::default()
             }
             Err(error) => {
