@@ -109,6 +109,8 @@ fn a_shell_is_served_before_it_is_a_clone_and_after() -> Result<()> {
 /// Kills the pager again and again while all clones fault, from their first page on.
 fn kill_pager_while_they_fault(mut grove: Grove) -> Result<()> {
     const KILLS: usize = 6;
+    // A machine so slow that none is ever ready in time must get the clones done all the same.
+    const MOST_KILLS: usize = 30;
     let pause = Duration::from_millis(if crowd() > 20 { 300 } else { 40 });
     let (killed, last) = (Cell::new(0), Cell::new(Instant::now()));
     let error = RefCell::new(None);
@@ -117,7 +119,8 @@ fn kill_pager_while_they_fault(mut grove: Grove) -> Result<()> {
             grove.start();
         });
         grove.run(&[], |grove| {
-            if last.get().elapsed() > pause
+            if killed.get() < MOST_KILLS
+                && last.get().elapsed() > pause
                 && let Some(pager) = grove.supervisor.paging().pid()
             {
                 if let Err(why) = signal_pid(pager, Signal::KILL) {

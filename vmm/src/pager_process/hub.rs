@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pando_pager::{
-    ClientEvent, ClientSpec, Image, ImageId, IoMode, Listener, PageCount, PagerError,
+    Budget, ClientEvent, ClientSpec, Image, ImageId, IoMode, Listener, PageCount, PagerError,
     SharedOptions, SharedPager, Verify,
 };
 use rustix::event::{EventfdFlags, eventfd};
@@ -26,6 +26,8 @@ use crate::report::{chain, exit};
 
 /// Most shards: more than this many CPUs are served by as many threads.
 const MAX_SHARDS: usize = 64;
+/// Most clients of one shard: any one may have to take all, where clones are kept on its CPU.
+const SHARD_CLIENTS: usize = 1 << 14;
 
 /// Why an order is refused.
 #[derive(Debug, Error)]
@@ -127,6 +129,10 @@ impl Hub {
                 Verify::Off
             },
             fault_deadline: config.fault_deadline,
+            budget: Budget {
+                clients: SHARD_CLIENTS,
+                ..Budget::shared()
+            },
             shards,
             ..SharedOptions::default()
         };
