@@ -57,7 +57,7 @@ fn is_probe(backend: u32, page: PageIndex, run: u64) -> bool {
     let place = u64::from(backend) << 56 ^ page.get();
     // Neighbours must not be probes of the same run: a walk would bring them all.
     let mixed = place.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
-    mixed.wrapping_add(run) % PROBE_SHARE == 0
+    mixed.wrapping_add(run).is_multiple_of(PROBE_SHARE)
 }
 
 #[cfg(test)]
