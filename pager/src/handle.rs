@@ -39,6 +39,8 @@ pub struct Idle {
     decorate: Option<Decorate>,
     /// Pages that were installed before serving.
     ahead_pages: u64,
+    /// Pages without data that were.
+    ahead_zero_pages: u64,
     recorder: Option<Recorder>,
 }
 
@@ -96,6 +98,7 @@ impl Pager<Idle> {
                 metrics,
                 decorate: None,
                 ahead_pages: 0,
+                ahead_zero_pages: 0,
                 recorder,
             },
         })
@@ -211,6 +214,11 @@ impl Pager<Idle> {
         self.state.metrics.ahead(pages);
     }
 
+    pub(crate) fn zeros_ahead(&mut self, pages: u64) {
+        self.state.ahead_zero_pages += pages;
+        self.state.metrics.installed(Origin::Zero, pages);
+    }
+
     pub(crate) fn for_installing(&mut self) -> (&Uffd, Tracking, &mut [Served]) {
         let state = &mut self.state;
         (&state.uffd, state.tracking, &mut state.regions)
@@ -226,6 +234,7 @@ impl Pager<Idle> {
         let idle = self.state;
         let tally = Arc::new(Tally::default());
         crate::counts::add(&tally.pages_cache, idle.ahead_pages);
+        crate::counts::add(&tally.pages_zero, idle.ahead_zero_pages);
         let (health, recorder) = (idle.health.clone(), idle.recorder.clone());
         let tracks_writes = idle.tracking == Tracking::On;
         let shard = Shard::start(plan(idle, tally)).map_err(|error| match health.failure() {

@@ -11,31 +11,38 @@ use std::sync::{Arc, Weak};
 
 use userfaultfd::Uffd;
 
-use crate::ahead::{Ahead, batches, is_inside};
+use crate::ahead::{Ahead, are_zeros, batches, is_inside};
 use crate::error::PagerError;
 use crate::image::{CHUNK_PAGES, Image};
 use crate::install::{Content, install};
 use crate::memory::CloneMemory;
 use crate::metrics::{Metrics, Origin};
-use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
+use crate::page::{PAGE_BYTES, PageIndex, PageRange};
 use crate::root_memory::{OwnMemory, RootMemory, read_proven};
 use crate::sys::mmap::ServedMapping;
 use crate::sys::userfaultfd::{self as uffd_sys, Tracking};
 use crate::working_set::Plan;
 
-/// Where the memory of one image lies in this process.
+/// Where pages of an image are registered in this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegisteredPlace {
-    /// Address of the image's first page.
+    /// Which image: they are counted from 0 as they came.
+    pub image: u32,
+    /// Address of the first of the pages.
     pub address: u64,
-    /// Pages of the image, all of them.
-    pub pages: PageCount,
+    /// Which pages.
+    pub pages: PageRange,
 }
+
+/// Most places of one image that was inherited. Where there are more, one place takes all in: pages
+/// between them are there, and raise nothing.
+const MAX_PLACES: usize = 1024;
 
 /// Memory that is registered and not served yet, image after image.
 #[derive(Debug)]
 pub struct Registration {
     uffd: Uffd,
+    tracking: Tracking,
     // The clone's to hold: dropped memory is dropped here too.
     mappings: Vec<Weak<ServedMapping>>,
     places: Vec<RegisteredPlace>,
@@ -44,9 +51,24 @@ pub struct Registration {
 impl Registration {
     /// Gets a userfaultfd.
     pub fn new() -> Result<Self, PagerError> {
-        let opened = uffd_sys::open(Tracking::Off).map_err(PagerError::Userfaultfd)?;
+        Self::with(Tracking::Off)
+    }
+
+    /// The same; and the kernel will know which pages were written, where it can: see
+    /// `PagerOptions::track_writes`.
+    pub fn tracking_writes() -> Result<Self, PagerError> {
+        Self::with(Tracking::On)
+    }
+
+    fn with(wanted: Tracking) -> Result<Self, PagerError> {
+        let opened = uffd_sys::open(wanted).map_err(PagerError::Userfaultfd)?;
         Ok(Self {
             uffd: opened.uffd,
+            tracking: if opened.tracks {
+                Tracking::On
+            } else {
+                Tracking::Off
+            },
             mappings: Vec::new(),
             places: Vec::new(),
         })
@@ -66,13 +88,13 @@ impl Registration {
         };
         let mapping = Arc::new(ServedMapping::new(bytes).map_err(map)?);
         let whole = PageRange::new(PageIndex::default(), image.pages());
-        let missing = uffd_sys::register(&self.uffd, &mapping, whole, Tracking::Off);
+        let missing = uffd_sys::register(&self.uffd, &mapping, whole, self.tracking);
         let missing = missing.map_err(|source| PagerError::Register {
             image: image.id().to_owned(),
             bytes,
             source,
         })?;
-        self.keep(image, mapping, missing)
+        self.keep(image, mapping, &[whole], missing)
     }
 
     /// Registers the holes of memory that this process inherited from a root.
@@ -87,17 +109,24 @@ impl Registration {
         };
         let (mapping, runs) = memory.into_parts().map_err(holes)?;
         let mut missing = Vec::new();
-        for run in runs {
-            let found = uffd_sys::register(&self.uffd, &mapping, run, Tracking::Off);
+        for &run in &runs {
+            let found = uffd_sys::register(&self.uffd, &mapping, run, self.tracking);
             missing.extend(found.map_err(holes)?);
         }
-        self.keep(image, mapping, missing)
+        match (runs.first(), runs.last()) {
+            (Some(first), Some(last)) if runs.len() > MAX_PLACES => {
+                let all = PageRange::between(first.start(), last.end());
+                self.keep(image, mapping, &[all], missing)
+            }
+            _ => self.keep(image, mapping, &runs, missing),
+        }
     }
 
     fn keep(
         &mut self,
         image: &Image,
         mapping: Arc<ServedMapping>,
+        registered: &[PageRange],
         missing: Vec<&'static str>,
     ) -> Result<CloneMemory, PagerError> {
         if !missing.is_empty() {
@@ -108,15 +137,23 @@ impl Registration {
             what: "a descriptor of the userfaultfd",
             source,
         })?;
+        let number = u32::try_from(self.mappings.len()).unwrap_or(u32::MAX);
         self.mappings.push(Arc::downgrade(&mapping));
-        self.places.push(RegisteredPlace {
-            address: mapping.address() as u64,
-            pages: image.pages(),
-        });
+        self.places
+            .extend(registered.iter().map(|&pages| RegisteredPlace {
+                image: number,
+                address: mapping.address() as u64 + pages.offset().get(),
+                pages,
+            }));
         Ok(CloneMemory::new(mapping, own))
     }
 
-    /// Where the images lie, in the order in which they came.
+    /// Whether the kernel will know which pages were written.
+    pub fn tracks_writes(&self) -> bool {
+        self.tracking == Tracking::On
+    }
+
+    /// Where the images' pages are registered, in the order in which they came.
     pub fn places(&self) -> &[RegisteredPlace] {
         &self.places
     }
@@ -148,12 +185,43 @@ impl Registration {
                 ahead.failed_pages += batch.count().get() - done.0;
             }
         }
-        if fresh > 0 {
+        let mut fresh_zeros = 0;
+        for run in &plan.zero {
+            let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
+            let mapping = self.mappings.get(backend).and_then(Weak::upgrade);
+            if let (Some(image), Some(mapping)) = (images.get(backend), &mapping) {
+                let done = self.install_zeros(image, mapping, run.pages);
+                ahead.zero_pages += done.0;
+                fresh_zeros += done.1;
+            }
+        }
+        if fresh + fresh_zeros > 0 {
             let metrics = Metrics::new(template);
             metrics.installed(Origin::Cache, fresh);
+            metrics.installed(Origin::Zero, fresh_zeros);
             metrics.ahead(fresh);
         }
         ahead
+    }
+
+    /// Maps the kernel's zero page at `pages`, none of which has data. How many are there now, and
+    /// how many of them were not before.
+    fn install_zeros(
+        &self,
+        image: &Image,
+        mapping: &ServedMapping,
+        pages: PageRange,
+    ) -> (u64, u64) {
+        if !are_zeros(image, pages) {
+            return (0, 0);
+        }
+        let mut place = OwnMemory {
+            uffd: &self.uffd,
+            memory: mapping,
+            tracking: self.tracking,
+        };
+        let report = install(&mut place, pages, Content::Zero);
+        (report.done(), report.fresh)
     }
 
     /// How many pages of `batch`, from its first on, are there now, and how many of them were not
@@ -175,7 +243,7 @@ impl Registration {
         let mut place = OwnMemory {
             uffd: &self.uffd,
             memory: mapping,
-            tracking: Tracking::Off,
+            tracking: self.tracking,
         };
         let report = install(&mut place, batch, Content::Bytes(bytes.unwrap_or(&[])));
         (report.done(), report.fresh)
@@ -195,6 +263,7 @@ mod tests {
 
     use super::*;
     use crate::image::BackendIndex;
+    use crate::page::PageCount;
     use crate::working_set::PlannedRun;
 
     #[test]
@@ -209,7 +278,7 @@ mod tests {
         let memory = registration.map(&images[0]).unwrap();
         let place = registration.places()[0];
         assert_eq!(place.address, memory.host_address() as u64);
-        assert_eq!(place.pages.get(), 200);
+        assert_eq!((place.image, place.pages.count().get()), (0, 200));
         let run = |backend, start, count| PlannedRun {
             backend,
             pages: PageRange::new(PageIndex::new(start), PageCount::new(count)),

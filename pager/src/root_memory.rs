@@ -51,6 +51,8 @@ pub struct RootMemory {
     pages: PageCount,
     /// Ranges with data that are not there, by number.
     holes: BTreeSet<u64>,
+    /// Pages that are there and are to be registered all the same.
+    served_too: Vec<PageRange>,
 }
 
 /// A range of 2 MiB (the last may be shorter) of one backend.
@@ -163,6 +165,7 @@ impl Root {
             mapping: Arc::new(mapping),
             pages: image.pages(),
             holes: with_data.collect(),
+            served_too: Vec::new(),
         })
     }
 
@@ -361,9 +364,27 @@ impl RootMemory {
         PageRange::new(PageIndex::new(start), PageCount::new(count))
     }
 
-    /// Whether every page with data is there.
+    /// Whether no pager is needed: every page with data is there, and none of them is to be served.
     pub fn is_complete(&self) -> bool {
-        self.holes.is_empty()
+        self.holes.is_empty() && self.served_too.is_empty()
+    }
+
+    /// Pages that are missing and have data, and those that are served too, in ascending order.
+    pub fn holes(&self) -> Vec<PageRange> {
+        let holes = self.holes.iter().map(|&unit| self.unit(unit));
+        let mut all: Vec<PageRange> = holes.chain(self.served_too.iter().copied()).collect();
+        all.sort_by_key(|range| range.start());
+        joined(&all)
+    }
+
+    /// Has a pager serve these pages too, which are there: they can be given back then.
+    pub fn serve_too(&mut self, pages: impl IntoIterator<Item = PageRange>) {
+        self.served_too.extend(pages);
+    }
+
+    /// Where it lies: address and bytes, the same in the root and in each of its forks.
+    pub fn place(&self) -> (u64, u64) {
+        (self.mapping.address() as u64, self.mapping.bytes())
     }
 
     /// The memory of a clone that needs no pager; gives it back if pages are missing.
@@ -380,8 +401,8 @@ impl RootMemory {
     /// The mapping and its holes, for a pager to register.
     pub(crate) fn into_parts(self) -> io::Result<(Arc<ServedMapping>, Vec<PageRange>)> {
         self.mapping.keep_small_and_own()?;
-        let holes: Vec<_> = self.holes.iter().map(|&unit| self.unit(unit)).collect();
-        Ok((self.mapping, joined(&holes)))
+        let holes = self.holes();
+        Ok((self.mapping, holes))
     }
 }
 

@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod grove;
+pub mod herd;
 pub mod metrics;
 pub mod rig;
 pub mod style;

@@ -89,7 +89,7 @@ impl Guest {
 
     fn region(&self) -> Value {
         let place = self.registration.places()[0];
-        json!({"image": 0, "address": place.address, "first_page": 0, "pages": place.pages.get()})
+        json!({"image": 0, "address": place.address, "first_page": 0, "pages": place.pages.count().get()})
     }
 
     /// Touches every page, on a thread of its own: what is not served sleeps.

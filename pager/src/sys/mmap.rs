@@ -84,7 +84,8 @@ impl ServedMapping {
         self.advise(pages, libc::MADV_POPULATE_WRITE)
     }
 
-    /// Gives up what `pages` hold: where the memory is registered they are missing then.
+    /// Gives `pages` back to the host: they are missing from now on. Only for pages that are registered
+    /// with a userfaultfd; others would read as zeros.
     pub(crate) fn discard(&self, pages: PageRange) -> io::Result<()> {
         self.advise(pages, libc::MADV_DONTNEED)
     }

@@ -45,6 +45,13 @@ struct RangeArgs {
     done: i64,
 }
 
+#[repr(C)]
+struct ProtectArgs {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+}
+
 const fn ioctl_number(direction: u64, number: u64, size: usize) -> u64 {
     direction << 30 | (size as u64) << 16 | 0xaa << 8 | number
 }
@@ -54,13 +61,17 @@ const IOC_NEW: u64 = ioctl_number(0, 0x00, 0);
 const IOC_API: u64 = ioctl_number(READ_WRITE, 0x3f, size_of::<ApiArgs>());
 const IOC_COPY: u64 = ioctl_number(READ_WRITE, 0x03, size_of::<CopyArgs>());
 const IOC_ZEROPAGE: u64 = ioctl_number(READ_WRITE, 0x04, size_of::<RangeArgs>());
+const IOC_WRITEPROTECT: u64 = ioctl_number(READ_WRITE, 0x06, size_of::<ProtectArgs>());
 const IOC_POISON: u64 = ioctl_number(READ_WRITE, 0x08, size_of::<RangeArgs>());
 const REGISTER_MISSING_WP: u64 = 3;
 const COPY_WRITE_PROTECTED: u64 = 2;
+const PROTECT: u64 = 1;
 
 const _: () = assert!(size_of::<ApiArgs>() == 24);
 const _: () = assert!(size_of::<CopyArgs>() == 40);
 const _: () = assert!(size_of::<RangeArgs>() == 32);
+const _: () = assert!(size_of::<ProtectArgs>() == 24);
+const _: () = assert!(IOC_WRITEPROTECT == 0xc018_aa06);
 const _: () = assert!(IOC_NEW == 0xaa00);
 const _: () = assert!(IOC_API == 0xc018_aa3f);
 const _: () = assert!(IOC_COPY == 0xc028_aa03);
@@ -292,6 +303,28 @@ fn range_ioctl(
     // see the top of this file.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), number, &raw mut args) };
     answer(result, args.done)
+}
+
+/// Write-protects `pages` that are there, registered for tracking: the kernel knows when they are
+/// written from now on.
+pub(crate) fn protect(
+    uffd: BorrowedFd<'_>,
+    memory: &impl Addressed,
+    pages: PageRange,
+) -> io::Result<()> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut args = ProtectArgs {
+        start: memory.address_of(pages).ok_or_else(outside)?,
+        bytes: pages.bytes(),
+        mode: PROTECT,
+    };
+    // SAFETY: `args` has the layout of `struct uffdio_writeprotect` (asserted above). It changes no
+    // byte of memory; a write to it takes the protection off again.
+    let result = unsafe { libc::ioctl(uffd.as_raw_fd(), IOC_WRITEPROTECT, &raw mut args) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn answer(result: libc::c_int, done_bytes: i64) -> Answer {

@@ -14,6 +14,8 @@ pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeA
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
+use crate::clone::give_back::policy::Policy;
+use crate::clone::learn::Learn;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -346,6 +348,15 @@ pub struct CloneArgs {
     /// after many starts, up to a ceiling (`4:32`)
     #[arg(long, value_name = "FLOOR[:CEILING]")]
     pub warm: Option<WarmArg>,
+    /// Which clones teach the template's working set what they touch: the first two and then each N-th,
+    /// for their first 10 seconds; or off. Engine kernel teaches nothing
+    #[arg(long, value_name = "N|off", default_value = "16")]
+    pub learn: Learn,
+    /// Have clones that were idle for AGE (such as 5s) give guest memory that they did not write back to
+    /// the host, all but BUDGET (such as 1M) [default: all of it]; sooner, and all, when the host is
+    /// short of memory. It comes back when it is touched
+    #[arg(long, value_name = "AGE[:BUDGET]")]
+    pub give_back: Option<Policy>,
     /// Give each clone a cgroup (version 2) of its own, which also makes known what the kernel holds for
     /// it; a start takes longer
     #[arg(long)]

@@ -13,13 +13,15 @@ use super::fail::Failure;
 use super::lines::{LineWriter, Printed};
 use super::memory::{memory_document, print_memory};
 use super::out::{note, say};
-use super::size::human_us;
+use super::size::{human_bytes, human_us};
 use super::table::table;
 use crate::clone::Engine;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
 use crate::clone::cgroup::CloneGroups;
-use crate::clone::control::{Ending, PagerConfig, PagerPlace};
+use crate::clone::control::{Ending, PagerConfig};
+use crate::clone::give_back::policy::Policy;
+use crate::clone::learn::{Learn, Lessons};
 use crate::clone::pool::PoolLimits;
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
@@ -27,11 +29,12 @@ use crate::host::{self, raise_descriptor_limit};
 use crate::observe::metrics;
 use crate::observe::stats::Durations;
 use crate::report::{chain, exit};
+use crate::template::working_set::WorkingSetFile;
 use crate::template::{Template, TemplateError, compat};
 
 /// Runs the clones.
 pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
-    let pager = PagerConfig {
+    let mut pager = PagerConfig {
         place: PagerPlaceArg::place(args.pager_place, args.count),
         ..pager_config(&args.pager)?
     };
@@ -59,6 +62,8 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     };
     admit(&request, &limits, args.overcommit).map_err(|error| Failure::of(&error))?;
     require_engine(args.engine, &pager)?;
+    pager.learn = learn(args, &template);
+    pager.give_back = give_back(args);
     if let Some(dir) = &args.serial {
         fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
     }
@@ -96,7 +101,38 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         supervisor.warm_up().map_err(|error| Failure::of(&error))?;
     }
     let readable = supervise(args, &mut supervisor)?;
-    report(args, &supervisor, readable)
+    let lessons = supervisor.finish_lessons();
+    report(args, &supervisor, &lessons, readable)
+}
+
+/// Which clones teach; none where what they teach could not be kept.
+fn learn(args: &CloneArgs, template: &Template) -> Learn {
+    if args.learn == Learn::Off || args.engine == Engine::Kernel {
+        return Learn::Off;
+    }
+    match WorkingSetFile::of(template).check_writable() {
+        Ok(()) => args.learn,
+        Err(error) => {
+            note!("pando: note: clones teach nothing: {}", chain(&error));
+            Learn::Off
+        }
+    }
+}
+
+/// When clones give memory back; never where this kernel cannot tell what was written.
+fn give_back(args: &CloneArgs) -> Option<Policy> {
+    let policy = args.give_back?;
+    let able = match args.engine {
+        Engine::Kernel => Err("engine kernel has no pager that could bring memory back".to_owned()),
+        Engine::Copy | Engine::Root => host::require_write_tracking(),
+    };
+    match able {
+        Ok(()) => Some(policy),
+        Err(why) => {
+            note!("pando: note: give-back is off: {why}");
+            None
+        }
+    }
 }
 
 /// The most that a root takes for itself, which is needed once.
@@ -120,7 +156,7 @@ pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
         keep_together: !args.no_pin,
         working_set: !args.no_working_set,
         fault_deadline: fault_deadline(args.fault_deadline)?,
-        place: PagerPlace::Own,
+        ..PagerConfig::default()
     })
 }
 
@@ -214,7 +250,12 @@ fn pass_on(supervisor: &mut Supervisor, number: usize, lines: &mut LineWriter) {
 }
 
 /// Says how the clones ended, on standard output only if it `is_read`.
-fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8, Failure> {
+fn report(
+    args: &CloneArgs,
+    supervisor: &Supervisor,
+    lessons: &Lessons,
+    is_read: bool,
+) -> Result<u8, Failure> {
     let failed: Vec<(usize, &str)> = supervisor
         .clones()
         .iter()
@@ -227,9 +268,9 @@ fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8
     if !is_read {
         note!("pando: the report is left out for the same reason");
     } else if args.json {
-        say!("{:#}", document(args, supervisor));
+        say!("{:#}", document(args, supervisor, lessons));
     } else if args.count > 1 {
-        print_table(supervisor);
+        print_table(supervisor, lessons);
     }
     for (number, message) in &failed {
         note!("pando: clone {number}: {message}");
@@ -247,7 +288,7 @@ fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8
     }
 }
 
-fn print_table(supervisor: &Supervisor) {
+fn print_table(supervisor: &Supervisor, lessons: &Lessons) {
     let mut durations = Durations::default();
     supervisor
         .clones()
@@ -279,9 +320,20 @@ fn print_table(supervisor: &Supervisor) {
         say!("\n{faults}");
     }
     print_memory(supervisor.usage(), supervisor.kernel_accounting());
+    let given_back = supervisor.given_back();
+    if given_back.pauses > 0 {
+        say!(
+            "gave back {} while idle, in {} pauses",
+            human_bytes(given_back.bytes),
+            given_back.pauses
+        );
+    }
+    if lessons.learned > 0 {
+        say!("{} clones taught the working set", lessons.learned);
+    }
 }
 
-fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
+fn document(args: &CloneArgs, supervisor: &Supervisor, lessons: &Lessons) -> serde_json::Value {
     let clones: Vec<_> = supervisor
         .clones()
         .iter()
@@ -301,6 +353,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
                 "stages_us": stages,
                 "ending": clone.ending,
                 "memory": supervisor.usage().of(number),
+                "given_back": clone.given_back,
             })
         })
         .collect();
@@ -309,6 +362,8 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         "engine": args.engine,
         "clones": clones,
         "memory": memory_document(supervisor.usage(), supervisor.kernel_accounting()),
+        "given_back": supervisor.given_back(),
+        "lessons": lessons,
         "pager": super::demo::pager_document(&supervisor.pager_stats),
     })
 }

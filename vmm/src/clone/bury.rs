@@ -69,6 +69,7 @@ impl Supervisor {
         clone.gauges.clear();
         self.forks.refill.has_started(number);
         self.paging.forget(Owner::Clone(number));
+        self.learner.ended(number);
         self.usage.ended(&self.options.name, number);
         self.publish_counts();
         Event::Ended(number)

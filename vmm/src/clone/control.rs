@@ -9,8 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::Engine;
 pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
-use super::record::{Recording, TracePiece};
+use super::give_back::policy::Policy;
+use super::learn::Learn;
+use super::record::{Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
+use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
 
 /// From the supervisor to a worker.
@@ -20,6 +23,11 @@ pub enum ToWorker {
     Start(WorkerConfig),
     /// Stop the machine and end.
     Stop,
+    /// The answer to [`FromWorker::Forget`].
+    Forgotten {
+        /// Whether the pager process brings the pages again; else they must stay.
+        is_done: bool,
+    },
 }
 
 /// What a worker is to run.
@@ -42,8 +50,8 @@ pub struct WorkerConfig {
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
     pub verbosity: u8,
-    /// When its run ends, if what it touches is to be recorded: nothing is read ahead then.
-    pub record: Option<Recording>,
+    /// What of it is to be recorded, if anything.
+    pub record: Option<Record>,
 }
 
 /// How a clone's pager works.
@@ -59,6 +67,10 @@ pub struct PagerConfig {
     pub working_set: bool,
     /// Whether a clone of one vCPU is kept on one CPU with its pager while pages come in.
     pub keep_together: bool,
+    /// Which clones teach the template what they touch.
+    pub learn: Learn,
+    /// When an idle clone gives memory that it did not write back to the host.
+    pub give_back: Option<Policy>,
     /// Where it runs.
     pub place: PagerPlace,
 }
@@ -82,6 +94,8 @@ impl Default for PagerConfig {
             fault_deadline: Duration::from_secs(10),
             working_set: true,
             keep_together: true,
+            learn: Learn::Off,
+            give_back: None,
             place: PagerPlace::Own,
         }
     }
@@ -138,6 +152,8 @@ pub struct ClientMemory {
     pub regions: Vec<RawRegion>,
     /// The CPU that its one vCPU is kept on while pages come in.
     pub cpu: Option<u32>,
+    /// Whether pages are to be installed so that the kernel knows which were written.
+    pub track_writes: bool,
 }
 
 /// A run of pages of an image in the address space of a client, as the client says; not proven.
@@ -151,6 +167,18 @@ pub struct RawRegion {
     /// Which page of the image lies there.
     pub first_page: u64,
     /// How many pages lie there, one after the other.
+    pub pages: u64,
+}
+
+/// Pages of an image; not proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawRun {
+    /// Which image.
+    pub image: u32,
+    /// The first page.
+    pub first_page: u64,
+    /// How many.
     pub pages: u64,
 }
 
@@ -176,8 +204,20 @@ pub enum FromWorker {
     },
     /// What was recorded since the last time.
     Metrics(Delta),
-    /// A part of what a recorded run touched; all parts come before the last message.
+    /// A part of what a recorded clone touched; all parts come before the last message.
     Touched(TracePiece),
+    /// What bringing pages ahead of a recorded clone was good for.
+    Judged(Judged),
+    /// Have the pager process bring these pages again when they are touched the next time. The guest
+    /// stands until [`ToWorker::Forgotten`] comes.
+    Forget(Vec<RawRun>),
+    /// It gave memory back since the last time it said so.
+    GaveBack {
+        /// How much.
+        bytes: u64,
+        /// How often its guest was paused for that.
+        pauses: u64,
+    },
     /// The last message: how the machine ended.
     Ended(Ending),
 }
@@ -246,10 +286,7 @@ mod tests {
             host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
-            record: Some(Recording {
-                idle: Duration::from_secs(1),
-                limit: Duration::from_secs(10),
-            }),
+            record: Some(Record::Beginning(Duration::from_secs(1))),
         }
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use pando_pager::RootMemory;
-use pando_pager::working_set::PlannedRun;
+use pando_pager::working_set::Plan;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{
@@ -15,16 +15,20 @@ use super::attend::{
 use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
-use super::instantiate::{CloneError, Handover, inherited};
+use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
 use super::placement::Placement;
+use super::record::{Record, Recorded};
+use super::sight;
 use super::worker::{die_with, exit_code, serial_target};
 use crate::device::legacy::console::SerialTarget;
 use crate::machine::{HostCheck, Machine, Paused, Stages};
 use crate::memory::guest::GuestRam;
 use crate::observe::log;
+use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Relay;
 use crate::report::chain;
 use crate::spec::CpuCount;
+use crate::sys::pagemap::Pagemap;
 use crate::template::Template;
 
 /// What a fork has of its root.
@@ -38,8 +42,10 @@ pub struct Inheritance {
     pub template: Template,
     /// Its memory, one per backend, in the machine's order. Holes are not registered yet.
     pub memories: Vec<RootMemory>,
-    /// Pages that it is known to write.
-    pub private: Vec<PlannedRun>,
+    /// What clones are known to need.
+    pub plan: Plan,
+    /// What of it is to be recorded, if anything.
+    pub record: Option<Record>,
     /// How its pager works, where it needs one.
     pub pager: PagerConfig,
     /// Whether this host was compared with the template.
@@ -53,7 +59,8 @@ pub fn run(channel: &Channel, inheritance: Inheritance) -> u8 {
     log::become_shell(inheritance.id);
     // Only a pager of its own records anything here.
     let is_complete = inheritance.memories.iter().all(RootMemory::is_complete);
-    let is_quiet = is_complete || inheritance.pager.place == PagerPlace::Shared;
+    let is_shared = inheritance.pager.place == PagerPlace::Shared && inheritance.record.is_none();
+    let is_quiet = is_complete || is_shared;
     let relay = if is_quiet { None } else { Relay::install() };
     let ending =
         work(channel, relay.as_ref(), inheritance).unwrap_or_else(|error| Ending::Failed {
@@ -75,7 +82,8 @@ fn work(
         is_wanted,
         template,
         memories,
-        private,
+        plan,
+        record,
         pager: config,
         host_check,
         supervisor_pid,
@@ -88,13 +96,19 @@ fn work(
     let is_together =
         needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
     let placement = is_together.then(Placement::together).flatten();
+    let keeper = keeper(&config);
+    let mut brought = to_bring(plan, &config, record);
+    if record.is_some() {
+        brought.unasked.extend(of_root(&memories)?);
+    }
     let handover = Handover {
         channel,
         cpu: placement.as_ref().and_then(Placement::cpu),
     };
-    let (backings, paging) = inherited(&template, memories, &config, &private, handover)?;
+    let (backings, paging) = inherited(&template, memories, &config, record, &brought, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
+    let record = record.map(|record| Recorded::new(record, &template, brought));
     if is_wanted {
         let Some((config, descriptors)) = receive_orders(channel)? else {
             return Ok(Ending::Stopped);
@@ -118,7 +132,8 @@ fn work(
             machine,
             paging,
             placement,
-            record: None,
+            record,
+            keeper,
             began,
             stages,
             signals: &signals,
@@ -153,7 +168,8 @@ fn work(
         machine,
         paging,
         placement,
-        record: None,
+        record,
+        keeper,
         began,
         stages,
         signals: &signals,
@@ -164,13 +180,26 @@ fn add_stages(stages: &mut Vec<(String, Duration)>, made: &Stages) {
     stages.extend(made.iter().map(|(name, took)| (name.to_owned(), took)));
 }
 
+/// What a fork has of its root, before anything is installed in it.
+fn of_root(memories: &[RootMemory]) -> anyhow::Result<Vec<sight::Unasked>> {
+    let map = Pagemap::of_self().context("cannot see what is inherited")?;
+    sight::present(&map, &places(memories)).context("cannot see what is inherited")
+}
+
+fn places(memories: &[RootMemory]) -> Vec<MemoryPlace> {
+    let places = memories.iter().map(RootMemory::place);
+    places
+        .map(|(address, bytes)| MemoryPlace { address, bytes })
+        .collect()
+}
+
 type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
 
 /// `None` when it is not needed, or its supervisor is gone.
 fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     match channel.receive::<ToWorker>()? {
         Some((ToWorker::Start(config), descriptors)) => Ok(Some((config, descriptors))),
-        Some((ToWorker::Stop, _)) | None => Ok(None),
+        Some((ToWorker::Stop | ToWorker::Forgotten { .. }, _)) | None => Ok(None),
     }
 }
 

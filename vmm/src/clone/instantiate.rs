@@ -5,23 +5,25 @@ use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use pando_pager::working_set::{
-    HUGE_RANGE_PAGES, MAX_TOUCHES, Plan, PlanRules, PlannedRun, ZeroReads,
-};
+use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules, ZeroReads};
 use pando_pager::{
-    Idle, IoMode, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange, Serving,
-    Verify,
+    IoMode, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange,
+    Serving, Verify,
 };
 use thiserror::Error;
 
 use super::Engine;
+use super::brought::Brought;
 use super::control::{
     Channel, ClientMemory, ControlError, FromWorker, IO_SHARED, Io, PagerConfig, PagerPlace,
     RawRegion,
 };
+use super::give_back::keeper::Keeper;
+use super::record::Record;
 use crate::device::legacy::console::SerialTarget;
 use crate::machine::{HostCheck, Machine, MachineError, Paused};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::report::chain;
 use crate::template::{Template, TemplateError, working_set};
 
 /// Why a clone could not be made.
@@ -57,6 +59,8 @@ pub struct Instance {
     pub machine: Machine<Paused>,
     /// Its pager. One of its own is stopped after the machine.
     pub paging: Paging,
+    /// What was brought ahead of it.
+    pub brought: Brought,
     /// How long each step took, in order.
     pub stages: Vec<(String, Duration)>,
 }
@@ -103,17 +107,18 @@ pub struct Handover<'a> {
 impl Handover<'_> {
     /// Hands it over. What touches it sleeps until it is served; nobody waits for that here.
     fn give(&self, registration: &Registration) -> Result<(), CloneError> {
-        let regions = (0..).zip(registration.places());
+        let places = registration.places().iter();
         let memory = ClientMemory {
-            regions: regions
-                .map(|(image, place)| RawRegion {
-                    image,
+            regions: places
+                .map(|place| RawRegion {
+                    image: place.image,
                     address: place.address,
-                    first_page: 0,
-                    pages: place.pages.get(),
+                    first_page: place.pages.start().get(),
+                    pages: place.pages.count().get(),
                 })
                 .collect(),
             cpu: self.cpu,
+            track_writes: registration.tracks_writes(),
         };
         let message = FromWorker::Memory(memory);
         Ok(self.channel.send(&message, &[registration.as_fd()])?)
@@ -127,22 +132,22 @@ pub fn instantiate(
     template: &Template,
     engine: Engine,
     pager: &PagerConfig,
-    record: bool,
+    record: Option<Record>,
     serial: SerialTarget,
     host_check: HostCheck,
     handover: Handover<'_>,
 ) -> Result<Instance, CloneError> {
     let start = Instant::now();
-    let (backings, paging) = match engine {
-        Engine::Copy if pager.place == PagerPlace::Shared && !record => {
-            let backings = handed_over(template, pager, handover)?;
-            (backings, Paging::Shared)
+    let (backings, paging, brought) = match engine {
+        Engine::Copy if pager.place == PagerPlace::Shared && record.is_none() => {
+            let (backings, brought) = handed_over(template, pager, handover)?;
+            (backings, Paging::Shared, brought)
         }
         Engine::Copy => {
-            let (backings, pager) = paged(template, pager, record)?;
-            (backings, Paging::Own(pager))
+            let (backings, pager, brought) = paged(template, pager, record)?;
+            (backings, Paging::Own(pager), brought)
         }
-        Engine::Kernel => (mapped(template)?, Paging::None),
+        Engine::Kernel => (mapped(template)?, Paging::None, Brought::default()),
         Engine::Root => return Err(CloneError::NotForked),
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
@@ -158,89 +163,117 @@ pub fn instantiate(
     Ok(Instance {
         machine,
         paging,
+        brought,
         stages,
     })
 }
 
 /// The memory that a fork inherited: as it is where nothing is missing, else with a pager that
-/// brings the rest. Must come before anything touches it.
+/// brings the rest. Must come before anything touches it. What `brought` plans is there then: in
+/// holes it is installed, elsewhere the pages that the clone is known to write become its own.
 pub(super) fn inherited(
     template: &Template,
-    memories: Vec<RootMemory>,
+    mut memories: Vec<RootMemory>,
     config: &PagerConfig,
-    private: &[PlannedRun],
+    record: Option<Record>,
+    brought: &Brought,
     handover: Handover<'_>,
 ) -> Result<(Vec<RamBacking>, Paging), CloneError> {
+    let holes: Vec<Vec<PageRange>> = memories.iter().map(|m| m.holes().to_vec()).collect();
+    let (in_holes, in_root) = brought.plan.split(&holes);
+    let is_tracked = config.give_back.is_some();
+    if is_tracked {
+        for (memory, backend) in memories.iter_mut().zip(0..) {
+            let own = in_root.private.iter().filter(|run| run.backend == backend);
+            memory.serve_too(own.map(|run| run.pages));
+        }
+    }
     let is_complete = memories.iter().all(RootMemory::is_complete);
-    let (backings, paging) = match config.place {
-        PagerPlace::Shared if !is_complete => (
-            inherited_shared(template, memories, handover)?,
-            Paging::Shared,
-        ),
-        _ => inherited_own(template, memories, config)?,
+    let (backings, paging) = if is_complete {
+        (inherited_whole(memories)?, Paging::None)
+    } else if config.place == PagerPlace::Shared && record.is_none() {
+        let backings = inherited_shared(template, memories, config, &in_holes, handover)?;
+        (backings, Paging::Shared)
+    } else {
+        let (backings, pager) = inherited_own(template, memories, config, record, &in_holes)?;
+        (backings, Paging::Own(pager))
     };
-    for run in private {
+    for run in &in_root.private {
         let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
-        if let Some(RamBacking::Paged(memory)) = backings.get(backend)
-            && let Err(error) = memory.make_private(run.pages)
-        {
+        let Some(RamBacking::Paged(memory)) = backings.get(backend) else {
+            continue;
+        };
+        if let Err(error) = memory.make_private(run.pages) {
             // Written pages are copied one by one then.
             tracing::debug!(pages = %run.pages, %error, "pages of the working set stay shared");
+        } else if is_tracked && let Err(error) = memory.track(run.pages) {
+            tracing::debug!(pages = %run.pages, %error, "pages count as written");
         }
     }
     Ok((backings, paging))
+}
+
+fn inherited_whole(memories: Vec<RootMemory>) -> Result<Vec<RamBacking>, CloneError> {
+    let whole = memories.into_iter().map(RootMemory::into_complete);
+    whole
+        .map(|memory| memory.map(RamBacking::Paged))
+        .collect::<Result<_, _>>()
+        .map_err(|_| CloneError::NotForked)
 }
 
 fn inherited_own(
     template: &Template,
     memories: Vec<RootMemory>,
     config: &PagerConfig,
-) -> Result<(Vec<RamBacking>, Paging), CloneError> {
-    let mut pager = None;
-    let mut backings = Vec::new();
-    // No file is opened again where nothing is to be read.
-    let mut images = if memories.iter().all(RootMemory::is_complete) {
-        Vec::new()
-    } else {
-        template.images()?
-    }
-    .into_iter();
-    for memory in memories {
-        let image = images.next();
-        let memory = match memory.into_complete() {
-            Ok(memory) => memory,
-            Err(memory) => {
-                let image = image.ok_or(CloneError::MemoryCount)?;
-                let pager = match &mut pager {
-                    Some(pager) => pager,
-                    None => pager.insert(Pager::new(options(template, config))?),
-                };
-                pager.attach_inherited(image, memory)?
-            }
-        };
-        backings.push(RamBacking::Paged(memory));
-    }
-    let paging = match pager.map(Pager::<Idle>::serve).transpose()? {
-        Some(pager) => Paging::Own(pager),
-        None => Paging::None,
-    };
-    Ok((backings, paging))
+    record: Option<Record>,
+    ahead: &Plan,
+) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
+    let mut pager = Pager::new(options(template, config, record))?;
+    let backings = template
+        .images()?
+        .into_iter()
+        .zip(memories)
+        .map(|(image, memory)| Ok(RamBacking::Paged(pager.attach_inherited(image, memory)?)))
+        .collect::<Result<_, PagerError>>()?;
+    pager.install_ahead(ahead);
+    Ok((backings, pager.serve()?))
 }
 
-/// Memories without a hole are registered too, of no page: so places are images, one for one.
+/// Who has the clone give memory back, if that is wanted.
+pub(super) fn keeper(config: &PagerConfig) -> Option<Keeper> {
+    match Keeper::new(config.give_back?) {
+        Ok(keeper) => Some(keeper),
+        Err(error) => {
+            tracing::warn!("no memory is given back: {}", chain(&error));
+            None
+        }
+    }
+}
+
+fn registration(config: &PagerConfig) -> Result<Registration, PagerError> {
+    match config.give_back {
+        Some(_) => Registration::tracking_writes(),
+        None => Registration::new(),
+    }
+}
+
+/// Memories without a hole are registered too, of no page: so they are counted as images are.
 fn inherited_shared(
     template: &Template,
     memories: Vec<RootMemory>,
+    config: &PagerConfig,
+    ahead: &Plan,
     handover: Handover<'_>,
 ) -> Result<Vec<RamBacking>, CloneError> {
-    let mut registration = Registration::new()?;
-    let backings = template
-        .images()?
+    let mut registration = registration(config)?;
+    let images = template.images()?;
+    let backings = images
         .iter()
         .zip(memories)
         .map(|(image, memory)| Ok(RamBacking::Paged(registration.inherit(image, memory)?)))
         .collect::<Result<_, PagerError>>()?;
     handover.give(&registration)?;
+    registration.install_ahead(&images, ahead, config.verify, &template.name());
     Ok(backings)
 }
 
@@ -248,23 +281,27 @@ fn inherited_shared(
 /// MiB, some 50 ms.
 const AHEAD_PAGES: u64 = 16 << 10;
 
-/// What to bring ahead of a clone without a root: all that it is known to need.
-pub fn plan_for_copy(template: &Template) -> Plan {
+/// Most zero pages that are mapped beside them: 64 MiB of guest memory, 2 ms, no memory but page tables.
+const ZERO_AHEAD_PAGES: u64 = 16 << 10;
+
+/// What to bring ahead of a clone: all that it is known to need.
+pub fn plan(template: &Template) -> Plan {
     let rules = PlanRules {
         share_pages: AHEAD_PAGES,
         private_pages: AHEAD_PAGES,
+        zero_pages: ZERO_AHEAD_PAGES,
         whole_ranges: false,
         zero_reads: ZeroReads::Skip,
     };
     working_set::plan(template, &rules)
 }
 
-/// What clones are known to need: the ranges that a root of `budget_pages` fills first, and the pages
-/// that each fork is known to write. The others it shares.
-pub fn plan_for_root(template: &Template, budget_pages: u64) -> (Vec<RootRange>, Vec<PlannedRun>) {
+/// What a root of `budget_pages` fills first: the ranges of what clones are known to need.
+pub fn first_ranges(template: &Template, budget_pages: u64) -> Vec<RootRange> {
     let rules = PlanRules {
         share_pages: budget_pages,
         private_pages: AHEAD_PAGES,
+        zero_pages: 0,
         whole_ranges: true,
         zero_reads: ZeroReads::Skip,
     };
@@ -283,11 +320,24 @@ pub fn plan_for_root(template: &Template, budget_pages: u64) -> (Vec<RootRange>,
             }
         }
     }
-    (first, plan.private)
+    first
 }
 
-fn options(template: &Template, config: &PagerConfig) -> PagerOptions {
+/// What to bring of `plan`, if that is wanted; less what is held back where the clone is recorded.
+pub(super) fn to_bring(plan: Plan, config: &PagerConfig, record: Option<Record>) -> Brought {
+    match record {
+        _ if !config.working_set => Brought::default(),
+        // A run that is recorded must ask for every page itself.
+        Some(Record::Run(_)) => Brought::default(),
+        Some(Record::Beginning(_)) => Brought::with_probes(plan, std::process::id().into()),
+        None => Brought::all(plan),
+    }
+}
+
+fn options(template: &Template, config: &PagerConfig, record: Option<Record>) -> PagerOptions {
     PagerOptions {
+        record: record.map(Record::max_touches),
+        track_writes: config.give_back.is_some() || record.is_some(),
         template: template.name(),
         io: match config.io {
             Io::Auto => IoMode::Auto,
@@ -307,22 +357,20 @@ fn options(template: &Template, config: &PagerConfig) -> PagerOptions {
 fn paged(
     template: &Template,
     config: &PagerConfig,
-    record: bool,
-) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
-    let mut pager = Pager::new(PagerOptions {
-        record: record.then_some(MAX_TOUCHES),
-        ..options(template, config)
-    })?;
+    record: Option<Record>,
+) -> Result<(Vec<RamBacking>, Pager<Serving>, Brought), CloneError> {
+    let mut pager = Pager::new(options(template, config, record))?;
     let backings = template
         .images()?
         .into_iter()
         .map(|image| Ok(RamBacking::Paged(pager.attach(image)?)))
         .collect::<Result<_, PagerError>>()?;
-    // A run that is recorded must ask for every page itself.
-    if config.working_set && !record {
-        pager.install_ahead(&plan_for_copy(template));
+    let mut brought = Brought::default();
+    if config.working_set {
+        brought = to_bring(plan(template), config, record);
+        pager.install_ahead(&brought.plan);
     }
-    Ok((backings, pager.serve()?))
+    Ok((backings, pager.serve()?, brought))
 }
 
 /// Memory that the pager process serves. What the working set knows is installed by this process,
@@ -331,19 +379,20 @@ fn handed_over(
     template: &Template,
     config: &PagerConfig,
     handover: Handover<'_>,
-) -> Result<Vec<RamBacking>, CloneError> {
+) -> Result<(Vec<RamBacking>, Brought), CloneError> {
     let images = template.images()?;
-    let mut registration = Registration::new()?;
+    let mut registration = registration(config)?;
     let backings = images
         .iter()
         .map(|image| Ok(RamBacking::Paged(registration.map(image)?)))
         .collect::<Result<_, PagerError>>()?;
     handover.give(&registration)?;
+    let mut brought = Brought::default();
     if config.working_set {
-        let plan = plan_for_copy(template);
-        registration.install_ahead(&images, &plan, config.verify, &template.name());
+        brought = to_bring(plan(template), config, None);
+        registration.install_ahead(&images, &brought.plan, config.verify, &template.name());
     }
-    Ok(backings)
+    Ok((backings, brought))
 }
 
 fn mapped(template: &Template) -> Result<Vec<RamBacking>, CloneError> {

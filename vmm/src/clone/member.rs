@@ -5,10 +5,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::Engine;
 use super::control::{Ending, PagerConfig};
 use super::pool::PoolLimits;
 use super::process::{CloneProcess, SerialPlan};
+use super::supervise::Supervisor;
 use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::machine::HostCheck;
@@ -64,6 +67,27 @@ pub enum Event {
     Signal,
 }
 
+/// What a clone gave back to the host in all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct GivenBack {
+    /// Guest memory, counted each time that it went.
+    pub bytes: u64,
+    /// How often its guest was paused for that.
+    pub pauses: u64,
+}
+
+impl Supervisor {
+    /// What all clones gave back to the host while they were idle.
+    pub fn given_back(&self) -> GivenBack {
+        let mut all = GivenBack::default();
+        for clone in &self.clones {
+            all.bytes += clone.given_back.bytes;
+            all.pauses += clone.given_back.pauses;
+        }
+        all
+    }
+}
+
 /// One clone.
 #[derive(Debug)]
 pub struct Clone {
@@ -83,6 +107,8 @@ pub struct Clone {
     pub io: String,
     /// How it ended.
     pub ending: Option<Ending>,
+    /// What it gave back to the host while it was idle.
+    pub given_back: GivenBack,
     pub(super) gauges: HashMap<Series, f64>,
     /// Gives the terminal back when the clone has ended, however it did.
     pub(super) terminal: Option<SavedTerminal>,
@@ -104,6 +130,7 @@ impl Clone {
             stages: Vec::new(),
             io: String::new(),
             ending: None,
+            given_back: GivenBack::default(),
             gauges: HashMap::new(),
             terminal,
             is_condemned: false,

@@ -14,6 +14,7 @@
 
 pub mod admit;
 mod attend;
+pub mod brought;
 mod bury;
 pub mod cgroup;
 pub mod channel;
@@ -22,6 +23,7 @@ pub mod forked;
 mod forks;
 pub mod give_back;
 pub mod instantiate;
+pub mod learn;
 pub mod member;
 pub mod paging;
 pub mod placement;
@@ -30,6 +32,7 @@ pub mod process;
 pub mod record;
 mod resources;
 pub mod root_care;
+pub mod sight;
 mod silence;
 pub mod supervise;
 mod token;

@@ -10,6 +10,7 @@
 //! All that is needed to attach a client again is kept here: its userfaultfd, what lies where, and
 //! (with its process) its pidfd. A clone whose pager is away sleeps at its next missing page.
 
+mod forget;
 mod restart;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
@@ -47,6 +48,7 @@ struct Client {
     uffd: OwnedFd,
     regions: Vec<RawRegion>,
     cpu: Option<u32>,
+    track_writes: bool,
     /// A pager may have taken messages of it with it.
     was_sent: bool,
 }
@@ -72,6 +74,8 @@ pub struct SharedPaging {
     waiting: BTreeSet<u64>,
     /// At most [`SENT_LIMIT`].
     sent: HashSet<u64>,
+    /// Those whose pages are being forgotten: each waits for it.
+    forgetting: HashSet<u64>,
     /// At most `restart::RESTART_LIMIT`.
     starts: VecDeque<Instant>,
     unready: usize,
@@ -119,6 +123,7 @@ impl SharedPaging {
         };
         self.clients.remove(&number);
         self.waiting.remove(&number);
+        self.forgetting.remove(&number);
         // One that is sent is answered for all the same.
         if let Some(process) = &self.process {
             process.detach(number);
@@ -133,6 +138,7 @@ impl SharedPaging {
             uffd,
             regions: memory.regions,
             cpu: memory.cpu,
+            track_writes: memory.track_writes,
             was_sent: false,
         };
         self.clients.insert(number, client);
@@ -237,6 +243,7 @@ impl Supervisor {
                 regions: client.regions.clone(),
                 wake: client.was_sent,
                 cpu: client.cpu,
+                track_writes: client.track_writes,
             };
             match process.attach(attach, client.uffd.as_fd(), pidfd) {
                 Ok(true) => {
@@ -320,6 +327,14 @@ impl Supervisor {
                     self.end_owner(owner, code, &why);
                 }
             }
+            (ClientNews::Forgotten { .. }, _) => self.forgotten(number, true),
+            (
+                ClientNews::Refused {
+                    order: Ordered::Forget,
+                    ..
+                },
+                _,
+            ) => self.forgotten(number, false),
             (ClientNews::Poisoned { page, .. }, Some(owner)) => {
                 let why = format!("guest memory could not be read: {page}");
                 self.end_owner(owner, exit::MEMORY, &why);

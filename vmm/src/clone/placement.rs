@@ -75,7 +75,7 @@ impl Placement {
 }
 
 /// Pages of this process that are in memory (proc(5), `statm`).
-fn resident_pages() -> Option<u64> {
+pub(super) fn resident_pages() -> Option<u64> {
     let text = fs::read_to_string("/proc/self/statm").ok()?;
     text.split_whitespace().nth(1)?.parse().ok()
 }

@@ -13,7 +13,8 @@ use thiserror::Error;
 use super::cgroup::CloneGroups;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
-pub use super::member::{Clone, CloneOptions, Event, RootOptions};
+use super::learn::Learner;
+pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
 use super::paging::{Owner, SharedPaging};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
@@ -66,6 +67,8 @@ pub struct Supervisor {
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
+    /// What clones touch, on its way to the template's working set.
+    pub(super) learner: Learner,
     /// Cgroups of clones, if they have some. Behind what holds their processes: it removes them.
     pub(super) groups: Option<CloneGroups>,
 }
@@ -82,7 +85,9 @@ impl Supervisor {
                 .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
                 .map_err(system("watch for signals"))?;
         }
+        let learner = Learner::new(options.pager.learn, &options.template, &options.name);
         let supervisor = Self {
+            learner,
             options,
             epoll,
             signals,
@@ -158,7 +163,7 @@ impl Supervisor {
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
-            record: None,
+            record: self.options.pager.learn.record(number as u64),
         }
     }
 
@@ -406,8 +411,24 @@ impl Supervisor {
             }
             // A shell that was asked for while it said so.
             FromWorker::Warm => None,
-            // Only runs that ask for it are recorded, and these are not.
-            FromWorker::Touched(_) => None,
+            FromWorker::Touched(piece) => {
+                self.learner.hear(number, piece);
+                None
+            }
+            FromWorker::Judged(judged) => {
+                metrics::count_judgement(&self.options.name, &judged);
+                None
+            }
+            FromWorker::Forget(runs) => {
+                self.forget_pages(number, runs);
+                None
+            }
+            FromWorker::GaveBack { bytes, pauses } => {
+                clone.given_back.bytes += bytes;
+                clone.given_back.pauses += pauses;
+                metrics::count_given_back(&self.options.name, bytes, pauses);
+                None
+            }
             // Too late to be served: its process has ended.
             FromWorker::Memory(_) => None,
             FromWorker::Ended(ending) => {

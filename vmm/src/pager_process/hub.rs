@@ -247,6 +247,7 @@ impl Hub {
         let spec = ClientSpec {
             pidfd: Some(pidfd),
             wake: raw.wake,
+            track_writes: raw.track_writes,
             shard: cpu.and_then(|cpu| self.cpus.iter().position(|own| *own == cpu)),
             ..ClientSpec::new(uffd, regions)
         };

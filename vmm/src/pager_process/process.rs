@@ -10,7 +10,9 @@ use std::process::{Command, Stdio};
 use pando_pager::PageCount;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
-use super::protocol::{ClientOrder, FromPager, PagerStart, RawAttach, RawImage, ToPager};
+use super::protocol::{
+    ClientOrder, FromPager, PagerStart, RawAttach, RawForget, RawImage, ToPager,
+};
 use crate::clone::control::{Channel, ControlError, Received};
 use crate::clone::process::{ChildProcess, SpawnError};
 use crate::template::{Template, TemplateError};
@@ -125,6 +127,12 @@ impl PagerProcess {
     pub fn detach(&self, client: u64) {
         let order = ToPager::Client(ClientOrder::Detach { client });
         let _ = self.channel.send_now(&order, &[]);
+    }
+
+    /// Has it bring pages of a client again; `false` while it has too much unread.
+    pub fn forget(&self, forget: RawForget) -> Result<bool, ControlError> {
+        let order = ToPager::Client(ClientOrder::Forget(forget));
+        self.channel.send_now(&order, &[])
     }
 
     /// Asks it to say what it recorded last and to end; `false` if that cannot be said.

@@ -8,7 +8,7 @@ use pando_pager::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::clone::control::{PagerConfig, RawRegion};
+use crate::clone::control::{PagerConfig, RawRegion, RawRun};
 use crate::observe::relay::Delta;
 
 /// How often a pager process says something, if only that it lives.
@@ -83,6 +83,10 @@ pub struct RawAttach {
     /// The CPU that it is kept on, if it is.
     #[serde(default)]
     pub cpu: Option<u32>,
+    /// Install pages write-protected: its userfaultfd has UFFD_FEATURE_WP_ASYNC, and its memory is
+    /// registered for write protection too.
+    #[serde(default)]
+    pub track_writes: bool,
 }
 
 /// Pages of a client to be absent again; not proven.
@@ -93,18 +97,6 @@ pub struct RawForget {
     pub client: u64,
     /// Which.
     pub runs: Vec<RawRun>,
-}
-
-/// Pages of an image; not proven.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RawRun {
-    /// Which image.
-    pub image: u32,
-    /// The first page.
-    pub first_page: u64,
-    /// How many.
-    pub pages: u64,
 }
 
 /// From a pager process to its supervisor.

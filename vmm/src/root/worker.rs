@@ -8,7 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use pando_pager::working_set::PlannedRun;
+use pando_pager::working_set::Plan;
 use pando_pager::{PAGE_BYTES, Root, RootPlan, RootRange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
@@ -16,7 +16,7 @@ use super::protocol::{FromRoot, RangeFaults, RootConfig, ToRoot};
 use crate::clone::END_SIGNALS;
 use crate::clone::control::Channel;
 use crate::clone::forked::{self, Inheritance};
-use crate::clone::instantiate::{CloneError, plan_for_root};
+use crate::clone::instantiate::{CloneError, first_ranges, plan};
 use crate::clone::worker::{die_with, exit_code, take_channel};
 use crate::machine::{self, HostCheck};
 use crate::observe::log;
@@ -52,8 +52,8 @@ pub fn run() -> u8 {
 struct Ready {
     template: Template,
     root: Root,
-    /// Pages that its clones are known to write.
-    private: Vec<PlannedRun>,
+    /// What its clones are known to need.
+    plan: Plan,
     one_thread: OneThread,
 }
 
@@ -65,6 +65,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         Err(error) => return Err((channel, error)),
     };
     let mut owes_answer = false;
+    let mut forks = 0;
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
         while !has_order(&channel) && (ready.root.promote_next() || ready.root.collapse_next()) {}
@@ -95,7 +96,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 let Ready {
                     template,
                     root,
-                    private,
+                    plan,
                     ..
                 } = ready;
                 let inheritance = Inheritance {
@@ -103,7 +104,8 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                     is_wanted,
                     template,
                     memories: root.into_memories(),
-                    private,
+                    plan,
+                    record: config.pager.learn.record(forks),
                     pager: config.pager,
                     host_check: if config.host_check_is_due {
                         HostCheck::Due
@@ -115,6 +117,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 return Ok(forked::run(&Channel::new(theirs), inheritance));
             }
             Ok(Forked::Parent { pid, pidfd }) => {
+                forks += 1;
                 let pid = pid.as_raw_nonzero().get().unsigned_abs();
                 let sent = channel.send(&FromRoot::Forked { id, pid }, &[pidfd.as_fd()]);
                 if let Err(error) = sent {
@@ -152,18 +155,18 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let template = Template::open(&config.template).map_err(CloneError::from)?;
     let images = template.images().map_err(CloneError::from)?;
     let budget_pages = config.budget_bytes / PAGE_BYTES;
-    let (first, private) = if config.pager.working_set {
-        plan_for_root(&template, budget_pages)
+    let (first, plan) = if config.pager.working_set {
+        (first_ranges(&template, budget_pages), plan(&template))
     } else {
         Default::default()
     };
-    let plan = RootPlan {
+    let fill = RootPlan {
         budget_pages,
         verify: config.pager.verify,
         first,
     };
     let mut last_word = start;
-    let root = Root::fill(images, plan, &mut |pages| {
+    let root = Root::fill(images, fill, &mut |pages| {
         if last_word.elapsed() >= WORD_PERIOD {
             last_word = Instant::now();
             let filled_bytes = pages * PAGE_BYTES;
@@ -188,7 +191,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let ready = Ready {
         template,
         root,
-        private,
+        plan,
         one_thread,
     };
     Ok(Some((ready, config)))

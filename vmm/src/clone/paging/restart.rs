@@ -141,6 +141,8 @@ impl Supervisor {
         if let Some(process) = paging.process.take() {
             let _ = epoll::delete(&self.epoll, process.channel());
         }
+        self.forget_nothing();
+        let paging = &mut self.paging;
         paging.io = None;
         paging.sent.clear();
         paging.waiting = paging.clients.keys().copied().collect();
