@@ -52,7 +52,7 @@ pub enum ConfigError {
 /// Checks a request against what machines and this host can be.
 pub fn resolve(request: &MachineRequest) -> Result<(MachineSpec, BootSource), ConfigError> {
     let cpus = CpuCount::new(request.cpus)?;
-    let backend = BackendSpec::new(BACKEND_ID, request.memory_bytes)?;
+    let backend = BackendSpec::new(BACKEND_ID, request.memory_bytes).map_err(SpecError::from)?;
     let spec = MachineSpec::new(cpus, vec![backend])?;
     if let Some(host_bytes) = total_bytes()
         && request.memory_bytes > host_bytes

@@ -345,7 +345,7 @@ mod tests {
         file.backends[0].bytes = (64 << 20) + 1;
         let error = Manifest::seal(path(), file).unwrap_err().to_string();
         assert!(
-            error.contains("cannot be placed in the guest: ") && error.contains("67108865"),
+            error.contains("memory size must be multiple of 4 KiB, 67108865 bytes are not"),
             "{error}"
         );
         let error = Manifest::parse(path(), br#"{"format": 0}"#).unwrap_err();
