@@ -14,6 +14,7 @@ pub mod machine;
 pub mod memory;
 pub mod observe;
 pub mod payload;
+pub mod qemu;
 pub mod report;
 pub mod root;
 pub mod sandbox;

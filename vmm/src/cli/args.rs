@@ -49,6 +49,21 @@ pub enum Command {
     Clone(CloneArgs),
     /// Run one VM that is neither template nor clone
     Run(RunArgs),
+    /// Run one VM by QEMU's options, with a QMP monitor: `pando qemu -help` lists them
+    ///
+    /// The options, messages and exit codes are those of qemu-system-x86_64, as far as VM templating
+    /// goes; what Pando does not have is refused by name. A link to pando with the name
+    /// qemu-system-x86_64 behaves the same.
+    #[command(disable_help_flag = true)]
+    Qemu {
+        /// QEMU's options
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "OPTIONS"
+        )]
+        words: Vec<String>,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell

@@ -11,6 +11,7 @@ pub mod lines;
 pub mod memory;
 mod out;
 pub mod progress;
+pub mod qemu;
 pub mod run;
 pub mod size;
 pub mod table;
@@ -26,6 +27,10 @@ use fail::Failure;
 
 /// Runs the program and returns its exit code.
 pub fn main() -> u8 {
+    // Before anything is parsed: QEMU's options have a form of their own.
+    if let Some(words) = qemu::words() {
+        return qemu::run(&words);
+    }
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) => {
@@ -64,6 +69,7 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
         Command::Template(args) => template::run(args, verbosity),
         Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
+        Command::Qemu { words } => Ok(qemu::run(&words)),
         Command::Completions { shell } => {
             // Into memory first: clap panics where a reader goes away.
             let mut script = Vec::new();

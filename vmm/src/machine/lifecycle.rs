@@ -92,6 +92,14 @@ impl MachineHandle {
         ask(&self.requests, Message::Pause)
     }
 
+    /// Reads everything that is not RAM, after [`Self::pause`]. RAM must be taken before
+    /// [`Self::resume`].
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let (reply, answer) = bounded(1);
+        let _ = self.requests.send(Message::Save(reply));
+        answer.recv().map_err(|_| MachineError::Gone)?
+    }
+
     /// Lets the vCPUs run again after [`Self::pause`].
     pub fn resume(&self) -> Result<(), MachineError> {
         ask(&self.requests, Message::Resume)
