@@ -2,5 +2,6 @@
 
 pub mod command;
 pub mod metrics;
+pub mod qemu;
 pub mod rig;
 pub mod style;
