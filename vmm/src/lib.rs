@@ -17,6 +17,7 @@ pub mod payload;
 pub mod report;
 pub mod root;
 pub mod sandbox;
+pub mod size;
 pub mod spec;
 pub mod sys;
 pub mod template;

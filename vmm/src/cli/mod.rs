@@ -12,13 +12,14 @@ pub mod memory;
 mod out;
 pub mod progress;
 pub mod run;
-pub mod size;
 pub mod table;
 pub mod template;
 pub mod warm;
 
 use clap::{CommandFactory, Parser};
 use out::{note, say};
+
+pub use crate::size;
 
 use crate::report::exit;
 use args::{Args, Command};
