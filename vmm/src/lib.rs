@@ -18,6 +18,7 @@ pub mod qemu;
 pub mod report;
 pub mod root;
 pub mod sandbox;
+pub mod size;
 pub mod spec;
 pub mod sys;
 pub mod template;

@@ -26,8 +26,8 @@ pub use role::{Role, RoleError};
 
 /// The most vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 8;
-/// The least RAM of a machine in bytes: 64 MiB.
-pub const MIN_RAM_BYTES: u64 = 64 << 20;
+/// The least RAM of a machine in bytes: 4 MiB, room for what a boot writes below the kernel.
+pub const MIN_RAM_BYTES: u64 = 4 << 20;
 /// The most memory backends of a machine; each takes one or two KVM memory slots.
 pub const MAX_BACKENDS: usize = 16;
 /// The most NUMA nodes of a machine.

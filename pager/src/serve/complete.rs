@@ -117,7 +117,8 @@ impl Server {
     ) -> Result<(), PoisonReason> {
         let served = &mut self.parts.images[read.image];
         let chunk = ChunkIndex::containing(page);
-        if !self.parts.verify || served.is_verified(chunk) {
+        let is_summed = served.image.index().is_summed();
+        if !self.parts.verify || !is_summed || served.is_verified(chunk) {
             return Ok(());
         }
         let pages = chunk.pages(served.image.pages());

@@ -95,7 +95,7 @@ impl Server {
         let read = PageRead {
             slot: ReadSlot::new(u32::try_from(number).unwrap_or(u32::MAX)),
             file: waiter.image,
-            offset: bytes.offset(),
+            offset: self.parts.images[waiter.image].image.offset_of(bytes),
             bytes: usize::try_from(bytes.bytes()).unwrap_or(0),
             lease,
         };

@@ -139,28 +139,28 @@ pub enum TemplateCommand {
     Warm(WarmArgs),
 }
 
-/// What a machine boots.
-#[derive(Debug, ClapArgs)]
+/// What a machine is and boots. What is given here counts more than the machine file.
+#[derive(Debug, Default, ClapArgs)]
 pub struct BootArgs {
+    /// Machine file, TOML or JSON: memory backends, NUMA nodes, memory modules and all that the other
+    /// flags say (docs/machine.md)
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
     /// A bzImage, or an ELF vmlinux (PVH or 64-bit entry); `embedded` is the built-in guest
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line
-    #[arg(
-        long,
-        default_value = "console=ttyS0 panic=-1",
-        allow_hyphen_values = true
-    )]
-    pub append: String,
-    /// RAM of the machine, in whole pages, at least 64M
-    #[arg(long, default_value = "512M", value_name = "SIZE")]
-    pub memory: Size,
-    /// Number of vCPUs, 1 to 8
-    #[arg(long, default_value_t = 1)]
-    pub cpus: u32,
+    /// Kernel command line [default: console=ttyS0 panic=-1]
+    #[arg(long, allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// RAM of the machine, in whole pages, at least 4M [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// Number of vCPUs, 1 to 8 [default: 1]
+    #[arg(long)]
+    pub cpus: Option<u32>,
 }
 
 /// `pando template create`
@@ -363,9 +363,12 @@ pub struct RunArgs {
     /// The machine.
     #[command(flatten)]
     pub boot: BootArgs,
-    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH
-    #[arg(long, default_value = "stdio", value_name = "TARGET")]
-    pub serial: String,
+    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH [default: stdio]
+    #[arg(long, value_name = "TARGET")]
+    pub serial: Option<String>,
+    /// Check the machine, print it as a machine file (TOML) and run nothing
+    #[arg(long)]
+    pub print_machine: bool,
 }
 
 /// When a template VM is frozen.

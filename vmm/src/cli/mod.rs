@@ -13,13 +13,14 @@ mod out;
 pub mod progress;
 pub mod qemu;
 pub mod run;
-pub mod size;
 pub mod table;
 pub mod template;
 pub mod warm;
 
 use clap::{CommandFactory, Parser};
 use out::{note, say};
+
+pub use crate::size;
 
 use crate::report::exit;
 use args::{Args, Command};

@@ -128,6 +128,16 @@ impl Numa {
             .unwrap_or(u8::MAX)
     }
 
+    /// The greatest `n` such that vCPUs whose numbers differ in the lowest `n` bits only are always of one
+    /// node.
+    pub fn shared_bits(&self, cpus: CpuCount) -> u32 {
+        let is_one = |bits: u32| {
+            (0..cpus.get()).all(|cpu| self.node_of(cpu) == self.node_of(cpu >> bits << bits))
+        };
+        let all = u8::BITS - 1;
+        (0..=all).rev().find(|&bits| is_one(bits)).unwrap_or(0)
+    }
+
     /// The node of a vCPU; 0 where there are no nodes.
     pub fn node_of(&self, cpu: u8) -> u32 {
         (0..)

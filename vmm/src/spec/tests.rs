@@ -140,6 +140,24 @@ fn vcpus_that_no_node_names_are_in_the_first() {
 }
 
 #[test]
+fn vcpus_share_what_never_reaches_into_another_node() {
+    let shared = |cpus: u32, second: &[u32]| {
+        let mut parts = two_nodes();
+        parts.cpus = CpuCount::new(cpus).unwrap();
+        parts.nodes[0].cpus = second.to_vec();
+        parts.nodes[1].cpus.clear();
+        let spec = MachineSpec::from_parts(parts).unwrap();
+        spec.numa().shared_bits(spec.cpus())
+    };
+    assert_eq!(shared(2, &[1]), 0);
+    assert_eq!(shared(4, &[2, 3]), 1);
+    assert_eq!(shared(8, &[4, 5, 6, 7]), 2);
+    assert_eq!(shared(8, &[6, 7]), 1);
+    assert_eq!(shared(4, &[1, 3]), 0);
+    assert_eq!(shared(8, &[]), 7);
+}
+
+#[test]
 fn nodes_that_cannot_be_are_refused_in_qemus_words() {
     let gap = refused_with(|parts| parts.nodes[0].id = Some(2));
     assert!(gap.contains("numa: Node ID missing: 1"), "{gap}");

@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::WORKING_SET_FILE;
 use super::digest;
 use super::error::TemplateError;
+use super::machine_entry::{MachineEntry, format_of};
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
-/// The format that this version writes, and the newest that it reads.
-pub const FORMAT: u32 = 1;
+/// The newest format that this version reads. It writes the oldest one that can say what there is.
+pub const FORMAT: u32 = 2;
 
 /// The JSON document, field by field, unproven.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +32,9 @@ pub struct ManifestFile {
     pub created_unix_s: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// Nodes and memory modules, where the machine has any: formats from 2 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineEntry>,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendEntry>,
     /// `state.bin`.
@@ -155,7 +159,21 @@ impl Manifest {
             .map(|backend| BackendSpec::new(&*backend.id, backend.bytes))
             .collect::<Result<_, _>>()
             .map_err(|error| damaged(one_line(&error)))?;
-        let spec = MachineSpec::new(cpus, backends).map_err(|error| damaged(one_line(&error)))?;
+        if file.machine.is_some() && file.format < format_of(&file.machine) {
+            let format = file.format;
+            return Err(damaged(format!("format {format} has no nodes and modules")));
+        }
+        let spec = match &file.machine {
+            None => MachineSpec::new(cpus, backends),
+            Some(machine) => MachineSpec::from_parts(machine.parts(cpus, backends)),
+        }
+        .map_err(|error| damaged(one_line(&error)))?;
+        let order = spec.backends().iter().map(BackendSpec::id);
+        if !order.eq(file.backends.iter().map(|entry| entry.id.as_str())) {
+            return Err(damaged(
+                "its backends are not in the order of the machine's".to_owned(),
+            ));
+        }
         for (position, entry) in file.backends.iter().enumerate() {
             let placed = spec
                 .layout()
@@ -236,6 +254,7 @@ fn checksum(file: &ManifestFile) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::machine_entry::{DimmEntry, NodeEntry};
     use super::*;
     use proptest::prelude::*;
 
@@ -252,10 +271,11 @@ mod tests {
             seal: Seal { bytes: 10, ..seal },
         };
         ManifestFile {
-            format: FORMAT,
+            format: 1,
             tool: "pando 0.1.0".into(),
             created_unix_s: 1_700_000_000,
             cpus: 2,
+            machine: None,
             backends: vec![BackendEntry {
                 id: "ram0".into(),
                 file: "ram0.mem".into(),
@@ -294,7 +314,7 @@ mod tests {
         assert!(
             error
                 .to_string()
-                .contains("has format 9, and this pando reads formats up to 1")
+                .contains("has format 9, and this pando reads formats up to 2")
         );
     }
 
@@ -339,13 +359,80 @@ mod tests {
         );
     }
 
+    /// Two backends as two nodes, and a module.
+    fn with_nodes() -> ManifestFile {
+        let mut file = example();
+        for (number, guest_address) in [(1, 64 << 20), (2, 4_u64 << 30)] {
+            let mut more = file.backends[0].clone();
+            more.id = format!("ram{number}");
+            more.file = format!("ram{number}.mem");
+            more.guest_address = guest_address;
+            file.backends.push(more);
+        }
+        let node = |cpu: u32| NodeEntry {
+            cpus: vec![cpu],
+            backend: Some(format!("ram{cpu}")),
+        };
+        file.format = 2;
+        file.machine = Some(MachineEntry {
+            nodes: vec![node(0), node(1)],
+            distances: vec![vec![10, 20], vec![21, 10]],
+            slots: 1,
+            max_bytes: 1 << 30,
+            dimms: vec![DimmEntry {
+                id: "dimm0".into(),
+                backend: "ram2".into(),
+                node: 1,
+                slot: 0,
+                guest_address: 4 << 30,
+            }],
+        });
+        file
+    }
+
+    #[test]
+    fn nodes_and_modules_are_written_and_read_back() {
+        let manifest = Manifest::seal(path(), with_nodes()).unwrap();
+        let read = Manifest::parse(path(), &manifest.to_json()).unwrap();
+        assert_eq!(read, manifest);
+        let spec = read.spec();
+        assert_eq!(spec.numa().nodes()[1].cpus(), [1]);
+        assert_eq!(spec.numa().distance(1, 0), 21);
+        assert_eq!(spec.dimms()[0].guest_address(), 4 << 30);
+        assert_eq!(
+            MachineEntry::of(spec).as_ref(),
+            read.file().machine.as_ref()
+        );
+    }
+
+    #[test]
+    fn nodes_and_modules_that_do_not_fit_are_refused() {
+        let refused = |change: fn(&mut ManifestFile)| {
+            let mut file = with_nodes();
+            change(&mut file);
+            Manifest::seal(path(), file).unwrap_err().to_string()
+        };
+        let old = refused(|file| file.format = 1);
+        assert!(old.contains("format 1 has no nodes"), "{old}");
+        let order = refused(|file| file.backends.swap(0, 1));
+        assert!(order.contains("not in the order of the machine"), "{order}");
+        let moved = refused(|file| file.backends[2].guest_address = 5 << 30);
+        assert!(moved.contains("ram2 is at 0x140000000"), "{moved}");
+        let unused = refused(|file| file.machine.as_mut().unwrap().dimms.clear());
+        assert!(unused.contains("\"ram2\" is used by nothing"), "{unused}");
+        let cpu = refused(|file| file.machine.as_mut().unwrap().nodes[0].cpus.push(7));
+        assert!(cpu.contains("CPU index (7)"), "{cpu}");
+        let distance = refused(|file| file.machine.as_mut().unwrap().distances[0].push(20));
+        assert!(distance.contains("node 2"), "{distance}");
+    }
+
     #[test]
     fn a_machine_that_cannot_be_is_refused_with_its_cause() {
         let mut file = example();
         file.backends[0].bytes = (64 << 20) + 1;
         let error = Manifest::seal(path(), file).unwrap_err().to_string();
         assert!(
-            error.contains("memory size must be multiple of 4 KiB, 67108865 bytes are not"),
+            error.contains("memory size must be multiple of 4 KiB, 67108865 bytes"),
             "{error}"
         );
         let error = Manifest::parse(path(), br#"{"format": 0}"#).unwrap_err();

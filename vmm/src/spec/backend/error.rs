@@ -18,14 +18,14 @@ pub enum BackendError {
         id: String,
     },
     /// No bytes at all.
-    #[error("memory backend {id}: can't create backend with size 0")]
+    #[error("memory backend {id}: can't create backend with size 0: 0 bytes are no memory")]
     Empty {
         /// Its id.
         id: String,
     },
     /// A size that is no whole number of pages.
     #[error(
-        "memory backend {id}: backend '{kind}' memory size must be multiple of 4 KiB, {bytes} bytes are not"
+        "memory backend {id}: backend '{kind}' memory size must be multiple of 4 KiB, {bytes} bytes are no multiple of 4096"
     )]
     Size {
         /// Its id.

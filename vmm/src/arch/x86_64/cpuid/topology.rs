@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
 //! What CPUID says about the machine's shape: one package, one thread a core, the last level cache
-//! shared by all cores. The local APIC id of CPU `n` is `n`, as the ACPI tables say too.
+//! shared by all cores, or by those of a node. The local APIC id of CPU `n` is `n`, as the ACPI tables say too.
 
 use super::{CpuidEntry, INDEX_MATTERS, find};
 
@@ -19,15 +19,19 @@ pub(super) struct Topology {
     cpus: u32,
     /// Bits of the APIC id that tell cores apart.
     core_bits: u32,
+    /// How many of them tell apart cores that share the last level cache.
+    shared_bits: u32,
 }
 
 impl Topology {
-    pub(super) fn new(cpu: u8, cpus: u8) -> Self {
+    pub(super) fn new(cpu: u8, cpus: u8, shared_bits: u32) -> Self {
         let cpus = u32::from(cpus.max(1));
+        let core_bits = cpus.next_power_of_two().trailing_zeros();
         Self {
             apic_id: u32::from(cpu),
             cpus,
-            core_bits: cpus.next_power_of_two().trailing_zeros(),
+            core_bits,
+            shared_bits: shared_bits.min(core_bits),
         }
     }
 
@@ -73,7 +77,7 @@ impl Topology {
         }
     }
 
-    /// A cache leaf: levels 1 and 2 are a core's own, level 3 is everybody's. Intel's leaf also
+    /// A cache leaf: levels 1 and 2 are a core's own, level 3 is everybody's in a node. Intel's leaf also
     /// counts the cores of the package.
     fn cache(self, entry: &mut CpuidEntry, counts_cores: bool) {
         let kind = entry.eax & 0x1f;
@@ -81,7 +85,11 @@ impl Topology {
             return;
         }
         let level = entry.eax >> 5 & 0x7;
-        let sharing = if level >= 3 { self.id_space() - 1 } else { 0 };
+        let sharing = if level >= 3 {
+            (1 << self.shared_bits) - 1
+        } else {
+            0
+        };
         entry.eax = (entry.eax & 0x3fff) | sharing << 14;
         if counts_cores {
             entry.eax |= (self.id_space() - 1).min(0x3f) << 26;
