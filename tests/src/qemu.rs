@@ -140,7 +140,14 @@ pub struct QemuVm {
 /// The options for memory on `file` in a machine of 64 MiB; `how` is what follows its size.
 pub fn memory(file: &str, how: &str) -> Vec<String> {
     let object = format!("memory-backend-file,id=pc.ram,mem-path={file},size=64M,{how}");
-    let words = ["-m", "64M", "-object", &object, "-machine", "q35,memory-backend=pc.ram"];
+    let words = [
+        "-m",
+        "64M",
+        "-object",
+        &object,
+        "-machine",
+        "q35,memory-backend=pc.ram",
+    ];
     words.map(str::to_owned).to_vec()
 }
 
@@ -150,13 +157,18 @@ pub const CLONE: &str = "share=off,readonly=on,rom=off";
 impl QemuVm {
     /// Starts `pando qemu` in `dir`, with a monitor and COM1 on sockets that begin with `name`.
     pub fn start(dir: &Path, name: &str, words: &[String]) -> Result<Self> {
-        let (monitor, serial) = (dir.join(format!("{name}.qmp")), dir.join(format!("{name}.com1")));
+        let (monitor, serial) = (
+            dir.join(format!("{name}.qmp")),
+            dir.join(format!("{name}.com1")),
+        );
         let socket = |path: &Path| format!("unix:{},server=on,wait=off", path.display());
         let mut command = pando(&["qemu", "-nodefaults", "-nographic"])?;
-        command
-            .current_dir(dir)
-            .args(words)
-            .args(["-qmp", &socket(&monitor), "-serial", &socket(&serial)]);
+        command.current_dir(dir).args(words).args([
+            "-qmp",
+            &socket(&monitor),
+            "-serial",
+            &socket(&serial),
+        ]);
         let mut running = Running::start(&mut command)?;
         let started = eventually("the monitor is there", || {
             monitor.exists() || !matches!(running.child.try_wait(), Ok(None))
@@ -209,7 +221,9 @@ impl Serial {
 
     /// Sends a command to the built-in guest and returns its answer.
     pub fn ask(&mut self, command: &str) -> Result<String> {
-        self.0.get_mut().write_all(format!("{command}\n").as_bytes())?;
+        self.0
+            .get_mut()
+            .write_all(format!("{command}\n").as_bytes())?;
         self.line()
     }
 }

@@ -31,14 +31,19 @@ fn checksum(dir: &std::path::Path) -> Result<u64> {
 fn the_recipe_of_the_templating_page() -> Result<()> {
     let dir = tempfile::tempdir()?;
     make_template(dir.path(), PAGES)?;
-    fs::set_permissions(dir.path().join("template"), fs::Permissions::from_mode(0o444))?;
+    fs::set_permissions(
+        dir.path().join("template"),
+        fs::Permissions::from_mode(0o444),
+    )?;
     let before = checksum(dir.path())?;
     let mut clones = Vec::new();
     for name in ["c1", "c2"] {
         let mut clone = QemuVm::start(dir.path(), name, &clone_words(&["-incoming", "defer"]))?;
         assert_eq!(clone.qmp.status()?, "inmigrate");
         clone.qmp.capability("x-ignore-shared")?;
-        clone.qmp.ok("migrate-incoming", &json!({"uri": "file:state"}))?;
+        clone
+            .qmp
+            .ok("migrate-incoming", &json!({"uri": "file:state"}))?;
         assert_eq!(clone.qmp.migrated()?, json!({"status": "completed"}));
         assert_eq!(clone.qmp.status()?, "paused");
         clone.qmp.ok("cont", &json!({}))?;
@@ -48,7 +53,10 @@ fn the_recipe_of_the_templating_page() -> Result<()> {
     let (mut first, mut second) = (clones[0].serial()?, clones[1].serial()?);
     assert!(first.ask(&verify(PAGES, 7))?.starts_with("ok v 0"));
     assert!(first.ask(&write(PAGES, 9))?.starts_with("ok w"));
-    assert!(second.ask(&verify(PAGES, 7))?.starts_with("ok v 0"), "a clone sees another");
+    assert!(
+        second.ask(&verify(PAGES, 7))?.starts_with("ok v 0"),
+        "a clone sees another"
+    );
     assert!(first.ask(&verify(PAGES, 9))?.starts_with("ok v 0"));
     for mut clone in clones {
         clone.qmp.ok("query-status", &json!({}))?;
@@ -66,7 +74,12 @@ fn a_state_that_says_what_it_leaves_out_needs_no_capability_on_the_command_line(
     let mut clone = QemuVm::start(dir.path(), "c", &clone_words(&["-incoming", "file:state"]))?;
     assert_eq!(clone.qmp.migrated()?["status"], "completed");
     clone.qmp.ok("cont", &json!({}))?;
-    assert!(clone.serial()?.ask(&verify(PAGES, 7))?.starts_with("ok v 0"));
+    assert!(
+        clone
+            .serial()?
+            .ask(&verify(PAGES, 7))?
+            .starts_with("ok v 0")
+    );
     // A save of a clone has its RAM, for its own pages are in no file.
     clone.qmp.ok("stop", &json!({}))?;
     clone.qmp.ok("migrate", &json!({"uri": "file:second"}))?;
@@ -76,7 +89,12 @@ fn a_state_that_says_what_it_leaves_out_needs_no_capability_on_the_command_line(
     let mut again = QemuVm::start(dir.path(), "g", &clone_words(&["-incoming", "file:second"]))?;
     assert_eq!(again.qmp.migrated()?["status"], "completed");
     again.qmp.ok("cont", &json!({}))?;
-    assert!(again.serial()?.ask(&verify(PAGES, 7))?.starts_with("ok v 0"));
+    assert!(
+        again
+            .serial()?
+            .ask(&verify(PAGES, 7))?
+            .starts_with("ok v 0")
+    );
     again.quit()?;
     Ok(())
 }
@@ -97,7 +115,8 @@ fn ram_goes_into_the_file_and_comes_back_from_it() -> Result<()> {
         }
         vm.qmp.capability("events")?;
         // Saved while it runs: it comes up running.
-        vm.qmp.ok("migrate", &json!({"uri": "file:state,offset=0x1000"}))?;
+        vm.qmp
+            .ok("migrate", &json!({"uri": "file:state,offset=0x1000"}))?;
         assert_eq!(vm.qmp.migrated()?["status"], "completed");
         assert!(vm.qmp.event_names().contains(&"STOP"));
         assert!(vm.qmp.event_names().contains(&"MIGRATION"));
@@ -138,19 +157,28 @@ fn what_does_not_match_the_state_is_refused_before_anything_runs() -> Result<()>
     )?;
     let other = |from: &str, to: &str| {
         let all = clone_words(&plain);
-        all.iter().map(|word| word.replace(from, to)).collect::<Vec<_>>()
+        all.iter()
+            .map(|word| word.replace(from, to))
+            .collect::<Vec<_>>()
     };
     refused(
         dir,
         &other("pc.ram", "mem0"),
-        &["Unknown ramblock \"pc.ram\", cannot accept migration", "load of migration failed"],
+        &[
+            "Unknown ramblock \"pc.ram\", cannot accept migration",
+            "load of migration failed",
+        ],
     )?;
     refused(
         dir,
         &other("q35", "pc"),
         &["Machine type received is 'pc-q35-10.0' and local is 'pc-i440fx-10.0'"],
     )?;
-    refused(dir, &clone_words(&["-smp", "2", "-incoming", "file:state"]), &["1 vCPUs"])?;
+    refused(
+        dir,
+        &clone_words(&["-smp", "2", "-incoming", "file:state"]),
+        &["1 vCPUs"],
+    )?;
     // The same bytes in another file are as good; other bytes are not.
     fs::copy(dir.join("template"), dir.join("copy"))?;
     let mut clone = QemuVm::start(dir, "copy", &other("mem-path=template", "mem-path=copy"))?;
@@ -162,14 +190,20 @@ fn what_does_not_match_the_state_is_refused_before_anything_runs() -> Result<()>
     refused(
         dir,
         &other("mem-path=template", "mem-path=copy"),
-        &["\"pc.ram\"", "does not hold what it held when the state was saved"],
+        &[
+            "\"pc.ram\"",
+            "does not hold what it held when the state was saved",
+        ],
     )?;
     for (name, length) in [("cut", 5000), ("head", 20), ("empty", 0)] {
         let state = fs::read(dir.join("state"))?;
         fs::write(dir.join(name), &state[..length])?;
         let from = format!("file:{name}");
         let texts: &[&str] = match name {
-            "empty" => &["Not a migration stream", "load of migration failed: Invalid argument"],
+            "empty" => &[
+                "Not a migration stream",
+                "load of migration failed: Invalid argument",
+            ],
             _ => &["error while loading state", "Input/output error"],
         };
         refused(dir, &clone_words(&["-incoming", &from]), texts)?;
@@ -185,7 +219,10 @@ fn a_load_that_fails_may_leave_the_machine_waiting() -> Result<()> {
     let qmp = &mut clone.qmp;
     let error = qmp.refused("migrate-incoming", &json!({"uri": "file:none"}))?;
     assert_eq!(error, "Could not open 'none': No such file or directory");
-    qmp.ok("migrate-incoming", &json!({"uri": "file:state", "exit-on-error": false}))?;
+    qmp.ok(
+        "migrate-incoming",
+        &json!({"uri": "file:state", "exit-on-error": false}),
+    )?;
     let end = qmp.migrated()?;
     assert_eq!(
         end,
@@ -207,7 +244,11 @@ fn a_load_that_fails_may_leave_the_machine_waiting() -> Result<()> {
         "The incoming migration has already been started"
     );
     let finished = clone.quit()?;
-    assert!(finished.stderr.contains("Capability x-ignore-shared is off, but received capability is on"));
+    assert!(
+        finished
+            .stderr
+            .contains("Capability x-ignore-shared is off, but received capability is on")
+    );
     Ok(())
 }
 
@@ -224,7 +265,11 @@ fn a_guest_that_resets_boots_anew_and_one_that_powers_off_ends() -> Result<()> {
     // The guest's own reset has no answer; the next thing it says is that it is ready.
     assert_eq!(serial.ask("x")?, "pando guest ready");
     assert_eq!(vm.qmp.status()?, "running");
-    let resets = vm.qmp.events.iter().filter(|event| event["event"] == "RESET");
+    let resets = vm
+        .qmp
+        .events
+        .iter()
+        .filter(|event| event["event"] == "RESET");
     let guests: Vec<_> = resets.map(|event| event["data"]["guest"].clone()).collect();
     assert_eq!(guests, [json!(false), json!(true)]);
     serial.ask("p").ok();
@@ -234,7 +279,10 @@ fn a_guest_that_resets_boots_anew_and_one_that_powers_off_ends() -> Result<()> {
             break event;
         }
     };
-    assert_eq!(event["data"], json!({"guest": true, "reason": "guest-shutdown"}));
+    assert_eq!(
+        event["data"],
+        json!({"guest": true, "reason": "guest-shutdown"})
+    );
     vm.running.finish()?.expect_code(0)?;
 
     let mut once = boots.clone();
@@ -263,14 +311,26 @@ fn a_link_by_qemus_name_acts_as_qemu() -> Result<()> {
     let link = dir.path().join("qemu-system-x86_64");
     symlink(built_program("pando")?, &link)?;
     let version = finish(Command::new(&link).arg("--version"))?.expect_code(0)?;
-    assert!(version.stdout.starts_with("QEMU emulator version 10."), "{}", version.stdout);
+    assert!(
+        version.stdout.starts_with("QEMU emulator version 10."),
+        "{}",
+        version.stdout
+    );
     let wrong = finish(Command::new(&link).arg("-frob"))?.expect_code(1)?;
     assert_eq!(wrong.stderr, "qemu-system-x86_64: -frob: invalid option\n");
     let wrong = finish(&mut pando(&["qemu", "-mem-path", "/x"])?)?.expect_code(1)?;
-    assert!(wrong.stderr.starts_with("pando: -mem-path: "), "{}", wrong.stderr);
+    assert!(
+        wrong.stderr.starts_with("pando: -mem-path: "),
+        "{}",
+        wrong.stderr
+    );
     assert!(wrong.stderr.contains("cannot be used for VM templating"));
     let nothing = finish(&mut pando(&["qemu", "-nodefaults", "-m", "64M"])?)?.expect_code(1)?;
-    assert!(nothing.stderr.contains("Pando has no firmware"), "{}", nothing.stderr);
+    assert!(
+        nothing.stderr.contains("Pando has no firmware"),
+        "{}",
+        nothing.stderr
+    );
     Ok(())
 }
 
@@ -297,7 +357,11 @@ fn a_daemon_says_when_it_is_ready_and_writes_its_number() -> Result<()> {
     assert!(fs::read_to_string(&log)?.contains("query-status"));
     // What is wrong is said by the one that was started.
     let wrong = finish(pando(&common)?.args(["-pidfile", "/none/pid"]))?.expect_code(1)?;
-    assert!(wrong.stderr.contains("cannot create PID file"), "{}", wrong.stderr);
+    assert!(
+        wrong.stderr.contains("cannot create PID file"),
+        "{}",
+        wrong.stderr
+    );
     Ok(())
 }
 
@@ -307,16 +371,31 @@ fn a_signal_ends_it_and_says_so() -> Result<()> {
     let mut vm = QemuVm::start(dir.path(), "a", &words(&["-m", "64M", "-S"]))?;
     vm.running.signal(rustix::process::Signal::TERM)?;
     let event = vm.qmp.receive()?;
-    assert_eq!(event["data"], json!({"guest": false, "reason": "host-signal"}));
+    assert_eq!(
+        event["data"],
+        json!({"guest": false, "reason": "host-signal"})
+    );
     let finished = vm.running.finish()?.expect_code(0)?;
-    ensure!(finished.stderr.contains("terminating on signal 15"), "{}", finished.stderr);
+    ensure!(
+        finished.stderr.contains("terminating on signal 15"),
+        "{}",
+        finished.stderr
+    );
     Ok(())
 }
 
 #[test]
 fn people_have_a_monitor_too() -> Result<()> {
     use std::io::{Read, Write};
-    let mut command = pando(&["qemu", "-nodefaults", "-m", "64M", "-S", "-monitor", "stdio"])?;
+    let mut command = pando(&[
+        "qemu",
+        "-nodefaults",
+        "-m",
+        "64M",
+        "-S",
+        "-monitor",
+        "stdio",
+    ])?;
     command.stdin(std::process::Stdio::piped());
     let mut running = Running::start(&mut command)?;
     let mut stdin = running.child.stdin.take().context("no standard input")?;

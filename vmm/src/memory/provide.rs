@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use pando_pager::image::{BackendIndex, Image, ImageError};
@@ -15,8 +16,11 @@ use rustix::fs::{FallocateFlags, MemfdFlags};
 use thiserror::Error;
 
 use super::guest::{GuestMemoryError, GuestRam, MemoryAdvice, RamBacking};
-use super::open::{OpenError, open};
+use super::open::{OpenError, OpenedFile, open};
 use crate::spec::{BackendSource, BackendSpec, FileAccess, FileSource, MachineSpec};
+
+/// How much of a file is written as zero at once, where it cannot be made a hole.
+const CLEAR_BYTES: usize = 64 << 10;
 
 /// Why a machine cannot have its memory.
 #[derive(Debug, Error)]
@@ -50,6 +54,15 @@ pub enum ProvideError {
         #[source]
         source: io::Error,
     },
+    /// A file that cannot be made zero.
+    #[error("cannot clear the file of memory backend {id}")]
+    Clear {
+        /// The backend.
+        id: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Pages that cannot be had now.
     #[error(
         "memory backend {id}: qemu_prealloc_mem: preallocating memory failed: {why}: is the disk full, \
@@ -74,16 +87,29 @@ pub struct MachineMemory {
     pub files: HeldFiles,
 }
 
+/// What the memory of a machine begins as.
+#[derive(Debug, Clone, Copy)]
+pub enum Begin<'a> {
+    /// What the files hold, whatever that is.
+    Files,
+    /// What the files of backends with an index hold, proven by it as it is read. The others begin as
+    /// zero.
+    Proven(&'a [Option<BackendIndex>]),
+    /// Zero. What was in the file of a template is gone.
+    Zero,
+}
+
 /// The files of a machine: their descriptors hold their locks, and what was to be dropped from them at
 /// the end is dropped with this.
 #[derive(Debug, Default)]
 pub struct HeldFiles {
-    files: Vec<Held>,
+    /// One place for each backend, in the machine's order.
+    files: Vec<Option<Held>>,
 }
 
 #[derive(Debug)]
 struct Held {
-    file: File,
+    opened: OpenedFile,
     /// Bytes to drop at the end: offset and length.
     discard: Option<(u64, u64)>,
     /// Its name, where it was made for this machine.
@@ -91,9 +117,58 @@ struct Held {
 }
 
 impl HeldFiles {
+    /// Opens the files of all backends. What was made for a machine that then cannot be is removed.
+    pub fn open(spec: &MachineSpec) -> Result<Self, OpenError> {
+        let mut held = Self::default();
+        for backend in spec.backends() {
+            match backend.file().map(|source| hold(backend, source)) {
+                None => held.files.push(None),
+                Some(Ok(file)) => held.files.push(Some(file)),
+                Some(Err(error)) => {
+                    held.undo();
+                    return Err(error);
+                }
+            }
+        }
+        Ok(held)
+    }
+
+    /// The file of a backend; `None` where it has none, or one without a name.
+    pub fn named(&self, backend: usize) -> Option<&File> {
+        let held = self.files.get(backend)?.as_ref()?;
+        (!held.opened.is_nameless).then_some(&held.opened.file)
+    }
+
+    /// Maps or serves the memory of every backend: as often as a machine is made, but only when the one
+    /// before has ended. Nothing runs yet, and no page of a served file is read but where `prealloc`
+    /// asks for it.
+    pub fn make(
+        &self,
+        spec: &MachineSpec,
+        begin: Begin<'_>,
+        options: PagerOptions,
+    ) -> Result<(GuestRam, Option<Pager<Serving>>), ProvideError> {
+        let mut making = Making {
+            files: self,
+            begin,
+            options,
+            pager: None,
+        };
+        let backings = (0..)
+            .zip(spec.backends())
+            .map(|(position, backend)| making.backing(position, backend))
+            .collect::<Result<Vec<_>, _>>()?;
+        let pager = making.pager.take().map(Pager::<Idle>::serve).transpose()?;
+        for (backend, backing) in spec.backends().iter().zip(&backings) {
+            advise(backend, backing)?;
+        }
+        Ok((GuestRam::new(spec.layout(), backings)?, pager))
+    }
+
     /// Removes what was made for a machine that then could not be.
     fn undo(&self) {
-        for path in self.files.iter().filter_map(|held| held.made.as_ref()) {
+        let made = self.files.iter().flatten();
+        for path in made.filter_map(|held| held.made.as_ref()) {
             if let Err(error) = fs::remove_file(path) {
                 tracing::warn!(path = %path.display(), "a new and empty file stays: {error}");
             }
@@ -103,69 +178,62 @@ impl HeldFiles {
 
 impl Drop for HeldFiles {
     fn drop(&mut self) {
-        for held in &self.files {
+        for held in self.files.iter().flatten() {
             let Some((offset_bytes, bytes)) = held.discard else {
                 continue;
             };
             let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            if let Err(error) = rustix::fs::fallocate(&held.file, flags, offset_bytes, bytes) {
+            let file = &held.opened.file;
+            if let Err(error) = rustix::fs::fallocate(file, flags, offset_bytes, bytes) {
                 tracing::warn!("the content of a backend with discard-data=on stays: {error}");
             }
         }
     }
 }
 
+fn hold(backend: &BackendSpec, source: &FileSource) -> Result<Held, OpenError> {
+    let opened = open(backend, source)?;
+    let drops = source.discard_data() && source.access() == FileAccess::Template;
+    Ok(Held {
+        discard: drops.then_some((source.offset_bytes(), backend.bytes())),
+        made: opened.is_new.then(|| source.path().to_owned()),
+        opened,
+    })
+}
+
 /// Opens and maps every backend of `spec`. Nothing runs yet, and no page of a served file is read but
 /// where `prealloc` asks for it.
 pub fn provide(spec: &MachineSpec, options: PagerOptions) -> Result<MachineMemory, ProvideError> {
-    let mut making = Making {
-        options,
-        pager: None,
-        files: HeldFiles::default(),
-    };
-    match making.all(spec) {
-        Ok((ram, pager)) => Ok(MachineMemory {
-            ram,
-            pager,
-            files: making.files,
-        }),
+    let files = HeldFiles::open(spec)?;
+    match files.make(spec, Begin::Files, options) {
+        Ok((ram, pager)) => Ok(MachineMemory { ram, pager, files }),
         Err(error) => {
-            making.files.undo();
+            files.undo();
             Err(error)
         }
     }
 }
 
-struct Making {
+struct Making<'a> {
+    files: &'a HeldFiles,
+    begin: Begin<'a>,
     options: PagerOptions,
     pager: Option<Pager<Idle>>,
-    files: HeldFiles,
 }
 
-impl Making {
-    fn all(
+impl Making<'_> {
+    fn backing(
         &mut self,
-        spec: &MachineSpec,
-    ) -> Result<(GuestRam, Option<Pager<Serving>>), ProvideError> {
-        let backings = spec
-            .backends()
-            .iter()
-            .map(|backend| self.backing(backend))
-            .collect::<Result<Vec<_>, _>>()?;
-        let pager = self.pager.take().map(Pager::<Idle>::serve).transpose()?;
-        for (backend, backing) in spec.backends().iter().zip(&backings) {
-            advise(backend, backing)?;
-        }
-        Ok((GuestRam::new(spec.layout(), backings)?, pager))
-    }
-
-    fn backing(&mut self, backend: &BackendSpec) -> Result<RamBacking, ProvideError> {
+        position: usize,
+        backend: &BackendSpec,
+    ) -> Result<RamBacking, ProvideError> {
         let bytes = backend.bytes();
-        match backend.source() {
-            BackendSource::Ram { .. } | BackendSource::Memfd { share: false } => {
-                Ok(RamBacking::anonymous(bytes)?)
+        let held = self.files.files.get(position).and_then(Option::as_ref);
+        match (backend.source(), held) {
+            (BackendSource::File(source), Some(held)) => {
+                self.file_backing(position, backend, source, &held.opened)
             }
-            BackendSource::Memfd { share: true } => {
+            (BackendSource::Memfd { share: true }, _) => {
                 let file = memfd(backend).map_err(|source| ProvideError::Memfd {
                     id: backend.id().to_owned(),
                     bytes,
@@ -173,40 +241,41 @@ impl Making {
                 })?;
                 Ok(RamBacking::shared(&file, bytes)?)
             }
-            BackendSource::File(source) => self.file_backing(backend, source),
+            _ => Ok(RamBacking::anonymous(bytes)?),
         }
     }
 
     fn file_backing(
         &mut self,
+        position: usize,
         backend: &BackendSpec,
         source: &FileSource,
+        opened: &OpenedFile,
     ) -> Result<RamBacking, ProvideError> {
         let (bytes, offset_bytes) = (backend.bytes(), source.offset_bytes());
-        let opened = open(backend, source)?;
         let file = &opened.file;
-        let backing = match source.access() {
-            FileAccess::Private | FileAccess::Clone if !opened.is_nameless => {
-                self.served(backend, source, file)
-            }
-            FileAccess::Private | FileAccess::Clone => {
-                RamBacking::anonymous(bytes).map_err(ProvideError::from)
-            }
-            FileAccess::Template => {
-                RamBacking::shared_from(file, offset_bytes, bytes).map_err(ProvideError::from)
-            }
-            FileAccess::Rom { .. } => {
-                RamBacking::rom(file, offset_bytes, bytes).map_err(ProvideError::from)
-            }
+        let proof = match self.begin {
+            Begin::Proven(indexes) => indexes.get(position).and_then(Option::as_ref),
+            Begin::Files | Begin::Zero => None,
         };
-        let drops = source.discard_data() && source.access() == FileAccess::Template;
-        // Also where it cannot be mapped: what was made for it is then removed again.
-        self.files.files.push(Held {
-            discard: drops.then_some((offset_bytes, bytes)),
-            made: opened.is_new.then(|| source.path().to_owned()),
-            file: opened.file,
-        });
-        backing
+        let as_file = matches!(self.begin, Begin::Files) || proof.is_some();
+        match source.access() {
+            FileAccess::Private | FileAccess::Clone if as_file && !opened.is_nameless => {
+                self.served(backend, source, file, proof)
+            }
+            // What the file holds is of no interest, or there is nothing in it.
+            FileAccess::Private | FileAccess::Clone => Ok(RamBacking::anonymous(bytes)?),
+            FileAccess::Template => {
+                if !as_file {
+                    clear(file, offset_bytes, bytes).map_err(|source| ProvideError::Clear {
+                        id: backend.id().to_owned(),
+                        source,
+                    })?;
+                }
+                Ok(RamBacking::shared_from(file, offset_bytes, bytes)?)
+            }
+            FileAccess::Rom { .. } => Ok(RamBacking::rom(file, offset_bytes, bytes)?),
+        }
     }
 
     /// Memory that the pager fills from `file`, which is open for reading only.
@@ -215,13 +284,17 @@ impl Making {
         backend: &BackendSpec,
         source: &FileSource,
         file: &File,
+        proof: Option<&BackendIndex>,
     ) -> Result<RamBacking, ProvideError> {
         let refused = |source| ProvideError::Image {
             id: backend.id().to_owned(),
             source,
         };
         let offset_bytes = source.offset_bytes();
-        let index = BackendIndex::unsummed(file, offset_bytes, backend.bytes()).map_err(refused)?;
+        let index = match proof {
+            Some(index) => index.clone(),
+            None => BackendIndex::unsummed(file, offset_bytes, backend.bytes()).map_err(refused)?,
+        };
         let again =
             open_again(file).map_err(|source| refused(ImageError::Read { offset: 0, source }))?;
         let image = Image::part_of(again, source.path(), backend.id(), index, offset_bytes)
@@ -239,6 +312,23 @@ impl Making {
 fn open_again(file: &File) -> io::Result<File> {
     let link = format!("/proc/self/fd/{}", file.as_raw_fd());
     File::open(link).or_else(|_| file.try_clone())
+}
+
+/// Makes a part of a file all zero.
+fn clear(file: &File, offset_bytes: u64, bytes: u64) -> io::Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    if rustix::fs::fallocate(file, flags, offset_bytes, bytes).is_ok() {
+        return Ok(());
+    }
+    let zeros = [0; CLEAR_BYTES];
+    let end = offset_bytes + bytes;
+    let mut at = offset_bytes;
+    while at < end {
+        let length = usize::try_from(end - at).map_or(CLEAR_BYTES, |left| left.min(CLEAR_BYTES));
+        file.write_all_at(&zeros[..length], at)?;
+        at += length as u64;
+    }
+    Ok(())
 }
 
 fn memfd(backend: &BackendSpec) -> io::Result<File> {

@@ -3,14 +3,16 @@
 
 use serde_json::json;
 
-use super::memory::{Begin, Made};
+use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
 use crate::arch::x86_64::regs::InitialRegisters;
 use crate::machine::{Failure, Machine, MachineError, Outcome};
+use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
 use crate::qemu::link::reason;
 use crate::qemu::qmp::message::QmpError;
 use crate::report::{exit, one_line};
+use crate::sys::lock::LockKind;
 
 /// What `cont` says of a machine that was never given a program.
 const NOTHING_TO_RUN: &str =
@@ -18,7 +20,7 @@ const NOTHING_TO_RUN: &str =
 
 impl Vm {
     /// Makes the machine anew, from its beginning. What was there must have ended.
-    pub(super) fn make_machine(&mut self, begin: &Begin<'_>) -> Result<(), OptionError> {
+    pub(super) fn make_machine(&mut self, begin: Begin<'_>) -> Result<(), OptionError> {
         let Made { ram, pager } = self.memory.make(begin)?;
         let target = self
             .serial
@@ -67,6 +69,10 @@ impl Vm {
         if !self.has_program {
             return Err(QmpError::generic(NOTHING_TO_RUN));
         }
+        // Clones may have begun to read the files while the state was there.
+        self.memory
+            .lock(LockKind::Exclusive)
+            .map_err(|error| QmpError::generic(error.to_string()))?;
         self.held
             .resume(self.number, &self.ends_sender)
             .map_err(|error| QmpError::generic(one_line(&error)))?;
@@ -136,7 +142,7 @@ impl Vm {
     fn reset(&mut self, status: RunStatus) -> Result<(), OptionError> {
         self.held.end();
         self.pager = None;
-        self.make_machine(&Begin::Zero)?;
+        self.make_machine(Begin::Zero)?;
         self.has_program = true;
         let runs = status == RunStatus::Running;
         self.status = match status {

@@ -5,10 +5,10 @@ use std::path::Path;
 
 use pando_pager::image::{BackendIndex, Index};
 
-use super::memory::Begin;
 use super::outgoing::MigrationStatus;
 use super::{After, Held, RunStatus, Vm};
 use crate::machine::{HostCheck, Machine};
+use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::identity::Uuid;
 use crate::qemu::migration::address::StateAddress;
@@ -153,7 +153,7 @@ impl Vm {
         let indexes = self.prove_files(&saved)?;
         let made = self
             .memory
-            .make(&Begin::Saved(&indexes))
+            .make(Begin::Proven(&indexes))
             .map_err(|error| LoadError::invalid(error.to_string()))?;
         load_ram(&saved, &mut file, ram_place, &made.ram)?;
         let state = state_file::decode(&file.path, &saved.machine)

@@ -32,6 +32,7 @@ use super::line::wanted::Incoming;
 use super::qmp::port::{Ask, Bus, MAX_REQUESTS};
 use super::{hmp, qmp};
 use crate::machine::Outcome;
+use crate::memory::provide::Begin;
 
 /// Most ends of machines that wait: there is one machine at a time.
 const MAX_ENDS: usize = 8;
@@ -149,7 +150,7 @@ impl Vm {
             tell,
         };
         if !waits {
-            vm.make_machine(&memory::Begin::Files)?;
+            vm.make_machine(Begin::Files)?;
         }
         Ok(vm)
     }

@@ -21,7 +21,8 @@ use crate::qemu::migration::ram::{self, Placement};
 use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::one_line;
-use crate::spec::{BackendSource, FileAccess};
+use crate::spec::{BackendSource, FileAccess, FileSource};
+use crate::sys::lock::LockKind;
 use crate::template::seal::Seal;
 use crate::template::state_file;
 
@@ -187,7 +188,10 @@ impl Vm {
                 _ => None,
             };
             let file = self.memory.file(position).zip(shared);
-            left_out.push(match file.filter(|_| capabilities.ignore_shared) {
+            // A page index begins where its file does.
+            let is_whole = |source: &&FileSource| source.offset_bytes() == 0;
+            let file = file.filter(|(_, source)| capabilities.ignore_shared && is_whole(source));
+            left_out.push(match file {
                 Some((file, source)) => Some(LeftOut {
                     file: file.try_clone().map_err(|error| error.to_string())?,
                     path: source.path().to_owned(),
@@ -255,6 +259,10 @@ impl Vm {
             Ok(statistics) => {
                 self.migration.status = MigrationStatus::Completed(statistics);
                 self.status = RunStatus::PostMigrate;
+                // Nobody writes the files now: clones may read them while this machine is still there.
+                if let Err(error) = self.memory.lock(LockKind::Shared) {
+                    self.say(&error.to_string());
+                }
                 self.migration_event("completed");
             }
             Err(_) if saved.cancelled => {
