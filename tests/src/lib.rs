@@ -3,5 +3,6 @@
 pub mod command;
 pub mod metrics;
 pub mod qemu;
+pub mod qemu_differences;
 pub mod rig;
 pub mod style;

@@ -226,6 +226,15 @@ impl Serial {
             .write_all(format!("{command}\n").as_bytes())?;
         self.line()
     }
+
+    /// Whether the guest's pages hold what [`write`] with this salt put there.
+    pub fn holds(&mut self, pages: u64, salt: u64) -> Result<bool> {
+        let answer = self.ask(&format!(
+            "v {FIRST_PAGE:x} {pages:x} {pages:x} 0 0 {salt:x}"
+        ))?;
+        ensure!(answer.starts_with("ok v"), "{answer}");
+        Ok(answer.starts_with(&format!("ok v {pages:x} 0 ")))
+    }
 }
 
 /// Makes a template of the built-in guest in `dir`: RAM in `template`, the state in `state`. The guest
@@ -254,9 +263,4 @@ const FIRST_PAGE: u64 = 0x1000;
 /// The command to write a word into each of `pages` pages.
 pub fn write(pages: u64, salt: u64) -> String {
     format!("w {FIRST_PAGE:x} {pages:x} {pages:x} 0 0 {salt:x}")
-}
-
-/// The command to verify them; the answer begins with `ok v 0` when all are right.
-pub fn verify(pages: u64, salt: u64) -> String {
-    format!("v {FIRST_PAGE:x} {pages:x} {pages:x} 0 0 {salt:x}")
 }

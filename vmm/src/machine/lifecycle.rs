@@ -86,6 +86,11 @@ impl MachineHandle {
         let _ = self.requests.send(Message::Stop { reason });
     }
 
+    /// Presses the power button. What comes of it is the guest's decision, once it runs.
+    pub fn press_power_button(&self) {
+        let _ = self.requests.send(Message::PressPowerButton);
+    }
+
     /// Stops the vCPUs at a consistent point and waits for that. Whoever owns the machine still
     /// has a `Machine<Running>`; its `pause` then has nothing left to do.
     pub fn pause(&self) -> Result<(), MachineError> {

@@ -69,7 +69,7 @@ fn read_file(path: &str) -> Result<String, String> {
 }
 
 /// Makes the machine and runs it until the end; the exit code.
-pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, OptionError> {
+pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionError> {
     let program = wanted.program.clone();
     let background = match background::begin(&program, words)? {
         Background::Parent(code) => return Ok(code),
@@ -84,14 +84,12 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
         .transpose()?;
     let plan = Plan::new(wanted)?;
     let monitors = plan.wanted.monitors.clone();
-    let mut links = Vec::new();
-    for option in &monitors {
-        links.push(open_link(&option.chardev, &option.id, &mut *tell)?);
-    }
+    // Before the monitors: who can connect finds a machine.
     let mut vm = Vm::new(plan, tell)?;
     let sender = vm.sender();
     let mut started = Vec::new();
-    for (option, link) in monitors.iter().zip(links) {
+    for option in &monitors {
+        let link = open_link(&option.chardev, &option.id, &mut |line| vm.say(line))?;
         let monitor = server::start(option, link, sender.clone(), Message::Ask)
             .map_err(|error| OptionError::new(format!("cannot start a monitor: {error}")))?;
         if option.control {

@@ -19,6 +19,7 @@
 
 mod module;
 mod numa;
+mod power_button;
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
@@ -186,6 +187,7 @@ fn dsdt(spec: &MachineSpec) -> Vec<u8> {
     )
     .to_aml_bytes(&mut dsdt);
     com1(&mut dsdt);
+    power_button::append(&mut dsdt);
     for cpu in 0..spec.cpus().get() {
         processor(&mut dsdt, cpu);
     }

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::arch::x86_64::smbios::{MAX_TEXT_BYTES, SystemTexts};
 use crate::qemu::error::OptionError;
 use crate::qemu::words::{Form, Props};
 
@@ -48,23 +49,6 @@ impl fmt::Display for Uuid {
         }
         Ok(())
     }
-}
-
-/// What SMBIOS says of the system (type 1). Empty texts are not there.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct SystemTexts {
-    /// Who made it.
-    pub manufacturer: String,
-    /// What it is called.
-    pub product: String,
-    /// Its version.
-    pub version: String,
-    /// Its serial number.
-    pub serial: String,
-    /// Its stock keeping unit.
-    pub sku: String,
-    /// Its family.
-    pub family: String,
 }
 
 /// Who the machine is.
@@ -135,6 +119,12 @@ impl Identity {
             );
         }
         props.finish()?;
+        if system.bytes() > MAX_TEXT_BYTES {
+            return Err(OptionError::new(format!(
+                "the texts have {} bytes together, the most is {MAX_TEXT_BYTES}",
+                system.bytes()
+            )));
+        }
         self.system = Some(system);
         Ok(())
     }

@@ -57,10 +57,9 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
                     "can't create shm backend with `share=off`",
                 ));
             }
-            return Err(OptionError::new(
-                "memory-backend-shm cannot be had: use memory-backend-memfd,share=on, which is the same \
-                 without a name",
-            ));
+            // Shared memory without a name, either way.
+            props.add("share", "on");
+            BackendKind::Memfd
         }
         other => {
             let error = not_accepted("qom-type", other);

@@ -116,7 +116,7 @@ pub fn set(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
             vm.changed.insert((id, name.to_owned()), on);
             Ok(json!({}))
         }
-        "share" | "prealloc" => Err(QmpError::generic("cannot change property value")),
+        "share" | "prealloc" | "reserve" => Err(QmpError::generic("cannot change property value")),
         "size" => Err(QmpError::generic(format!(
             "cannot change property size of {} ",
             kind.qemu_name()

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
 use crate::arch::x86_64::regs::InitialRegisters;
+use crate::arch::x86_64::smbios;
 use crate::machine::{Failure, Machine, MachineError, Outcome};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
@@ -22,6 +23,12 @@ impl Vm {
     /// Makes the machine anew, from its beginning. What was there must have ended.
     pub(super) fn make_machine(&mut self, begin: Begin<'_>) -> Result<(), OptionError> {
         let Made { ram, pager } = self.memory.make(begin)?;
+        let identity = &self.plan.wanted.identity;
+        if self.plan.boot.is_some() && (identity.uuid.is_some() || identity.system.is_some()) {
+            let system = identity.system.clone().unwrap_or_default();
+            smbios::write(&ram, &system, identity.uuid.unwrap_or_default().0)
+                .map_err(|error| OptionError::new(one_line(&error)))?;
+        }
         let target = self
             .serial
             .target()
@@ -99,11 +106,11 @@ impl Vm {
         Ok(())
     }
 
-    /// Presses the power button.
+    /// Presses the power button; what comes of it is the guest's decision.
     pub(in crate::qemu) fn system_powerdown(&mut self) -> Result<(), QmpError> {
-        Err(QmpError::generic(
-            "this machine has no power button that its guest could see: tell the guest to power off, or use quit",
-        ))
+        self.held.press_power_button();
+        self.bus.send("POWERDOWN", None);
+        Ok(())
     }
 
     /// Takes the pages of a backend now.

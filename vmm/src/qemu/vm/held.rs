@@ -75,6 +75,15 @@ impl Held {
         }
     }
 
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        match self {
+            Self::Nothing => (),
+            Self::Fresh(machine) => machine.handle().press_power_button(),
+            Self::Started(started) => started.handle.press_power_button(),
+        }
+    }
+
     /// Everything but RAM. The vCPUs must be stopped.
     pub fn save(&self) -> Result<MachineState, MachineError> {
         match self {
