@@ -88,7 +88,7 @@ impl Image {
             return Err(ImageError::NotAFile { path });
         }
         let end = offset_bytes.checked_add(index.pages().bytes());
-        if end.is_none_or(|end| facts.len() < end) || offset_bytes % PAGE_BYTES != 0 {
+        if end.is_none_or(|end| facts.len() < end) || !offset_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(ImageError::Size {
                 path,
                 expected: offset_bytes.saturating_add(index.pages().bytes()),
