@@ -88,7 +88,7 @@ impl Image {
             return Err(ImageError::NotAFile { path });
         }
         let end = offset_bytes.checked_add(index.pages().bytes());
-        if end.is_none_or(|end| facts.len() < end) || offset_bytes % PAGE_BYTES != 0 {
+        if end.is_none_or(|end| facts.len() < end) || !offset_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(ImageError::Size {
                 path,
                 expected: offset_bytes.saturating_add(index.pages().bytes()),
@@ -175,7 +175,7 @@ mod tests {
         let page = PageRange::single(crate::page::PageIndex::new(1));
         assert_eq!(image.offset_of(page).get(), 12288);
         assert!(part(8192, 4 * 4096).is_err() && part(100, 4096).is_err());
-        assert!(part(u64::MAX - 4095, 4096).is_err());
+        part(u64::MAX - 4095, 4096).unwrap_err();
     }
 
     #[test]

@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use self::file::{BackendTable, Bytes, KindWord, MachineFile, RomWord};
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
+use crate::memory::open::{OpenError, fault_of_rom};
 use crate::observe::memory::total_bytes;
 use crate::payload;
 use crate::spec::{
@@ -47,6 +48,9 @@ pub enum ConfigError {
     /// No machine can be like that.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The file of read-only memory.
+    #[error(transparent)]
+    File(#[from] OpenError),
     /// Nothing to start.
     #[error("no kernel: give --kernel FILE, or kernel = \"FILE\" in the machine file")]
     NoKernel,
@@ -83,8 +87,7 @@ pub fn resolve(request: &MachineRequest) -> Result<(MachineSpec, BootSource), Co
 
 /// Checks a machine file against what machines and this host can be.
 pub fn resolve_file(file: &MachineFile) -> Result<(MachineSpec, BootSource), ConfigError> {
-    let spec = MachineSpec::from_parts(parts(file)?)?;
-    check_host(&spec)?;
+    let spec = check_parts(parts(file)?)?;
     let kernel = file.kernel.as_deref().ok_or(ConfigError::NoKernel)?;
     let boot = BootSource {
         kernel: if kernel == Path::new(EMBEDDED_KERNEL) {
@@ -101,8 +104,25 @@ pub fn resolve_file(file: &MachineFile) -> Result<(MachineSpec, BootSource), Con
     Ok((spec, boot))
 }
 
+/// Checks what was asked for, in whatever words, against what machines and this host can be.
+pub fn check_parts(parts: MachineParts) -> Result<MachineSpec, ConfigError> {
+    let backends = parts.backends.clone();
+    let spec = MachineSpec::from_parts(parts).map_err(|error| {
+        let is_rom = |backend: &&BackendSpec| match &error {
+            SpecError::RomAsRam { id } => backend.id() == id,
+            _ => false,
+        };
+        match backends.iter().find(is_rom).and_then(fault_of_rom) {
+            Some(fault) => ConfigError::File(fault),
+            None => ConfigError::Spec(error),
+        }
+    })?;
+    check_host(&spec)?;
+    Ok(spec)
+}
+
 /// Refuses a machine with more memory than this host has.
-pub fn check_host(spec: &MachineSpec) -> Result<(), ConfigError> {
+fn check_host(spec: &MachineSpec) -> Result<(), ConfigError> {
     let wanted_bytes = spec.layout().total_bytes();
     match total_bytes() {
         Some(host_bytes) if wanted_bytes > host_bytes => Err(ConfigError::MemoryAboveHost {

@@ -12,13 +12,15 @@
 //!
 //! A file that this call made is removed again when the call fails.
 
+mod error;
+
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+pub use error::OpenError;
 use rustix::fs::{Access, AtFlags, CWD, Mode, OFlags};
-use thiserror::Error;
 
 use super::layout::PAGE_BYTES;
 use crate::spec::{BackendSpec, FileAccess, FileSource};
@@ -30,113 +32,6 @@ const READONLY_HINT: &str = "\nConsider opening the backing store read-only but 
      documentation)";
 /// Magic number of hugetlbfs.
 const HUGETLBFS_MAGIC: u64 = 0x958f_4588;
-
-/// Why the file of a memory backend cannot be used.
-#[derive(Debug, Error)]
-pub enum OpenError {
-    /// It cannot be opened or made.
-    #[error(
-        "can't open backing store {} for guest RAM: {why}{hint}",
-        path.display()
-    )]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        why: String,
-        /// What to do, on a line of its own; may be empty.
-        hint: &'static str,
-    },
-    /// A link to nothing.
-    #[error(
-        "can't open backing store {} for guest RAM: it is a symbolic link to a file that does not exist: \
-         make that file, or remove the link", path.display()
-    )]
-    Dangling {
-        /// The link.
-        path: PathBuf,
-    },
-    /// Not something that holds memory.
-    #[error(
-        "unable to map backing store for guest RAM: No such device: {} is {what}, not a regular file",
-        path.display()
-    )]
-    NotAFile {
-        /// What was named.
-        path: PathBuf,
-        /// What it is.
-        what: &'static str,
-    },
-    /// Nothing to begin with.
-    #[error(
-        "{id} backing store {} is empty: a clone begins as the file of a template; name that file, \
-         or make it with share=on", path.display()
-    )]
-    Empty {
-        /// The backend.
-        id: String,
-        /// The file.
-        path: PathBuf,
-    },
-    /// Not enough.
-    #[error(
-        "{id} backing store size {actual_bytes:#x} is too small for 'size' option {bytes:#x} plus \
-         'offset' option {offset_bytes:#x}: {} is another backend's file, or was cut", path.display()
-    )]
-    TooSmall {
-        /// The backend.
-        id: String,
-        /// The file.
-        path: PathBuf,
-        /// Its size.
-        actual_bytes: u64,
-        /// The backend's size.
-        bytes: u64,
-        /// Where the backend begins in it.
-        offset_bytes: u64,
-    },
-    /// Pages of another size than the numbers fit.
-    #[error(
-        "memory backend {id}: {what} {value:#x} must be multiples of page size {page_bytes:#x}, that \
-         of the file system of {}", path.display()
-    )]
-    PageSize {
-        /// The backend.
-        id: String,
-        /// The file.
-        path: PathBuf,
-        /// Which number.
-        what: &'static str,
-        /// The number.
-        value: u64,
-        /// Size of a page there.
-        page_bytes: u64,
-    },
-    /// Somebody writes it.
-    #[error(
-        "memory backend {id}: {} is in use by {who}: end it first, or what the guest reads would \
-         change under it", path.display()
-    )]
-    InUse {
-        /// The backend.
-        id: String,
-        /// The file.
-        path: PathBuf,
-        /// By whom.
-        who: &'static str,
-    },
-    /// Something else about the file.
-    #[error("cannot {what} {}", path.display())]
-    Io {
-        /// What was being done.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-}
 
 /// The file of a backend, open as its access says: for writing only where it is a template.
 #[derive(Debug)]
@@ -161,6 +56,13 @@ pub fn open(backend: &BackendSpec, source: &FileSource) -> Result<OpenedFile, Op
         FileAccess::Template | FileAccess::Private => opening.writable(),
         FileAccess::Clone | FileAccess::Rom { .. } => opening.read_only(),
     }
+}
+
+/// What is wrong with the file of read-only memory, if anything is. For a refusal of such memory that would
+/// hide it: QEMU speaks of the file first. Files that opening could make or change are not looked at.
+pub fn fault_of_rom(backend: &BackendSpec) -> Option<OpenError> {
+    let source = backend.file().filter(|_| backend.is_rom())?;
+    open(backend, source).err()
 }
 
 struct Opening<'a> {

@@ -206,7 +206,7 @@ impl BackendSpec {
             return Err(BackendError::Empty { id });
         }
         let source = source(&options)?;
-        if options.bytes % PAGE_BYTES != 0 {
+        if !options.bytes.is_multiple_of(PAGE_BYTES) {
             return Err(BackendError::Size {
                 id,
                 kind: options.kind.qemu_name(),
@@ -214,7 +214,7 @@ impl BackendSpec {
             });
         }
         let spec = Self {
-            id,
+            id: options.id,
             bytes: options.bytes,
             source,
             align_bytes: options.align_bytes,
@@ -333,7 +333,7 @@ fn source(options: &BackendOptions) -> Result<BackendSource, BackendError> {
             discard_data: options.discard_data,
         }),
     };
-    if align_bytes % PAGE_BYTES != 0 {
+    if !align_bytes.is_multiple_of(PAGE_BYTES) {
         return Err(BackendError::AlignPages {
             id: id(),
             align_bytes,
@@ -346,7 +346,7 @@ fn source(options: &BackendOptions) -> Result<BackendSource, BackendError> {
         });
     }
     let offset_bytes = options.offset_bytes;
-    if offset_bytes % PAGE_BYTES != 0 {
+    if !offset_bytes.is_multiple_of(PAGE_BYTES) {
         return Err(BackendError::Offset {
             id: id(),
             offset_bytes,

@@ -27,9 +27,6 @@ const IMPROVED: [(&str, &str); 5] = [
     ),
     ("clone-norom", "add rom=off for a clone of its file"),
 ];
-/// Read-only memory as all RAM is refused before the file is looked at.
-const REFUSED_BEFORE: (&str, &str) = ("tpl-dir-ro", "add rom=off for a clone of its file");
-
 fn text_of(value: &Value, key: &str) -> String {
     value[key].as_str().unwrap_or_default().to_owned()
 }
@@ -94,10 +91,7 @@ fn check(case: &Value) {
     shell(&text_of(case, "setup"), dir);
     let before = entries(dir);
     let result = attempt(case, dir);
-    let improved = IMPROVED
-        .iter()
-        .chain([&REFUSED_BEFORE])
-        .find(|(name, _)| *name == id);
+    let improved = IMPROVED.iter().find(|(name, _)| *name == id);
     if let Some((_, text)) = improved {
         let error = result.map(|_| ()).unwrap_err();
         assert!(error.contains(text), "{id}: {error}");

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use pando_vmm::config::{ConfigError, check_parts};
 use pando_vmm::spec::{
     BackendKind, BackendOptions, BackendSpec, CpuCount, DimmParts, MachineParts, MachineSpec,
     MemoryParts, NodeParts, OnOffAuto, SpecError,
@@ -64,7 +65,7 @@ fn object(text: &str) -> Result<BackendSpec, SpecError> {
 }
 
 /// The machine of a command line; `$D` stands for `dir`.
-pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, SpecError> {
+pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, ConfigError> {
     let mut parts = MachineParts {
         cpus: CpuCount::ONE,
         backends: vec![],
@@ -106,7 +107,7 @@ pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, SpecEr
     parts
         .backends
         .retain(|backend| used.iter().any(|id| id == backend.id()));
-    MachineSpec::from_parts(parts)
+    check_parts(parts)
 }
 
 fn node(text: &str) -> NodeParts {

@@ -18,7 +18,7 @@ impl fmt::Display for Bytes {
     /// With the greatest unit that gives a whole number.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let units = [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')];
-        let whole = |(shift, _): &(u32, char)| self.0 != 0 && self.0 % (1 << shift) == 0;
+        let whole = |(shift, _): &(u32, char)| self.0 != 0 && self.0.is_multiple_of(1 << shift);
         match units.into_iter().find(whole) {
             Some((shift, unit)) => write!(f, "{}{unit}", self.0 >> shift),
             None => write!(f, "{}B", self.0),

@@ -250,8 +250,8 @@ proptest! {
 fn cores_of_two_nodes_share_no_cache() {
     let sharing = |bits| {
         let leaves = guest_cpuid_in_nodes(&everything(), 0, 4, bits);
-        let caches = leaves.iter().filter(|leaf| leaf.function == 4);
-        let last = caches.filter(|leaf| leaf.eax >> 5 & 7 == 3).next().unwrap();
+        let mut caches = leaves.iter().filter(|leaf| leaf.function == 4);
+        let last = caches.find(|leaf| leaf.eax >> 5 & 7 == 3).unwrap();
         last.eax >> 14 & 0xfff
     };
     assert_eq!([0, 1, 2, 9].map(sharing), [0, 1, 3, 3]);
