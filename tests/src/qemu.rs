@@ -1,10 +1,10 @@
 #![forbid(unsafe_code)]
 //! `pando qemu` as a person runs it, and a QMP client of the plainest kind.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -42,6 +42,20 @@ impl Qmp {
     /// Sends bytes as they are.
     pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
         Ok(self.reader.get_mut().write_all(bytes)?)
+    }
+
+    /// Sends `bytes` again and again, and reads nothing, until no more goes.
+    pub fn stall(&mut self, bytes: &[u8]) -> Result<()> {
+        let stream = self.reader.get_mut();
+        stream.set_write_timeout(Some(Duration::from_millis(500)))?;
+        let start = Instant::now();
+        loop {
+            match stream.write_all(bytes) {
+                Ok(()) => ensure!(start.elapsed() < HANG, "everything is taken"),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// The next message, whatever it is.
