@@ -58,6 +58,11 @@ impl Qmp {
         }
     }
 
+    /// The socket, to send what no text can say.
+    pub fn socket(&self) -> &UnixStream {
+        self.reader.get_ref()
+    }
+
     /// The next message, whatever it is.
     pub fn receive(&mut self) -> Result<Value> {
         let mut line = String::new();
@@ -184,10 +189,10 @@ impl QemuVm {
             &socket(&serial),
         ]);
         let mut running = Running::start(&mut command)?;
-        let started = eventually("the monitor is there", || {
-            monitor.exists() || !matches!(running.child.try_wait(), Ok(None))
-        });
-        started?;
+        // A socket may be there that is dead.
+        eventually("the monitor is there", || {
+            UnixStream::connect(&monitor).is_ok() || !matches!(running.child.try_wait(), Ok(None))
+        })?;
         match Qmp::open(&monitor) {
             Ok(qmp) => Ok(Self {
                 running,

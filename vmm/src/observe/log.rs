@@ -25,8 +25,9 @@ pub fn start(verbosity: u8) {
 /// Starts logging to a file, or to standard error where there is none; `filter` adds to warnings, in
 /// the form of `PANDO_LOG`.
 pub fn start_to(path: Option<&Path>, filter: &str) -> io::Result<()> {
-    let default = format!("warn,metrics_exporter_prometheus=error,{filter}");
-    let filter = EnvFilter::builder().parse_lossy(default.trim_end_matches(','));
+    let asked = std::env::var("PANDO_LOG").unwrap_or_default();
+    let all = format!("warn,metrics_exporter_prometheus=error,{filter},{asked}");
+    let filter = EnvFilter::builder().parse_lossy(all.trim_end_matches(','));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)

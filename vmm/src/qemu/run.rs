@@ -3,13 +3,13 @@
 
 use std::fs;
 use std::io::Read;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
 use crossbeam::channel::Sender;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use super::background::{self, Background};
 use super::error::OptionError;
@@ -131,16 +131,15 @@ fn start_log(program: &ProgramOptions) -> Result<(), OptionError> {
 }
 
 fn watch_signals(sender: Sender<Message>) -> std::io::Result<()> {
-    let (mut signals, end) = UnixStream::pair()?;
-    for signal in [SIGINT, SIGTERM, SIGHUP] {
-        signal_hook::low_level::pipe::register(signal, end.try_clone()?)?;
-    }
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
     // Ends with the process: it waits for a signal, which need never come.
     thread::Builder::new()
         .name("signals".to_owned())
         .spawn(move || {
-            if signals.read(&mut [0]).is_ok() {
-                let _ = sender.send(Message::Signal(SIGTERM));
+            for signal in signals.forever() {
+                if sender.send(Message::Signal(signal)).is_err() {
+                    break;
+                }
             }
         })?;
     Ok(())

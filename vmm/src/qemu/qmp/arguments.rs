@@ -149,8 +149,8 @@ impl Arguments {
     }
 
     /// All of them.
-    pub fn into_map(self) -> Map<String, Value> {
-        self.0
+    pub fn to_map(&self) -> Map<String, Value> {
+        self.0.clone()
     }
 }
 

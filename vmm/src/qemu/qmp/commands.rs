@@ -11,7 +11,7 @@ use crate::qemu::hmp;
 use crate::qemu::vm::{MAX_FDS, Vm};
 
 /// What a command does.
-pub type Run = fn(&mut Vm, Arguments) -> Result<Value, QmpError>;
+pub type Run = fn(&mut Vm, &Arguments) -> Result<Value, QmpError>;
 
 /// One command.
 #[derive(Debug, Clone, Copy)]
@@ -277,7 +277,7 @@ pub fn execute(vm: &mut Vm, name: &str, arguments: Map<String, Value>) -> Result
         return Err(QmpError::of(Class::CommandNotFound, desc));
     };
     let arguments = Arguments::check(arguments, command.args, command.open)?;
-    (command.run)(vm, arguments)
+    (command.run)(vm, &arguments)
 }
 
 /// `qmp_capabilities`: whether out-of-band commands are wanted.
@@ -317,7 +317,7 @@ fn names() -> Value {
         .collect()
 }
 
-fn get_fd(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+fn get_fd(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let name = args.text("fdname");
     let Some(fd) = vm.passed.pop() else {
         return Err(QmpError::generic(
@@ -338,7 +338,7 @@ fn get_fd(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
     Ok(json!({}))
 }
 
-fn close_fd(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+fn close_fd(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let name = args.text("fdname");
     match vm.fds.remove(name) {
         Some(_) => Ok(json!({})),

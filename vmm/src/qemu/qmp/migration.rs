@@ -52,7 +52,7 @@ fn address_of(args: &Arguments) -> Result<StateAddress, QmpError> {
 }
 
 /// `migrate`
-pub fn migrate(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn migrate(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     if args.switch("resume") == Some(true) {
         return Err(QmpError::generic(
             "resume is for postcopy, which Pando does not have: a save that failed is begun again",
@@ -61,25 +61,25 @@ pub fn migrate(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
     if let Some(why) = vm.status().save_refusal() {
         return Err(QmpError::generic(why));
     }
-    vm.migrate(&address_of(&args)?)?;
+    vm.migrate(&address_of(args)?)?;
     Ok(json!({}))
 }
 
 /// `migrate-incoming`
-pub fn incoming(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
-    let address = address_of(&args)?;
+pub fn incoming(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let address = address_of(args)?;
     vm.migrate_incoming(&address, args.switch("exit-on-error").unwrap_or(true))?;
     Ok(json!({}))
 }
 
 /// `migrate_cancel`
-pub fn cancel(vm: &mut Vm, _: Arguments) -> Result<Value, QmpError> {
+pub fn cancel(vm: &mut Vm, _: &Arguments) -> Result<Value, QmpError> {
     vm.cancel_migration();
     Ok(json!({}))
 }
 
 /// `migrate-set-capabilities`
-pub fn set_capabilities(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     const ELEMENT: &[Arg] = &[must("capability", Kind::Str), must("state", Kind::Bool)];
     if vm.status() == RunStatus::FinishMigrate {
         return Err(QmpError::generic("There's a migration process in progress"));
@@ -120,7 +120,7 @@ pub fn set_capabilities(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError>
 }
 
 /// `query-migrate-capabilities`
-pub fn capabilities(vm: &mut Vm, _: Arguments) -> Result<Value, QmpError> {
+pub fn capabilities(vm: &mut Vm, _: &Arguments) -> Result<Value, QmpError> {
     let capabilities = vm.capabilities();
     Ok(NAMES
         .iter()
@@ -132,9 +132,9 @@ pub fn capabilities(vm: &mut Vm, _: Arguments) -> Result<Value, QmpError> {
 }
 
 /// `migrate-set-parameters`
-pub fn set_parameters(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn set_parameters(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let mut changed = Vec::new();
-    for (name, value) in args.into_map() {
+    for (name, value) in args.to_map() {
         if PARAMETERS.iter().any(|(known, _)| *known == name) {
             if value.as_u64().is_none() {
                 return Err(QmpError::generic(format!(
@@ -145,7 +145,7 @@ pub fn set_parameters(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
             continue;
         }
         match FIXED.iter().find(|(known, _)| *known == name) {
-            Some((_, fixed)) if value.to_string() == *fixed => (),
+            Some((_, fixed)) if is_text_of(&value, fixed) => (),
             Some((_, fixed)) => {
                 return Err(QmpError::generic(format!(
                     "Parameter '{name}' cannot be {value}: Pando saves to files, where it is {fixed}"
@@ -164,8 +164,12 @@ pub fn set_parameters(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
     Ok(json!({}))
 }
 
+fn is_text_of(value: &Value, text: &str) -> bool {
+    serde_json::from_str::<Value>(text).is_ok_and(|fixed| fixed == *value)
+}
+
 /// `query-migrate-parameters`
-pub fn parameters(vm: &mut Vm, _: Arguments) -> Result<Value, QmpError> {
+pub fn parameters(vm: &mut Vm, _: &Arguments) -> Result<Value, QmpError> {
     let mut all = serde_json::Map::new();
     for (name, value) in PARAMETERS {
         all.insert((*name).to_owned(), json!(value));

@@ -34,7 +34,7 @@ fn find<'a>(vm: &'a Vm, path: &str) -> Result<Place<'a>, QmpError> {
 }
 
 /// `qom-list`
-pub fn list(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn list(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let mut properties = vec![json!({"name": "type", "type": "string"})];
     match find(vm, args.text("path"))? {
         Place::Root => properties.extend([
@@ -57,7 +57,7 @@ pub fn list(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
 }
 
 /// `qom-get`
-pub fn get(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let name = args.text("property");
     let not_found = |kind: &str| QmpError::generic(format!("Property '{kind}.{name}' not found"));
     match find(vm, args.text("path"))? {
@@ -86,7 +86,7 @@ pub fn get(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
 }
 
 /// `qom-set`
-pub fn set(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let name = args.text("property");
     let value = args.any("value").cloned().unwrap_or_default();
     let (id, kind) = match find(vm, args.text("path"))? {
@@ -141,8 +141,8 @@ pub fn set(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
 }
 
 /// `object-add`
-pub fn add(_: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
-    let props = Props::from_json(Value::Object(args.into_map()));
+pub fn add(_: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let props = Props::from_json(Value::Object(args.to_map()));
     // What is wrong with it by itself comes first.
     props
         .and_then(|props| memory::backend(props, false))
@@ -153,7 +153,7 @@ pub fn add(_: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
 }
 
 /// `object-del`
-pub fn delete(vm: &mut Vm, args: Arguments) -> Result<Value, QmpError> {
+pub fn delete(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let id = args.text("id");
     let is_there = vm.objects().any(|backend| backend.id() == id);
     Err(QmpError::generic(if is_there {
