@@ -135,9 +135,9 @@ fn new_machine(
         .vm
         .supported_cpuid()
         .map_err(MachineError::vm("cannot ask kvm for its cpu features"))?;
-    let shared_bits = spec.numa().shared_bits(spec.cpus());
+    let package_bits = spec.numa().package_bits(spec.cpus());
     let cpuids = (0..cpus)
-        .map(|cpu| cpuid::guest_cpuid_in_nodes(&supported, cpu, cpus, shared_bits))
+        .map(|cpu| cpuid::guest_cpuid_in_nodes(&supported, cpu, cpus, package_bits))
         .collect();
     let vcpus = shell.make_vcpus(cpuids)?;
     timer.done("vcpus");

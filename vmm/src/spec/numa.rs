@@ -130,7 +130,7 @@ impl Numa {
 
     /// The greatest `n` such that vCPUs whose numbers differ in the lowest `n` bits only are always of one
     /// node.
-    pub fn shared_bits(&self, cpus: CpuCount) -> u32 {
+    pub fn package_bits(&self, cpus: CpuCount) -> u32 {
         let is_one = |bits: u32| {
             (0..cpus.get()).all(|cpu| self.node_of(cpu) == self.node_of(cpu >> bits << bits))
         };

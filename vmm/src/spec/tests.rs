@@ -142,14 +142,14 @@ fn vcpus_that_no_node_names_are_in_the_first() {
 }
 
 #[test]
-fn vcpus_share_what_never_reaches_into_another_node() {
+fn a_package_never_reaches_into_another_node() {
     let shared = |cpus: u32, second: &[u32]| {
         let mut parts = two_nodes();
         parts.cpus = CpuCount::new(cpus).unwrap();
         parts.nodes[0].cpus = second.to_vec();
         parts.nodes[1].cpus.clear();
         let spec = MachineSpec::from_parts(parts).unwrap();
-        spec.numa().shared_bits(spec.cpus())
+        spec.numa().package_bits(spec.cpus())
     };
     assert_eq!(shared(2, &[1]), 0);
     assert_eq!(shared(4, &[2, 3]), 1);

@@ -75,7 +75,7 @@ mod tests {
         assert_eq!(lock(&reader, LockKind::Shared, 0), Locked::Yes);
         let second = File::open(file.path()).unwrap();
         assert_eq!(lock(&second, LockKind::Shared, 0), Locked::Yes);
-        assert!(lock_range(&reader, LockKind::Exclusive, 0, 4096).is_err());
-        assert!(lock_range(&reader, LockKind::Shared, u64::MAX, 1).is_err());
+        lock_range(&reader, LockKind::Exclusive, 0, 4096).unwrap_err();
+        lock_range(&reader, LockKind::Shared, u64::MAX, 1).unwrap_err();
     }
 }

@@ -248,5 +248,5 @@ fn two_backends_never_write_the_same_bytes() {
         text.contains("memory backend b: ") && text.contains("in use"),
         "{text}"
     );
-    assert!(attempt("share=on", "share=on,offset=32M").is_err());
+    attempt("share=on", "share=on,offset=32M").unwrap_err();
 }

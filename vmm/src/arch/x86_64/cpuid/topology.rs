@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! What CPUID says about the machine's shape: one package, one thread a core, the last level cache
-//! shared by all cores, or by those of a node. The local APIC id of CPU `n` is `n`, as the ACPI tables say too.
+//! What CPUID says about the machine's shape: one package, or one for each node, one thread a core, the
+//! last level cache shared by all cores of a package. The local APIC id of CPU `n` is `n`, as the ACPI tables say too.
 
 use super::{CpuidEntry, INDEX_MATTERS, find};
 
@@ -16,22 +16,22 @@ const LEVEL_CORE: u32 = 2;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Topology {
     apic_id: u32,
+    /// Of one package.
     cpus: u32,
     /// Bits of the APIC id that tell cores apart.
     core_bits: u32,
-    /// How many of them tell apart cores that share the last level cache.
-    shared_bits: u32,
 }
 
 impl Topology {
-    pub(super) fn new(cpu: u8, cpus: u8, shared_bits: u32) -> Self {
-        let cpus = u32::from(cpus.max(1));
+    /// CPUs whose numbers differ in the lowest `package_bits` bits only are in one package.
+    pub(super) fn new(cpu: u8, cpus: u8, package_bits: u32) -> Self {
+        let most = 1_u32.checked_shl(package_bits).unwrap_or(u32::MAX);
+        let cpus = u32::from(cpus.max(1)).min(most);
         let core_bits = cpus.next_power_of_two().trailing_zeros();
         Self {
             apic_id: u32::from(cpu),
             cpus,
             core_bits,
-            shared_bits: shared_bits.min(core_bits),
         }
     }
 
@@ -51,10 +51,11 @@ impl Topology {
                 // ECX: number of cores less one, and the bits of the APIC id that they take.
                 0x8000_0008 if amd => entry.ecx = (self.cpus - 1) | self.core_bits << 12,
                 0x8000_001d => self.cache(entry, false),
-                // Extended APIC id; core id with one thread a core; node 0 of one.
+                // Extended APIC id; core id with one thread a core; the package's one node.
                 0x8000_001e => {
-                    (entry.eax, entry.ebx, entry.ecx, entry.edx) =
-                        (self.apic_id, self.apic_id, 0, 0);
+                    let core = self.apic_id & (self.id_space() - 1);
+                    let node = self.apic_id >> self.core_bits;
+                    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (self.apic_id, core, node, 0);
                 }
                 _ => {}
             }
@@ -77,7 +78,7 @@ impl Topology {
         }
     }
 
-    /// A cache leaf: levels 1 and 2 are a core's own, level 3 is everybody's in a node. Intel's leaf also
+    /// A cache leaf: levels 1 and 2 are a core's own, level 3 is everybody's. Intel's leaf also
     /// counts the cores of the package.
     fn cache(self, entry: &mut CpuidEntry, counts_cores: bool) {
         let kind = entry.eax & 0x1f;
@@ -85,11 +86,7 @@ impl Topology {
             return;
         }
         let level = entry.eax >> 5 & 0x7;
-        let sharing = if level >= 3 {
-            (1 << self.shared_bits) - 1
-        } else {
-            0
-        };
+        let sharing = if level >= 3 { self.id_space() - 1 } else { 0 };
         entry.eax = (entry.eax & 0x3fff) | sharing << 14;
         if counts_cores {
             entry.eax |= (self.id_space() - 1).min(0x3f) << 26;
