@@ -158,7 +158,7 @@ pub const DIFFERENCES: &[Difference] = &[
         &["dimm-hotplug*", "vmem-hotplug-nobus"],
         Kind::NotHere,
         0,
-        "a machine's memory is what it was started with: `object-add` and `device_add` say so",
+        "`object-add` makes a backend, and no device can be added that would use it: `device_add` says so",
     ),
     listed(
         &["bal-noguest", "bal-two"],

@@ -165,6 +165,20 @@ fn each_backend_of_a_template_is_its_own_file_and_a_wrong_mixture_is_refused_by_
 }
 
 #[test]
+fn a_machine_is_printed_as_the_file_that_makes_it_again() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut command = pando(&["qemu", "-print-machine", "-kernel", "embedded"])?;
+    command.args(machine(["f0", "f1", "f2"], ["share=on"; 3]));
+    let printed = finish(&mut command)?.expect_code(0)?.stdout;
+    let file = dir.path().join("machine.toml");
+    fs::write(&file, &printed)?;
+    let mut again = pando(&["run", "--print-machine", "--machine"])?;
+    let again = finish(again.arg(&file))?.expect_code(0)?;
+    assert_eq!(again.stdout, printed);
+    Ok(())
+}
+
+#[test]
 fn a_clone_of_a_template_that_may_still_be_written_is_refused() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let words = with(machine(["f0", "f1", "f2"], ["share=on"; 3]), &["-S"]);

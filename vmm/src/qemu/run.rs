@@ -20,6 +20,7 @@ use super::qmp::message::{PACKAGE, QEMU_VERSION};
 use super::qmp::server::{self, Monitor};
 use super::vm::{Message, Plan, Teller, Vm};
 use super::words::config_file;
+use crate::config::file::MachineFile;
 use crate::observe::log;
 use crate::report::exit;
 
@@ -48,7 +49,16 @@ pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
             "QEMU emulator version {major}.{minor}.{micro} ({PACKAGE})\n"
         )));
     }
-    Ok(Command::Machine(Box::new(wanted::read(&arguments)?)))
+    let wanted = wanted::read(&arguments)?;
+    if wanted.program.print_machine {
+        let plan = Plan::new(wanted)?;
+        let file = MachineFile::of(&plan.spec, plan.boot.as_ref(), None);
+        let text = file.to_toml();
+        return text
+            .map(Command::Text)
+            .map_err(|error| OptionError::new(error.to_string()));
+    }
+    Ok(Command::Machine(Box::new(wanted)))
 }
 
 fn read_file(path: &str) -> Result<String, String> {

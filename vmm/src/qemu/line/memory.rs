@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! Memory: `-m`, `-object memory-backend-*` and `-numa`, as parts of a machine.
 
-use crate::qemu::error::{OptionError, missing, not_accepted};
+use crate::qemu::error::{OptionError, expects, missing, not_accepted};
 use crate::qemu::words::{Form, Props, size};
 use crate::spec::{
     BackendKind, BackendOptions, BackendSpec, DistanceParts, MemoryParts, NodeParts, OnOffAuto,
@@ -29,7 +29,7 @@ pub fn sizes(text: &str) -> Result<MemoryParts, OptionError> {
     props.finish()?;
     if slots.is_some() && max_bytes.is_none() {
         return Err(OptionError::new(
-            "invalid -m option value: missing 'maxmem' option",
+            "slots specified but no max-size: invalid -m option value: missing 'maxmem' option",
         ));
     }
     Ok(MemoryParts {
@@ -71,6 +71,11 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
         }
     };
     let id = props.required("id")?;
+    if !is_identifier(&id) {
+        return Err(expects("id", "an identifier").hint(
+            "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
+        ));
+    }
     let is_file = kind == BackendKind::File;
     let mut options = BackendOptions {
         kind,
@@ -108,6 +113,12 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
         return Err(missing("mem-path"));
     }
     BackendSpec::from_options(options).map_err(|error| OptionError::new(error.to_string()))
+}
+
+/// Whether QEMU takes it for an id.
+fn is_identifier(id: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    id.starts_with(|c: char| c.is_ascii_alphabetic()) && id.chars().all(allowed)
 }
 
 fn file_options(props: &mut Props, options: &mut BackendOptions) -> Result<(), OptionError> {

@@ -173,6 +173,10 @@ pub const OPTIONS: &[OptionInfo] = &[
         "timestamp=on|off",
         "time in front of messages: off only",
     ),
+    switch(
+        "print-machine",
+        "print the machine as a machine file of Pando, and do not run it; QEMU has no such option",
+    ),
     switch("version", "say the version"),
     switch("help", "say this"),
     switch("h", "say this"),

@@ -83,10 +83,8 @@ pub struct ProgramOptions {
     pub log_file: Option<PathBuf>,
     /// `-d`
     pub log_items: Vec<String>,
-    /// `-help`
-    pub help: bool,
-    /// `-version`
-    pub version: bool,
+    /// `-print-machine`
+    pub print_machine: bool,
 }
 
 /// A monitor.
@@ -191,7 +189,16 @@ impl Wanted {
         match argument.name {
             "m" => memory.sizes = memory::sizes(value)?,
             "smp" => memory.cpus = Some(machine::smp(value)?),
-            "object" => memory.backends.push(memory::object(value, prealloc)?),
+            "object" => {
+                let new = memory::object(value, prealloc)?;
+                if memory.backends.iter().any(|old| old.id() == new.id()) {
+                    return Err(OptionError::new(format!(
+                        "attempt to add duplicate property '{}' to object (type 'container')",
+                        new.id()
+                    )));
+                }
+                memory.backends.push(new);
+            }
             "numa" => match memory::numa(value)? {
                 Numa::Node(node) => memory.nodes.push(node),
                 Numa::Distance(distance) => memory.distances.push(distance),
@@ -215,8 +222,9 @@ impl Wanted {
             "pidfile" => program.pid_file = Some(value.into()),
             "D" => program.log_file = Some(value.into()),
             "d" => program.log_items = log_items(value)?,
-            "help" | "h" => program.help = true,
-            "version" => program.version = true,
+            "print-machine" => program.print_machine = true,
+            // Both were done already.
+            "help" | "h" | "version" => (),
             "msg" => {
                 let mut props = Props::parse(value, None, Form::Switches)?;
                 if props.switch("timestamp")? == Some(true) {

@@ -126,14 +126,14 @@ pub const COMMANDS: &[Command] = &[
         ..command(
             "object-add",
             &[must("qom-type", Kind::Str), must("id", Kind::Str)],
-            "an error that says what to do: a machine's memory is what it was started with",
+            "a memory backend; no device can be added that would use it",
             objects::add,
         )
     },
     command(
         "object-del",
         &[must("id", Kind::Str)],
-        "an error: what is there is in use",
+        "take away one that was added",
         objects::delete,
     ),
     command(

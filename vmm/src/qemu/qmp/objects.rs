@@ -141,26 +141,18 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
 }
 
 /// `object-add`
-pub fn add(_: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
-    let props = Props::from_json(Value::Object(args.to_map()));
-    // What is wrong with it by itself comes first.
-    props
+pub fn add(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let backend = Props::from_json(Value::Object(args.to_map()))
         .and_then(|props| memory::backend(props, false))
         .map_err(|error| QmpError::generic(error.to_string()))?;
-    Err(QmpError::generic(
-        "no memory can be added to a machine that exists: give -object, and -device pc-dimm, at the start",
-    ))
+    vm.add_object(backend)?;
+    Ok(json!({}))
 }
 
 /// `object-del`
 pub fn delete(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
-    let id = args.text("id");
-    let is_there = vm.objects().any(|backend| backend.id() == id);
-    Err(QmpError::generic(if is_there {
-        format!("object '{id}' is in use, can not be deleted")
-    } else {
-        format!("object '{id}' not found")
-    }))
+    vm.delete_object(args.text("id"))?;
+    Ok(json!({}))
 }
 
 /// Properties of a backend: name, type, value.

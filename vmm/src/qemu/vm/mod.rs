@@ -6,6 +6,7 @@ mod control;
 mod held;
 mod incoming;
 mod memory;
+mod objects;
 mod outgoing;
 mod plan;
 mod query;
@@ -97,6 +98,8 @@ pub struct Vm {
     pub(super) after: After,
     /// Properties that `qom-set` changed, by object and name.
     pub(super) changed: BTreeMap<(String, String), bool>,
+    /// Backends that monitors added.
+    added: Vec<objects::Added>,
     serial: SerialPort,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
@@ -142,6 +145,7 @@ impl Vm {
             passed: Vec::new(),
             after: After::Nothing,
             changed: BTreeMap::new(),
+            added: Vec::new(),
             serial,
             sender,
             inbox,

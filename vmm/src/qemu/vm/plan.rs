@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! What a machine is made from, proven: every machine of this process is made from it.
 
+use std::fs::File;
 use std::path::Path;
 
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
@@ -8,6 +9,7 @@ use crate::config::{EMBEDDED_KERNEL, embedded_kernel};
 use crate::observe::memory::total_bytes;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::Wanted;
+use crate::qemu::link::reason;
 use crate::report::one_line;
 use crate::spec::{MachineSpec, SpecError};
 
@@ -65,6 +67,13 @@ fn boot(wanted: &Wanted) -> Result<Option<BootSource>, OptionError> {
         };
     };
     let is_embedded = kernel == Path::new(EMBEDDED_KERNEL) && !kernel.exists();
+    if !is_embedded && let Err(error) = File::open(kernel) {
+        return Err(OptionError::new(format!(
+            "could not open kernel file '{}': {}",
+            kernel.display(),
+            reason(&error)
+        )));
+    }
     Ok(Some(BootSource {
         kernel: if is_embedded {
             embedded_kernel()

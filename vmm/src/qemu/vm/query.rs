@@ -10,7 +10,6 @@ use super::{RunStatus, Vm};
 use crate::qemu::line::identity::Uuid;
 use crate::qemu::migration::capability::{Capabilities, Capability};
 use crate::qemu::qmp::message::QmpError;
-use crate::spec::BackendSpec;
 
 impl Vm {
     /// What the machine is doing.
@@ -25,12 +24,6 @@ impl Vm {
 
     pub(in crate::qemu) fn uuid(&self) -> Uuid {
         self.plan.wanted.identity.uuid.unwrap_or_default()
-    }
-
-    /// Memory backends that were named on the command line.
-    pub(in crate::qemu) fn objects(&self) -> impl Iterator<Item = &BackendSpec> {
-        let own = usize::from(self.plan.wanted.has_own_ram());
-        self.plan.spec.backends().iter().skip(own)
     }
 
     /// The path of the object that is all RAM.
