@@ -300,8 +300,8 @@ mod tests {
     fn long_forms_are_read() {
         let c = named("socket,id=qmp,path=/q,server=on,wait=off").unwrap();
         assert_eq!(c.id, "qmp");
-        assert!(named("socket,id=q,host=127.0.0.1,port=1,server=on").is_ok());
-        assert!(named("stdio,id=s,signal=on").is_ok());
+        named("socket,id=q,host=127.0.0.1,port=1,server=on").unwrap();
+        named("stdio,id=s,signal=on").unwrap();
     }
 
     #[test]

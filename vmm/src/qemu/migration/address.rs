@@ -95,6 +95,6 @@ mod tests {
         let message = |uri| parse(uri).unwrap_err().to_string();
         assert_eq!(message("bogus:x"), "unknown migration protocol: bogus:x");
         assert!(message("exec:cat>s").contains("use file:PATH"));
-        assert!(channel(&json!({})).is_err());
+        channel(&json!({})).unwrap_err();
     }
 }

@@ -243,6 +243,6 @@ mod tests {
             assert!(load(&ram(bytes), 0, &outside, placement, &mut file).is_err());
         }
         let stop = AtomicBool::new(true);
-        assert!(contents(&source, 0, bytes, &stop).is_err());
+        contents(&source, 0, bytes, &stop).unwrap_err();
     }
 }
