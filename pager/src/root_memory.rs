@@ -433,7 +433,10 @@ pub(crate) fn read_proven(
     verify: bool,
 ) -> bool {
     buffer.resize(usize::try_from(chunks.bytes()).unwrap_or_default(), 0);
-    if let Err(error) = image.file().read_exact_at(buffer, chunks.offset().get()) {
+    if let Err(error) = image
+        .file()
+        .read_exact_at(buffer, image.offset_of(chunks).get())
+    {
         tracing::warn!(image = image.id(), pages = %chunks, %error, "pages that cannot be read are left out");
         return false;
     }

@@ -4,5 +4,7 @@ pub mod command;
 pub mod grove;
 pub mod herd;
 pub mod metrics;
+pub mod qemu;
+pub mod qemu_differences;
 pub mod rig;
 pub mod style;

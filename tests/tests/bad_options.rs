@@ -32,7 +32,7 @@ fn memory_sizes_that_cannot_be() -> Result<()> {
     let dir = tempfile::tempdir()?;
     for (size, text) in [
         ("0M", "0 bytes"),
-        ("63M", "at least 67108864"),
+        ("3M", "at least 4194304"),
         ("67108865B", "multiple of 4096"),
         ("900T", "more than this host's"),
         ("512", "has no unit"),

@@ -166,7 +166,7 @@ impl Server {
             slot,
             number: image.number(),
             file: Arc::clone(image.image().file()),
-            offset: bytes.offset(),
+            offset: image.image().offset_of(bytes),
             bytes: usize::try_from(bytes.bytes()).unwrap_or(0),
             lease,
         };

@@ -56,6 +56,21 @@ pub enum Command {
     Run(RunArgs),
     /// The pager by itself, for other VMMs
     Pager(PagerCommandArgs),
+    /// Run one VM by QEMU's options, with a QMP monitor: `pando qemu -help` lists them
+    ///
+    /// The options, messages and exit codes are those of qemu-system-x86_64, as far as VM templating
+    /// goes; what Pando does not have is refused by name. A link to pando with the name
+    /// qemu-system-x86_64 behaves the same.
+    #[command(disable_help_flag = true)]
+    Qemu {
+        /// QEMU's options
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "OPTIONS"
+        )]
+        words: Vec<String>,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -138,28 +153,28 @@ pub enum TemplateCommand {
     Warm(WarmArgs),
 }
 
-/// What a machine boots.
-#[derive(Debug, ClapArgs)]
+/// What a machine is and boots. What is given here counts more than the machine file.
+#[derive(Debug, Default, ClapArgs)]
 pub struct BootArgs {
+    /// Machine file, TOML or JSON: memory backends, NUMA nodes, memory modules and all that the other
+    /// flags say (docs/machine.md)
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
     /// A bzImage, or an ELF vmlinux (PVH or 64-bit entry); `embedded` is the built-in guest
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line
-    #[arg(
-        long,
-        default_value = "console=ttyS0 panic=-1",
-        allow_hyphen_values = true
-    )]
-    pub append: String,
-    /// RAM of the machine, in whole pages, at least 64M
-    #[arg(long, default_value = "512M", value_name = "SIZE")]
-    pub memory: Size,
-    /// Number of vCPUs, 1 to 8
-    #[arg(long, default_value_t = 1)]
-    pub cpus: u32,
+    /// Kernel command line [default: console=ttyS0 panic=-1]
+    #[arg(long, allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// RAM of the machine, in whole pages, at least 4M [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// Number of vCPUs, 1 to 8 [default: 1]
+    #[arg(long)]
+    pub cpus: Option<u32>,
 }
 
 /// `pando template create`
@@ -379,9 +394,12 @@ pub struct RunArgs {
     /// The machine.
     #[command(flatten)]
     pub boot: BootArgs,
-    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH
-    #[arg(long, default_value = "stdio", value_name = "TARGET")]
-    pub serial: String,
+    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH [default: stdio]
+    #[arg(long, value_name = "TARGET")]
+    pub serial: Option<String>,
+    /// Check the machine, print it as a machine file (TOML) and run nothing
+    #[arg(long)]
+    pub print_machine: bool,
 }
 
 /// How many shells wait for clones to be asked for.

@@ -12,8 +12,8 @@ pub mod memory;
 mod out;
 pub mod pager;
 pub mod progress;
+pub mod qemu;
 pub mod run;
-pub mod size;
 pub mod table;
 pub mod template;
 pub mod warm;
@@ -21,12 +21,18 @@ pub mod warm;
 use clap::{CommandFactory, Parser};
 use out::{note, say};
 
+pub use crate::size;
+
 use crate::report::exit;
 use args::{Args, Command};
 use fail::Failure;
 
 /// Runs the program and returns its exit code.
 pub fn main() -> u8 {
+    // Before anything is parsed: QEMU's options have a form of their own.
+    if let Some(words) = qemu::words() {
+        return qemu::run(&words);
+    }
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) => {
@@ -69,6 +75,7 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
         Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
         Command::Pager(args) => pager::run(&args),
+        Command::Qemu { words } => Ok(qemu::run(&words)),
         Command::Completions { shell } => {
             // Into memory first: clap panics where a reader goes away.
             let mut script = Vec::new();

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::vcpu::Vcpu;
@@ -50,12 +52,13 @@ impl Vm {
         for slot in ram.slots().iter() {
             let region = kvm_userspace_memory_region {
                 slot: slot.number,
-                flags: 0,
+                flags: if slot.is_rom { KVM_MEM_READONLY } else { 0 },
                 guest_phys_addr: slot.guest_address,
                 memory_size: slot.bytes,
                 userspace_addr: slot.host_address,
             };
-            // SAFETY: the region is a segment of `ram`, mapped readable and writable, and `self`
+            // SAFETY: the region is a segment of `ram`, mapped readable and writable (also one
+            // that the guest may only read), and `self`
             // keeps `ram` alive until its own descriptor is closed.
             unsafe { self.fd.set_user_memory_region(region) }
                 .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;

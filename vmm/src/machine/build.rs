@@ -97,7 +97,7 @@ impl Machine<Paused> {
         // Before the first byte is written: RAM may be in a file whose disk is full.
         sigbus::install().map_err(MachineError::Sigbus)?;
         let mut timer = StageTimer::start();
-        let entry = boot::load(&ram, source, spec.cpus().get()).map_err(MachineError::Boot)?;
+        let entry = boot::load(&ram, source, spec).map_err(MachineError::Boot)?;
         timer.done("load");
         new_machine(spec, ram, &entry.registers, serial, timer)
     }
@@ -213,8 +213,9 @@ fn new_machine(
         .vm
         .supported_cpuid()
         .map_err(MachineError::vm("cannot ask kvm for its cpu features"))?;
+    let package_bits = spec.numa().package_bits(spec.cpus());
     let cpuids = (0..cpus)
-        .map(|cpu| cpuid::guest_cpuid(&supported, cpu, cpus))
+        .map(|cpu| cpuid::guest_cpuid_in_nodes(&supported, cpu, cpus, package_bits))
         .collect();
     let vcpus = shell.make_vcpus(cpuids)?;
     timer.done("vcpus");

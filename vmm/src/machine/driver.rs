@@ -35,6 +35,8 @@ pub(super) enum Message {
     Save(Sender<Result<MachineState, MachineError>>),
     /// COM1 goes there from now on; it was to be said later.
     BindSerial(SerialTarget, Sender<Result<(), MachineError>>),
+    /// Press the power button.
+    PressPowerButton,
     /// End the machine.
     Stop { reason: String },
     /// A vCPU has something to say.
@@ -111,6 +113,10 @@ impl Driver {
             }
             Message::BindSerial(target, reply) => {
                 let _ = reply.send(self.bind_serial(target));
+                Ok(doing)
+            }
+            Message::PressPowerButton => {
+                self.devices.press_power_button();
                 Ok(doing)
             }
             Message::Stop { reason } => {

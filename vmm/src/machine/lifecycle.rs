@@ -86,10 +86,23 @@ impl MachineHandle {
         let _ = self.requests.send(Message::Stop { reason });
     }
 
+    /// Presses the power button. What comes of it is the guest's decision, once it runs.
+    pub fn press_power_button(&self) {
+        let _ = self.requests.send(Message::PressPowerButton);
+    }
+
     /// Stops the vCPUs at a consistent point and waits for that. Whoever owns the machine still
     /// has a `Machine<Running>`; its `pause` then has nothing left to do.
     pub fn pause(&self) -> Result<(), MachineError> {
         ask(&self.requests, Message::Pause)
+    }
+
+    /// Reads everything that is not RAM, after [`Self::pause`]. RAM must be taken before
+    /// [`Self::resume`].
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let (reply, answer) = bounded(1);
+        let _ = self.requests.send(Message::Save(reply));
+        answer.recv().map_err(|_| MachineError::Gone)?
     }
 
     /// Lets the vCPUs run again after [`Self::pause`].
