@@ -5,6 +5,7 @@
 //! Everybody who waits for one page is one [`Want`]. Nothing here looks through all wants: they are
 //! found by page, by age, by the end of their pause, or as the first of their client's line.
 
+mod hash;
 mod line;
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,6 +17,7 @@ use crate::page::PageIndex;
 use crate::prefetch::plan::Window;
 use crate::retry::pause;
 use crate::token::{ClientSlot, ReadSlot};
+use hash::PageHash;
 use line::Lines;
 
 /// A client, told apart from those that had its place before.
@@ -87,7 +89,8 @@ pub(crate) struct Want {
 /// The waiting faults.
 #[derive(Debug)]
 pub(crate) struct Queue {
-    wants: HashMap<PageKey, Want>,
+    /// As small as what waits: it is used for each fault, and what is used stays in the cache.
+    wants: HashMap<PageKey, Want, PageHash>,
     by_age: BTreeMap<u64, PageKey>,
     paused: BTreeMap<(Instant, u64), PageKey>,
     lines: Lines,
@@ -101,7 +104,7 @@ impl Queue {
     /// Room for `limit` faults of each client.
     pub(crate) fn new(limit: usize) -> Self {
         Self {
-            wants: HashMap::with_capacity(limit.min(1024)),
+            wants: HashMap::default(),
             by_age: BTreeMap::new(),
             paused: BTreeMap::new(),
             lines: Lines::default(),
@@ -134,7 +137,7 @@ impl Queue {
     /// A fault on a page that nobody waits for. Whoever takes faults from the kernel asks for room
     /// first; what was taken must not be lost, so a fault beyond the limit is kept all the same.
     pub(crate) fn push(&mut self, key: PageKey, arrived: Instant, write: bool, window: Window) {
-        if self.join(key, arrived, write) {
+        if self.waiting > 0 && self.join(key, arrived, write) {
             return;
         }
         let (age, ticket) = (self.number(), self.number());
@@ -176,7 +179,7 @@ impl Queue {
 
     /// Whether anybody waits for a page.
     pub(crate) fn waits_for(&self, key: PageKey) -> bool {
-        self.wants.contains_key(&key)
+        self.waiting > 0 && self.wants.contains_key(&key)
     }
 
     /// Whether `read` is what a page waits for.

@@ -180,8 +180,9 @@ impl Server {
             Started::Pending => {}
             Started::Done(done) => self.done.push(done),
         }
+        image.metrics().read_started();
         let mut active = ActiveRead {
-            image: Arc::clone(&image),
+            image,
             owner: wanted.region.client,
             covers: bytes,
             targets: Vec::with_capacity(1),
@@ -197,7 +198,6 @@ impl Server {
             client.reads += 1;
             client.regions[wanted.region.region as usize].set_all(run, PageState::Reading);
         }
-        image.metrics().read_started();
         add(&self.parts.tally.reads, 1);
         Some((slot, run))
     }
