@@ -8,7 +8,7 @@
 mod hash;
 mod line;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -19,6 +19,9 @@ use crate::retry::pause;
 use crate::token::{ClientSlot, ReadSlot};
 use hash::PageHash;
 use line::Lines;
+
+/// Entries of answered faults, beyond as many as wait, that are kept in order of age.
+const ANSWERED_ENTRIES: usize = 64;
 
 /// A client, told apart from those that had its place before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -91,7 +94,9 @@ pub(crate) struct Want {
 pub(crate) struct Queue {
     /// As small as what waits: it is used for each fault, and what is used stays in the cache.
     wants: HashMap<PageKey, Want, PageHash>,
-    by_age: BTreeMap<u64, PageKey>,
+    /// In order of age. Entries of those that were answered meanwhile are cleared when they are in
+    /// front, or too many.
+    by_age: VecDeque<(u64, PageKey)>,
     paused: BTreeMap<(Instant, u64), PageKey>,
     lines: Lines,
     /// Faults that one client may have waiting.
@@ -105,7 +110,7 @@ impl Queue {
     pub(crate) fn new(limit: usize) -> Self {
         Self {
             wants: HashMap::default(),
-            by_age: BTreeMap::new(),
+            by_age: VecDeque::new(),
             paused: BTreeMap::new(),
             lines: Lines::default(),
             limit,
@@ -153,7 +158,7 @@ impl Queue {
             ticket,
         };
         self.wants.insert(key, want);
-        self.by_age.insert(age, key);
+        self.by_age.push_back((age, key));
         self.lines.add(key.client(), 1);
         self.waiting += 1;
         self.lines.queue(key, ticket);
@@ -275,7 +280,7 @@ impl Queue {
             return None;
         }
         let want = self.wants.remove(&key)?;
-        self.by_age.remove(&want.age);
+        self.clear_answered();
         if let Stage::Paused(then) = want.stage {
             self.paused.remove(&(then, want.age));
         }
@@ -285,11 +290,25 @@ impl Queue {
         Some(want)
     }
 
-    /// Forgets everything of a client. Costs as much as it has waiting, and a look at the others.
+    fn clear_answered(&mut self) {
+        let wants = &self.wants;
+        let waits = |&(age, key): &(u64, PageKey)| {
+            let want: Option<&Want> = wants.get(&key);
+            want.is_some_and(|want| want.age == age)
+        };
+        while self.by_age.front().is_some_and(|oldest| !waits(oldest)) {
+            self.by_age.pop_front();
+        }
+        if self.by_age.len() > 2 * self.wants.len() + ANSWERED_ENTRIES {
+            self.by_age.retain(waits);
+        }
+    }
+
+    /// Forgets everything of a client. Costs a look at all who wait.
     pub(crate) fn remove_client(&mut self, client: ClientKey) {
         let keys: Vec<PageKey> = self
-            .by_age
-            .values()
+            .wants
+            .keys()
             .filter(|key| key.client() == client)
             .copied()
             .collect();
@@ -301,14 +320,14 @@ impl Queue {
 
     /// The page that was waited for longest, if that is `limit` or longer at `now`.
     pub(crate) fn expired(&self, now: Instant, limit: Duration) -> Option<PageKey> {
-        let (_, &key) = self.by_age.first_key_value()?;
+        let &(_, key) = self.by_age.front()?;
         let waited = now.saturating_duration_since(self.wants.get(&key)?.arrived);
         (waited >= limit).then_some(key)
     }
 
     /// When the oldest fault will have waited for `limit`.
     pub(crate) fn next_deadline(&self, limit: Duration) -> Option<Instant> {
-        let (_, key) = self.by_age.first_key_value()?;
+        let (_, key) = self.by_age.front()?;
         self.wants.get(key)?.arrived.checked_add(limit)
     }
 }

@@ -185,7 +185,7 @@ impl Server {
             image,
             owner: wanted.region.client,
             covers: bytes,
-            targets: Vec::with_capacity(1),
+            targets: self.spare_targets.pop().unwrap_or_default(),
             ahead: run.count().get() > 1,
             is_planned: wanted.is_planned,
             started,
