@@ -5,9 +5,10 @@
 //! Everybody who waits for one page is one [`Want`]. Nothing here looks through all wants: they are
 //! found by page, by age, by the end of their pause, or as the first of their client's line.
 
+mod hash;
 mod line;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -16,7 +17,11 @@ use crate::page::PageIndex;
 use crate::prefetch::plan::Window;
 use crate::retry::pause;
 use crate::token::{ClientSlot, ReadSlot};
+use hash::PageHash;
 use line::Lines;
+
+/// Entries of answered faults, beyond as many as wait, that are kept in order of age.
+const ANSWERED_ENTRIES: usize = 64;
 
 /// A client, told apart from those that had its place before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,8 +92,11 @@ pub(crate) struct Want {
 /// The waiting faults.
 #[derive(Debug)]
 pub(crate) struct Queue {
-    wants: HashMap<PageKey, Want>,
-    by_age: BTreeMap<u64, PageKey>,
+    /// As small as what waits: it is used for each fault, and what is used stays in the cache.
+    wants: HashMap<PageKey, Want, PageHash>,
+    /// In order of age. Entries of those that were answered meanwhile are cleared when they are in
+    /// front, or too many.
+    by_age: VecDeque<(u64, PageKey)>,
     paused: BTreeMap<(Instant, u64), PageKey>,
     lines: Lines,
     /// Faults that one client may have waiting.
@@ -101,8 +109,8 @@ impl Queue {
     /// Room for `limit` faults of each client.
     pub(crate) fn new(limit: usize) -> Self {
         Self {
-            wants: HashMap::with_capacity(limit.min(1024)),
-            by_age: BTreeMap::new(),
+            wants: HashMap::default(),
+            by_age: VecDeque::new(),
             paused: BTreeMap::new(),
             lines: Lines::default(),
             limit,
@@ -134,7 +142,7 @@ impl Queue {
     /// A fault on a page that nobody waits for. Whoever takes faults from the kernel asks for room
     /// first; what was taken must not be lost, so a fault beyond the limit is kept all the same.
     pub(crate) fn push(&mut self, key: PageKey, arrived: Instant, write: bool, window: Window) {
-        if self.join(key, arrived, write) {
+        if self.waiting > 0 && self.join(key, arrived, write) {
             return;
         }
         let (age, ticket) = (self.number(), self.number());
@@ -150,7 +158,7 @@ impl Queue {
             ticket,
         };
         self.wants.insert(key, want);
-        self.by_age.insert(age, key);
+        self.by_age.push_back((age, key));
         self.lines.add(key.client(), 1);
         self.waiting += 1;
         self.lines.queue(key, ticket);
@@ -176,7 +184,7 @@ impl Queue {
 
     /// Whether anybody waits for a page.
     pub(crate) fn waits_for(&self, key: PageKey) -> bool {
-        self.wants.contains_key(&key)
+        self.waiting > 0 && self.wants.contains_key(&key)
     }
 
     /// Whether `read` is what a page waits for.
@@ -272,7 +280,7 @@ impl Queue {
             return None;
         }
         let want = self.wants.remove(&key)?;
-        self.by_age.remove(&want.age);
+        self.clear_answered();
         if let Stage::Paused(then) = want.stage {
             self.paused.remove(&(then, want.age));
         }
@@ -282,11 +290,25 @@ impl Queue {
         Some(want)
     }
 
-    /// Forgets everything of a client. Costs as much as it has waiting, and a look at the others.
+    fn clear_answered(&mut self) {
+        let wants = &self.wants;
+        let waits = |&(age, key): &(u64, PageKey)| {
+            let want: Option<&Want> = wants.get(&key);
+            want.is_some_and(|want| want.age == age)
+        };
+        while self.by_age.front().is_some_and(|oldest| !waits(oldest)) {
+            self.by_age.pop_front();
+        }
+        if self.by_age.len() > 2 * self.wants.len() + ANSWERED_ENTRIES {
+            self.by_age.retain(waits);
+        }
+    }
+
+    /// Forgets everything of a client. Costs a look at all who wait.
     pub(crate) fn remove_client(&mut self, client: ClientKey) {
         let keys: Vec<PageKey> = self
-            .by_age
-            .values()
+            .wants
+            .keys()
             .filter(|key| key.client() == client)
             .copied()
             .collect();
@@ -298,14 +320,14 @@ impl Queue {
 
     /// The page that was waited for longest, if that is `limit` or longer at `now`.
     pub(crate) fn expired(&self, now: Instant, limit: Duration) -> Option<PageKey> {
-        let (_, &key) = self.by_age.first_key_value()?;
+        let &(_, key) = self.by_age.front()?;
         let waited = now.saturating_duration_since(self.wants.get(&key)?.arrived);
         (waited >= limit).then_some(key)
     }
 
     /// When the oldest fault will have waited for `limit`.
     pub(crate) fn next_deadline(&self, limit: Duration) -> Option<Instant> {
-        let (_, key) = self.by_age.first_key_value()?;
+        let (_, key) = self.by_age.front()?;
         self.wants.get(key)?.arrived.checked_add(limit)
     }
 }

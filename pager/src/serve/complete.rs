@@ -52,7 +52,7 @@ impl Server {
     }
 
     fn complete(&mut self, done: ReadDone, at_once: bool) {
-        let Some(read) = self.reads.get_mut(done.slot.index()).and_then(Option::take) else {
+        let Some(mut read) = self.reads.get_mut(done.slot.index()).and_then(Option::take) else {
             tracing::error!(slot = done.slot.index(), "a source reported a read twice");
             self.parts.pool.take_back(done.lease);
             return;
@@ -92,6 +92,8 @@ impl Server {
                 self.read_failed(done.slot, &read, ReadFailure::Errno(errno));
             }
         }
+        read.targets.clear();
+        self.spare_targets.push(read.targets);
         self.parts.pool.take_back(done.lease);
     }
 

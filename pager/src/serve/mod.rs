@@ -31,7 +31,7 @@ use crate::source::{PageSource, ReadDone};
 use crate::sys::buffers::BufferPool;
 use crate::sys::uring::MESSAGES_PER_READ;
 use client::Clients;
-use read::ActiveRead;
+use read::{ActiveRead, Target};
 
 pub(crate) use client::{Client, Tells};
 pub(crate) use command::{Attach, Command, Stop};
@@ -63,6 +63,8 @@ pub(crate) struct Server {
     reads: Vec<Option<ActiveRead>>,
     /// Places of `reads` that are free.
     free_reads: Vec<usize>,
+    /// Emptied lists of reads that are over, for the next ones.
+    spare_targets: Vec<Vec<Target>>,
     inbox: Inbox,
     /// Clients with messages to be handled, the next one first.
     turns: VecDeque<ClientKey>,
@@ -92,6 +94,7 @@ impl Server {
             ids: HashMap::new(),
             reads: (0..slots).map(|_| None).collect(),
             free_reads: (0..slots).rev().collect(),
+            spare_targets: Vec::with_capacity(slots),
             inbox: Inbox::new(),
             turns: VecDeque::new(),
             unarmed: Vec::new(),

@@ -5,7 +5,7 @@ use super::Server;
 use super::client::Client;
 use super::place::Place;
 use super::served::Served;
-use crate::counts::add;
+use crate::counts::{Tally, add};
 use crate::install::{Content, Installed, Stopped, install};
 use crate::metrics::{Metrics, Origin};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
@@ -46,28 +46,9 @@ impl Server {
         if !client.pending.is_empty() && !std::mem::replace(&mut client.in_turn, true) {
             self.turns.push_back(region.client);
         }
-        let metrics = std::sync::Arc::clone(client.regions[region.region as usize].image.metrics());
-        self.account(&metrics, origin, &report);
+        let metrics = client.regions[region.region as usize].image.metrics();
+        account(&self.parts.tally, metrics, origin, &report);
         report
-    }
-
-    fn account(&self, metrics: &Metrics, origin: Origin, report: &Installed) {
-        let tally = &self.parts.tally;
-        metrics.installed(origin, report.fresh);
-        let pages = match origin {
-            Origin::Zero => &tally.pages_zero,
-            Origin::Cache => &tally.pages_cache,
-            Origin::Disk => &tally.pages_disk,
-        };
-        add(pages, report.fresh);
-        add(&tally.pages_already_present, report.present);
-        self.retried(metrics, RetryReason::InstallAgain, report.again.into());
-        self.retried(
-            metrics,
-            RetryReason::InstallNoMemory,
-            report.no_memory.into(),
-        );
-        self.retried(metrics, RetryReason::InstallSplit, report.split.into());
     }
 
     pub(super) fn wake(&self, region: RegionKey, pages: PageRange) {
@@ -79,10 +60,34 @@ impl Server {
     }
 
     pub(super) fn retried(&self, metrics: &Metrics, reason: RetryReason, times: u64) {
-        if times > 0 {
-            metrics.retried(reason, times);
-            add(&self.parts.tally.retries, times);
-        }
+        retried(&self.parts.tally, metrics, reason, times);
+    }
+}
+
+fn retried(tally: &Tally, metrics: &Metrics, reason: RetryReason, times: u64) {
+    if times > 0 {
+        metrics.retried(reason, times);
+        add(&tally.retries, times);
+    }
+}
+
+/// Counts what an install did.
+fn account(tally: &Tally, metrics: &Metrics, origin: Origin, report: &Installed) {
+    metrics.installed(origin, report.fresh);
+    let pages = match origin {
+        Origin::Zero => &tally.pages_zero,
+        Origin::Cache => &tally.pages_cache,
+        Origin::Disk => &tally.pages_disk,
+    };
+    add(pages, report.fresh);
+    add(&tally.pages_already_present, report.present);
+    let again = [
+        (RetryReason::InstallAgain, report.again),
+        (RetryReason::InstallNoMemory, report.no_memory),
+        (RetryReason::InstallSplit, report.split),
+    ];
+    for (reason, times) in again {
+        retried(tally, metrics, reason, times.into());
     }
 }
 

@@ -180,11 +180,12 @@ impl Server {
             Started::Pending => {}
             Started::Done(done) => self.done.push(done),
         }
+        image.metrics().read_started();
         let mut active = ActiveRead {
-            image: Arc::clone(&image),
+            image,
             owner: wanted.region.client,
             covers: bytes,
-            targets: Vec::with_capacity(1),
+            targets: self.spare_targets.pop().unwrap_or_default(),
             ahead: run.count().get() > 1,
             is_planned: wanted.is_planned,
             started,
@@ -197,7 +198,6 @@ impl Server {
             client.reads += 1;
             client.regions[wanted.region.region as usize].set_all(run, PageState::Reading);
         }
-        image.metrics().read_started();
         add(&self.parts.tally.reads, 1);
         Some((slot, run))
     }
