@@ -5,9 +5,9 @@
 use crate::handle::{Idle, Pager};
 use crate::image::{CHUNK_PAGES, Image, PageKind};
 use crate::install::{Content, install};
+use crate::own_memory::{OwnMemory, read_proven};
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::residency::PageState;
-use crate::root_memory::{OwnMemory, read_proven};
 use crate::working_set::Plan;
 
 /// Pages that are read and installed at a time; a whole number of chunks.

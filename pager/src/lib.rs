@@ -28,6 +28,7 @@ mod install;
 mod memory;
 pub mod metrics;
 mod options;
+mod own_memory;
 mod page;
 mod poller;
 mod port;

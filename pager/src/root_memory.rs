@@ -13,22 +13,23 @@
 //! (userfaultfd(2), without `UFFD_FEATURE_EVENT_FORK`). So the type gives a clone its memory only
 //! where nothing is missing, or to a pager that registers the holes first.
 
+mod inherited;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::io;
-use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use userfaultfd::Uffd;
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::PagerError;
-use crate::image::{CHUNK_PAGES, ChunkIndex, Image, PageKind};
-use crate::install::{Content, PageOps, install};
-use crate::memory::CloneMemory;
+use crate::image::{Image, PageKind};
+use crate::install::{Content, install};
+use crate::own_memory::{OwnMemory, read_proven};
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::promotion::{self, HoleDemand};
-use crate::sys::mmap::{Addressed, HUGE_BYTES, ServedMapping};
-use crate::sys::userfaultfd::{self as sys, Answer, Tracking};
+use crate::sys::mmap::{HUGE_BYTES, ServedMapping};
+use crate::sys::userfaultfd::{self as sys, Tracking};
+
+pub use inherited::RootMemory;
 
 /// Pages of one range that is filled, and collapsed, as a whole.
 const UNIT_PAGES: u64 = HUGE_BYTES / PAGE_BYTES;
@@ -42,17 +43,6 @@ pub struct Filled {
     pub hole_pages: u64,
     /// Ranges that could not be read or were not what the index says; holes, too.
     pub failed_ranges: u64,
-}
-
-/// Memory of one backend, in the root and in each of its forks.
-#[derive(Debug)]
-pub struct RootMemory {
-    mapping: Arc<ServedMapping>,
-    pages: PageCount,
-    /// Ranges with data that are not there, by number.
-    holes: BTreeSet<u64>,
-    /// Pages that are there and are to be registered all the same.
-    served_too: Vec<PageRange>,
 }
 
 /// A range of 2 MiB (the last may be shorter) of one backend.
@@ -356,56 +346,6 @@ impl Root {
     }
 }
 
-impl RootMemory {
-    /// The pages of a range; none beyond the last.
-    fn unit(&self, number: u64) -> PageRange {
-        let start = number.saturating_mul(UNIT_PAGES).min(self.pages.get());
-        let count = UNIT_PAGES.min(self.pages.get() - start);
-        PageRange::new(PageIndex::new(start), PageCount::new(count))
-    }
-
-    /// Whether no pager is needed: every page with data is there, and none of them is to be served.
-    pub fn is_complete(&self) -> bool {
-        self.holes.is_empty() && self.served_too.is_empty()
-    }
-
-    /// Pages that are missing and have data, and those that are served too, in ascending order.
-    pub fn holes(&self) -> Vec<PageRange> {
-        let holes = self.holes.iter().map(|&unit| self.unit(unit));
-        let mut all: Vec<PageRange> = holes.chain(self.served_too.iter().copied()).collect();
-        all.sort_by_key(|range| range.start());
-        joined(&all)
-    }
-
-    /// Has a pager serve these pages too, which are there: they can be given back then.
-    pub fn serve_too(&mut self, pages: impl IntoIterator<Item = PageRange>) {
-        self.served_too.extend(pages);
-    }
-
-    /// Where it lies: address and bytes, the same in the root and in each of its forks.
-    pub fn place(&self) -> (u64, u64) {
-        (self.mapping.address() as u64, self.mapping.bytes())
-    }
-
-    /// The memory of a clone that needs no pager; gives it back if pages are missing.
-    pub fn into_complete(self) -> Result<CloneMemory, Self> {
-        if !self.is_complete() {
-            return Err(self);
-        }
-        if let Err(error) = self.mapping.keep_small_and_own() {
-            tracing::warn!(%error, "memory of a clone keeps the advice of its root");
-        }
-        Ok(CloneMemory::complete(self.mapping))
-    }
-
-    /// The mapping and its holes, for a pager to register.
-    pub(crate) fn into_parts(self) -> io::Result<(Arc<ServedMapping>, Vec<PageRange>)> {
-        self.mapping.keep_small_and_own()?;
-        let holes = self.holes();
-        Ok((self.mapping, holes))
-    }
-}
-
 /// All pages of an image.
 fn whole(image: &Image) -> PageRange {
     PageRange::new(PageIndex::default(), image.pages())
@@ -422,92 +362,6 @@ fn units(pages: PageCount) -> impl Iterator<Item = PageRange> {
 
 fn is_data(image: &Image, page: PageIndex) -> bool {
     image.index().kind(page) == PageKind::Data
-}
-
-/// Reads whole chunks into `buffer`, made as long as they are. False if they cannot be read, or are
-/// not what the index says and that was to be proven.
-pub(crate) fn read_proven(
-    image: &Image,
-    chunks: PageRange,
-    buffer: &mut Vec<u8>,
-    verify: bool,
-) -> bool {
-    buffer.resize(usize::try_from(chunks.bytes()).unwrap_or_default(), 0);
-    if let Err(error) = image
-        .file()
-        .read_exact_at(buffer, image.offset_of(chunks).get())
-    {
-        tracing::warn!(image = image.id(), pages = %chunks, %error, "pages that cannot be read are left out");
-        return false;
-    }
-    if verify && let Some(chunk) = damaged_chunk(image, chunks, buffer) {
-        tracing::warn!(image = image.id(), pages = %chunk, "pages that are not what the index says are left out");
-        return false;
-    }
-    true
-}
-
-/// The first chunk of `unit` with data whose bytes are not those of the index.
-fn damaged_chunk(image: &Image, unit: PageRange, bytes: &[u8]) -> Option<PageRange> {
-    let first = unit.start().get() / CHUNK_PAGES;
-    let last = unit.end().get().div_ceil(CHUNK_PAGES);
-    (first..last)
-        .map(|chunk| ChunkIndex::containing(PageIndex::new(chunk * CHUNK_PAGES)))
-        .find_map(|chunk| {
-            let expected = image.index().checksum(chunk)?;
-            let pages = chunk.pages(image.pages());
-            let start = usize::try_from(pages.offset().get() - unit.offset().get()).ok()?;
-            let length = usize::try_from(pages.bytes()).ok()?;
-            let same = bytes
-                .get(start..start + length)
-                .is_some_and(|bytes| xxh3_64(bytes) == expected);
-            (!same).then_some(pages)
-        })
-}
-
-/// Neighbours made one.
-fn joined(ranges: &[PageRange]) -> Vec<PageRange> {
-    let mut all: Vec<PageRange> = Vec::new();
-    for &range in ranges {
-        match all.last_mut() {
-            Some(last) if last.end() == range.start() => {
-                *last = PageRange::between(last.start(), range.end());
-            }
-            _ => all.push(range),
-        }
-    }
-    all
-}
-
-/// Memory of this process that nobody touches but the install.
-pub(crate) struct OwnMemory<'a, M> {
-    pub(crate) uffd: &'a Uffd,
-    pub(crate) memory: &'a M,
-    pub(crate) tracking: Tracking,
-}
-
-impl<M: Addressed> PageOps for OwnMemory<'_, M> {
-    fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer {
-        use std::os::fd::AsFd;
-        sys::copy(self.uffd.as_fd(), self.memory, pages, source, self.tracking)
-    }
-
-    fn zero(&mut self, pages: PageRange) -> Answer {
-        use std::os::fd::AsFd;
-        sys::zero(self.uffd.as_fd(), self.memory, pages)
-    }
-
-    fn poison(&mut self, pages: PageRange) -> Answer {
-        use std::os::fd::AsFd;
-        sys::poison(self.uffd.as_fd(), self.memory, pages)
-    }
-
-    fn wake(&mut self, pages: PageRange) {
-        sys::wake(self.uffd, self.memory, pages);
-    }
-
-    /// Nobody faults here: there is nothing to read.
-    fn drain(&mut self) {}
 }
 
 #[cfg(test)]

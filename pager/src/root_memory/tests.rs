@@ -1,6 +1,9 @@
 #![forbid(unsafe_code)]
 use std::io::Write;
 
+use std::os::unix::fs::FileExt;
+
+use super::inherited::joined;
 use super::*;
 use crate::image::BackendIndex;
 

@@ -92,10 +92,7 @@ fn work(
     let mut began = monotonic();
     let start = Instant::now();
     die_with(supervisor_pid)?;
-    let needs_pager = !memories.iter().all(RootMemory::is_complete);
-    let is_together =
-        needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
-    let placement = is_together.then(Placement::together).flatten();
+    let placement = placement(&memories, &config, &template);
     let keeper = keeper(&config);
     let mut brought = to_bring(plan, &config, record);
     if record.is_some() {
@@ -174,6 +171,17 @@ fn work(
         stages,
         signals: &signals,
     })
+}
+
+/// Keeps the clone on one CPU, where that is of use: one vCPU, and a pager that it waits for.
+fn placement(
+    memories: &[RootMemory],
+    config: &PagerConfig,
+    template: &Template,
+) -> Option<Placement> {
+    let needs_pager = !memories.iter().all(RootMemory::is_complete);
+    let is_useful = needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
+    is_useful.then(Placement::together).flatten()
 }
 
 fn add_stages(stages: &mut Vec<(String, Duration)>, made: &Stages) {
