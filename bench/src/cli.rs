@@ -1,12 +1,19 @@
 #![forbid(unsafe_code)]
 //! The command line, as words.
 
+mod many;
+mod soak;
+
 use std::num::{NonZeroU32, NonZeroU64};
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand};
 use pando_vmm::cli::args::IoArg;
+pub(crate) use pando_vmm::cli::args::PagerPlaceArg;
 use pando_vmm::clone::Engine;
+
+pub(crate) use many::{DensityArgs, PagerArgs};
+pub(crate) use soak::{ReportArgs, Scenario, SoakArgs};
 
 /// Measures what Pando promises, each figure beside its baseline in the same run.
 #[derive(Debug, Parser)]
@@ -25,6 +32,17 @@ pub(crate) enum Command {
     Clone(CloneArgs),
     /// What a page that is touched takes: the pager alone, without KVM.
     Fault(FaultArgs),
+    /// How many clones are alive at once, and what one more of them takes.
+    Density(DensityArgs),
+    /// How one pager serves many clones, and where its thread is best placed.
+    Pager(PagerArgs),
+    /// Clones under stress: everything they answer is compared. Ends with an error if anything is wrong.
+    Soak(SoakArgs),
+    /// Everything that is promised, judged in one run.
+    Report(ReportArgs),
+    /// Is a client of `pager`.
+    #[command(hide = true)]
+    PagerClient,
 }
 
 /// Options of `pando-bench floor`.
@@ -68,6 +86,9 @@ pub(crate) struct CloneArgs {
     /// Ways to read the template, with commas between them; one variant of engine copy for each.
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     pub(crate) io: Vec<IoArg>,
+    /// Where pagers run, with commas between them; one variant of engine copy for each.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "own,shared")]
+    pub(crate) pager: Vec<PagerPlaceArg>,
     /// Measure engine copy also without comparing checksums.
     #[arg(long)]
     pub(crate) no_verify: bool,
@@ -109,9 +130,6 @@ pub(crate) struct FaultArgs {
     /// Numbers of threads that touch one memory, with commas between them.
     #[arg(long, value_delimiter = ',', default_value = "1,2,8,32")]
     pub(crate) threads: Vec<NonZeroU32>,
-    /// Clones that one pager serves at once.
-    #[arg(long, default_value = "100")]
-    pub(crate) clones: NonZeroU32,
     /// How long a spinning pager looks for the next fault before it sleeps, in microseconds.
     #[arg(long, default_value = "50")]
     pub(crate) spin_us: u64,

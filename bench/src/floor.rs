@@ -15,9 +15,7 @@ use rustix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::FloorArgs;
-use crate::host::{
-    Host, anonymous_huge_bytes, memory_bytes, memory_each_bytes, settled_memory_bytes,
-};
+use crate::host::{Host, anonymous_huge_bytes, memory_each_bytes, settled_memory_bytes};
 use crate::report::{Report, TextTable, size, time};
 use crate::stats::{Measured, Runner, Summary, Variant};
 use crate::sys::guest::{self, TinyVm};
@@ -63,6 +61,30 @@ pub(crate) struct Wave {
     pub(crate) wall_ns: u64,
     /// See [`memory_each_bytes`].
     pub(crate) memory_per_clone_bytes: f64,
+}
+
+/// Clones that came to be alive at once, step by step.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Grown {
+    /// Memory available before the first.
+    pub(crate) before_bytes: u64,
+    /// One for each number of clones.
+    pub(crate) steps: Vec<Step>,
+    /// Memory available when all are gone.
+    pub(crate) after_bytes: u64,
+}
+
+/// One number of clones alive at once.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Step {
+    /// How many are alive.
+    pub(crate) alive: u32,
+    /// How many of them this step started.
+    pub(crate) started: u32,
+    /// From before the first of these to the last one's mark.
+    pub(crate) wall_ns: u64,
+    /// Memory available then.
+    pub(crate) available_bytes: u64,
 }
 
 /// Times of one clone's stages, over all clones.
@@ -235,24 +257,52 @@ impl Root {
 
     /// Starts `clones` clones, all alive at once, and waits until they are gone.
     pub(crate) fn start_wave(&self, clones: u32) -> Result<Wave> {
+        let grown = self.grow(&[clones])?;
+        let step = grown.steps.first().context("nothing was started")?;
+        Ok(Wave {
+            clones,
+            wall_ns: step.wall_ns,
+            memory_per_clone_bytes: memory_each_bytes(
+                grown.before_bytes,
+                step.available_bytes,
+                grown.after_bytes,
+                clones,
+            ),
+        })
+    }
+
+    /// Starts clones until as many are alive as each of `counts` says, in rising order, all those of
+    /// a step at once; measures at each, and waits until all are gone.
+    pub(crate) fn grow(&self, counts: &[u32]) -> Result<Grown> {
         let pipes = Pipes::new()?;
-        let before = settled_memory_bytes()?;
-        let begun = now();
-        let children = (0..clones)
-            .map(|_| self.fork(&pipes))
-            .collect::<Result<Vec<_>>>()?;
-        let marks = pipes.collect(clones)?;
-        let alive = memory_bytes("MemAvailable")?;
-        pipes.release(clones)?;
+        let before_bytes = settled_memory_bytes()?;
+        let mut children = Vec::new();
+        let mut steps = Vec::new();
+        let mut alive = 0;
+        for &count in counts {
+            let more = count.saturating_sub(alive);
+            let begun = now();
+            for _ in 0..more {
+                children.push(self.fork(&pipes)?);
+            }
+            let marks = pipes.collect(more)?;
+            let done = marks.iter().map(|marks| marks.done).max().unwrap_or(begun);
+            alive += more;
+            steps.push(Step {
+                alive,
+                started: more,
+                wall_ns: done - begun,
+                available_bytes: settled_memory_bytes()?,
+            });
+        }
+        pipes.release(alive)?;
         for child in children {
             child.wait()?;
         }
-        let after = settled_memory_bytes()?;
-        let done = marks.iter().map(|marks| marks.done).max().unwrap_or(begun);
-        Ok(Wave {
-            clones,
-            wall_ns: done - begun,
-            memory_per_clone_bytes: memory_each_bytes(before, alive, after, clones),
+        Ok(Grown {
+            before_bytes,
+            steps,
+            after_bytes: settled_memory_bytes()?,
         })
     }
 

@@ -14,6 +14,8 @@ use crate::sys::memory::GuestMemory;
 
 /// Turns of the loop that tells hardware from emulation.
 const LOOP_TURNS: u32 = 20_000;
+/// How often both are run.
+const LOOP_TRIES: u32 = 5;
 /// A turn of a one-instruction loop takes about as long in a guest as out of it; where KVM emulates
 /// it, several hundred times as long.
 const EMULATION_FROM: f64 = 20.0;
@@ -95,14 +97,18 @@ impl Kvm {
         let mut memory = GuestMemory::new(guest::MIN_MEMORY_BYTES)?;
         guest::load(&mut memory, &guest::count_down(LOOP_TURNS));
         let mut vm = TinyVm::new(&memory)?;
-        // The first run faults the guest's memory in; the second has the loop and one exit.
+        // The first run faults the guest's memory in; the others have the loop and one exit.
         vm.run_to_port_write()?;
-        let begun = Instant::now();
-        vm.run_to_port_write()?;
-        let ns_per_instruction = ns_per_turn(begun);
-        let begun = Instant::now();
-        guest::count_down_here(LOOP_TURNS);
-        let ns_per_instruction_here = ns_per_turn(begun);
+        let (mut ns_per_instruction, mut ns_per_instruction_here) = (f64::MAX, f64::MAX);
+        // The quickest of some: on a busy host either loop may be interrupted for long.
+        for _ in 0..LOOP_TRIES {
+            let begun = Instant::now();
+            vm.run_to_port_write()?;
+            ns_per_instruction = ns_per_turn(begun).min(ns_per_instruction);
+            let begun = Instant::now();
+            guest::count_down_here(LOOP_TURNS);
+            ns_per_instruction_here = ns_per_turn(begun).min(ns_per_instruction_here);
+        }
         Ok(Self {
             emulating: ns_per_instruction >= EMULATION_FROM * ns_per_instruction_here,
             ns_per_instruction,

@@ -3,14 +3,23 @@
 
 mod cli;
 mod clone;
+mod density;
 mod fault;
 mod floor;
+mod footprint;
+mod grove;
 mod host;
+mod limited;
 mod page_cache;
+mod pager;
+mod program;
 mod report;
+mod seed;
+mod soak;
 mod stats;
 mod sys;
 mod targets;
+mod verdict;
 
 use clap::Parser;
 
@@ -19,5 +28,10 @@ fn main() -> anyhow::Result<()> {
         cli::Command::Floor(args) => floor::run(&args),
         cli::Command::Clone(args) => clone::run(&args),
         cli::Command::Fault(args) => fault::run(&args),
+        cli::Command::Density(args) => density::run(&args),
+        cli::Command::Soak(args) => soak::run(&args),
+        cli::Command::Pager(args) => pager::run(&args),
+        cli::Command::PagerClient => pager::client::serve(),
+        cli::Command::Report(args) => verdict::run(&args),
     }
 }

@@ -191,6 +191,58 @@ impl Measured {
     }
 }
 
+/// Two ways that were measured side by side in many short rounds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct Paired {
+    /// The baseline.
+    pub(crate) first: Summary,
+    /// What is compared with it.
+    pub(crate) second: Summary,
+    /// The second over the first, pair by pair.
+    pub(crate) ratio: Ratio,
+    /// 95 % confidence interval of the median of the pairs' ratios.
+    pub(crate) ratio_interval: (f64, f64),
+}
+
+/// Measures `pairs` of short rounds (A B, B A, A B ..): whatever drifts, and whoever goes first, weighs
+/// on both alike.
+pub(crate) fn paired(
+    pairs: u32,
+    mut first: impl FnMut() -> Result<Duration>,
+    mut second: impl FnMut() -> Result<Duration>,
+) -> Result<Paired> {
+    let (mut a, mut b) = (Vec::new(), Vec::new());
+    for pair in 0..pairs {
+        if pair % 2 == 0 {
+            a.push(first()?);
+            b.push(second()?);
+        } else {
+            b.push(second()?);
+            a.push(first()?);
+        }
+    }
+    let (own, baseline): (Vec<u64>, Vec<u64>) = b
+        .iter()
+        .zip(&a)
+        .map(|(&b, &a)| (nanoseconds(b), nanoseconds(a)))
+        .unzip();
+    // As parts of a million: the interval is of ranks, which any scale keeps.
+    let mut millionths: Vec<u64> = own
+        .iter()
+        .zip(&baseline)
+        .map(|(&own, &baseline)| own.saturating_mul(1_000_000) / baseline.max(1))
+        .collect();
+    millionths.sort_unstable();
+    let (first, second) = (Summary::of(&a)?, Summary::of(&b)?);
+    let (low, high) = median_interval(&millionths);
+    Ok(Paired {
+        first,
+        second,
+        ratio: Ratio::of(&own, &baseline),
+        ratio_interval: (low as f64 / 1e6, high as f64 / 1e6),
+    })
+}
+
 impl Ratio {
     fn of(own: &[u64], baseline: &[u64]) -> Self {
         let mut ratios: Vec<f64> = own
@@ -280,6 +332,22 @@ mod tests {
                 max: 3.0
             }
         );
+    }
+
+    #[test]
+    fn pairs_alternate_and_a_drift_weighs_on_both() {
+        let order = std::cell::RefCell::new(String::new());
+        let drift = std::cell::Cell::new(1_000);
+        let next = |name: char, factor: u64| {
+            order.borrow_mut().push(name);
+            drift.set(drift.get() + 10);
+            Ok(Duration::from_nanos(drift.get() * factor))
+        };
+        let paired = paired(40, || next('a', 10), || next('b', 11)).unwrap();
+        assert!(order.into_inner().starts_with("abbaabba"));
+        assert!((paired.ratio.p50 - 1.1).abs() < 0.01, "{:?}", paired.ratio);
+        let (low, high) = paired.ratio_interval;
+        assert!(low <= paired.ratio.p50 && paired.ratio.p50 <= high);
     }
 
     #[test]

@@ -11,6 +11,12 @@ macro_rules! counts {
             $($(#[$doc])* pub $name: u64,)*
         }
 
+        impl std::ops::AddAssign for Counts {
+            fn add_assign(&mut self, other: Self) {
+                $(self.$name += other.$name;)*
+            }
+        }
+
         /// Counters that the pager thread moves and others read.
         #[derive(Debug, Default)]
         pub(crate) struct Tally {

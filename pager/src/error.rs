@@ -5,6 +5,8 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::client::{ClientId, SpecError};
+
 /// Why a pager could not be made, or ended.
 #[derive(Debug, Error)]
 pub enum PagerError {
@@ -38,7 +40,7 @@ pub enum PagerError {
         bytes: u64,
         /// What the kernel said.
         #[source]
-        source: userfaultfd::Error,
+        source: io::Error,
     },
     /// The kernel registers the memory of a clone, but not for all that serving it takes.
     #[error("memory {image} cannot be served: the userfaultfd of this kernel offers no {} for it", missing.join(", "))]
@@ -77,5 +79,14 @@ pub enum PagerError {
     Failed {
         /// Why, as in `Health::failure`.
         reason: String,
+    },
+    /// A client cannot be served, or is none.
+    #[error("client {client} is refused")]
+    Client {
+        /// Who.
+        client: ClientId,
+        /// Why.
+        #[source]
+        reason: SpecError,
     },
 }

@@ -1,14 +1,11 @@
 #![forbid(unsafe_code)]
-//! A pager from the outside: made, given images, set to serve, stopped.
+//! A pager of one clone in this process: made, given images, set to serve, stopped.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
-use crossbeam::channel::bounded;
-use rustix::event::{EventfdFlags, eventfd};
 use userfaultfd::Uffd;
 
+use crate::client::{ClientId, ForgottenRun};
 use crate::counts::{Counts, Tally};
 use crate::error::PagerError;
 use crate::health::{Health, PoisonMethod};
@@ -16,37 +13,42 @@ use crate::image::Image;
 use crate::memory::CloneMemory;
 use crate::metrics::{Metrics, Origin};
 use crate::options::{PagerOptions, Verify};
+use crate::page::{PageIndex, PageRange};
 use crate::port::IoPath;
 use crate::record::Recorder;
 use crate::region::Region;
 use crate::root_memory::RootMemory;
-use crate::serve::Served;
+use crate::serve::{Attach, Client, Command, Served, ServedImage, Stop, Tells};
+use crate::shard::{Decorate, Shard, ShardPlan};
 use crate::source::PageSource;
 use crate::sys::mmap::ServedMapping;
-use crate::sys::userfaultfd as uffd_sys;
+use crate::sys::userfaultfd::{self as uffd_sys, Opened, Tracking};
 use crate::working_set::Trace;
 
-type Decorate = Box<dyn FnOnce(Box<dyn PageSource>) -> Box<dyn PageSource> + Send>;
+/// The one client of such a pager.
+const LOCAL: ClientId = ClientId::new(0);
 
 /// State of a pager that does not serve yet.
 pub struct Idle {
-    pub(crate) options: PagerOptions,
-    pub(crate) uffd: Arc<Uffd>,
-    pub(crate) images: Vec<Served>,
-    pub(crate) mappings: Vec<Region>,
-    pub(crate) health: Health,
-    pub(crate) metrics: Arc<Metrics>,
-    pub(crate) decorate: Option<Decorate>,
+    options: PagerOptions,
+    uffd: Arc<Uffd>,
+    tracking: Tracking,
+    regions: Vec<Served>,
+    health: Health,
+    metrics: Arc<Metrics>,
+    decorate: Option<Decorate>,
     /// Pages that were installed before serving.
-    pub(crate) ahead_pages: u64,
-    pub(crate) recorder: Option<Recorder>,
+    ahead_pages: u64,
+    /// Pages without data that were.
+    ahead_zero_pages: u64,
+    recorder: Option<Recorder>,
 }
 
 impl std::fmt::Debug for Idle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Idle")
             .field("options", &self.options)
-            .field("images", &self.images.len())
+            .field("images", &self.regions.len())
             .finish_non_exhaustive()
     }
 }
@@ -54,12 +56,10 @@ impl std::fmt::Debug for Idle {
 /// State of a pager that serves; dropping it stops it.
 #[derive(Debug)]
 pub struct Serving {
-    thread: Option<JoinHandle<()>>,
-    stop: Arc<OwnedFd>,
+    shard: Shard,
     health: Health,
-    tally: Arc<Tally>,
-    path: IoPath,
     recorder: Option<Recorder>,
+    tracks_writes: bool,
 }
 
 /// Serves the pages of images to memory of this process: one thread, one userfaultfd.
@@ -71,24 +71,34 @@ pub struct Pager<S> {
 impl Pager<Idle> {
     /// Gets a userfaultfd and fetches the metric handles: install a recorder before.
     pub fn new(options: PagerOptions) -> Result<Self, PagerError> {
-        let (uffd, poison) = uffd_sys::open().map_err(PagerError::Userfaultfd)?;
+        let tracking = if options.track_writes {
+            Tracking::On
+        } else {
+            Tracking::Off
+        };
+        let Opened {
+            uffd,
+            poison,
+            tracks,
+        } = uffd_sys::open(tracking).map_err(PagerError::Userfaultfd)?;
         let method = if poison {
             PoisonMethod::Marker
         } else {
             PoisonMethod::Protect
         };
         let metrics = Arc::new(Metrics::new(&options.template));
-        let recorder = options.record.map(Recorder::new);
+        let recorder = options.record.map(|most| Recorder::new(LOCAL, most));
         Ok(Self {
             state: Idle {
                 options,
                 uffd: Arc::new(uffd),
-                images: Vec::new(),
-                mappings: Vec::new(),
+                tracking: if tracks { Tracking::On } else { Tracking::Off },
+                regions: Vec::new(),
                 health: Health::new(method),
                 metrics,
                 decorate: None,
                 ahead_pages: 0,
+                ahead_zero_pages: 0,
                 recorder,
             },
         })
@@ -112,33 +122,30 @@ impl Pager<Idle> {
         self
     }
 
+    /// Whether the kernel will know which pages of this clone were written: that was asked for
+    /// (`PagerOptions::track_writes`), and it can.
+    pub fn tracks_writes(&self) -> bool {
+        self.state.tracking == Tracking::On
+    }
+
     /// Maps memory for a clone of `image`. Nothing is read; what touches it before the pager
     /// serves sleeps until then.
     pub fn attach(&mut self, image: Image) -> Result<CloneMemory, PagerError> {
-        let id = || image.id().to_owned();
         let bytes = image.bytes();
         if bytes == 0 {
-            return Err(PagerError::Empty { image: id() });
+            let image = image.id().to_owned();
+            return Err(PagerError::Empty { image });
         }
         let map = |source| PagerError::Map {
-            image: id(),
+            image: image.id().to_owned(),
             bytes,
             source,
         };
         let mapping = Arc::new(ServedMapping::new(bytes).map_err(map)?);
-        let own = uffd_sys::duplicate(&self.state.uffd).map_err(map)?;
-        let missing = uffd_sys::register(&self.state.uffd, &mapping).map_err(|source| {
-            PagerError::Register {
-                image: id(),
-                bytes,
-                source,
-            }
-        })?;
-        if !missing.is_empty() {
-            let image = id();
-            return Err(PagerError::Ioctls { image, missing });
-        }
-        Ok(self.serve_in(image, mapping, own))
+        let whole = PageRange::new(PageIndex::default(), image.pages());
+        self.register(&image, &mapping, whole)
+            .map_err(|error| error.of(&image))?;
+        self.serve_in(image, mapping)
     }
 
     /// Takes over memory that this process inherited from a root: registers its holes, so that
@@ -148,30 +155,53 @@ impl Pager<Idle> {
         image: Image,
         memory: RootMemory,
     ) -> Result<CloneMemory, PagerError> {
-        let id = || image.id().to_owned();
         let holes = |source| PagerError::Holes {
-            image: id(),
+            image: image.id().to_owned(),
             source,
         };
         let (mapping, runs) = memory.into_parts().map_err(holes)?;
-        let own = uffd_sys::duplicate(&self.state.uffd).map_err(holes)?;
         for run in runs {
-            let missing =
-                uffd_sys::register_pages(&self.state.uffd, &mapping, run).map_err(holes)?;
-            if !missing.is_empty() {
-                let image = id();
-                return Err(PagerError::Ioctls { image, missing });
-            }
+            self.register(&image, &mapping, run)
+                .map_err(|error| match error {
+                    Unregistered::Kernel(source) => holes(source),
+                    Unregistered::Ioctls(_) => error.of(&image),
+                })?;
         }
-        Ok(self.serve_in(image, mapping, own))
+        self.serve_in(image, mapping)
+    }
+
+    fn register(
+        &self,
+        image: &Image,
+        mapping: &ServedMapping,
+        pages: PageRange,
+    ) -> Result<(), Unregistered> {
+        let state = &self.state;
+        let missing = uffd_sys::register(&state.uffd, mapping, pages, state.tracking)
+            .map_err(Unregistered::Kernel)?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        tracing::debug!(image = image.id(), ?missing, "memory cannot be served");
+        Err(Unregistered::Ioctls(missing))
     }
 
     /// Memory of `image` that is registered: the pager's part of it, and the clone's.
-    fn serve_in(&mut self, image: Image, mapping: Arc<ServedMapping>, own: OwnedFd) -> CloneMemory {
-        self.state.mappings.push(Region::new(&mapping));
-        let served = Served::new(image, Region::new(&mapping));
-        self.state.images.push(served);
-        CloneMemory::new(mapping, own)
+    fn serve_in(
+        &mut self,
+        image: Image,
+        mapping: Arc<ServedMapping>,
+    ) -> Result<CloneMemory, PagerError> {
+        let own = uffd_sys::duplicate(&self.state.uffd).map_err(|source| PagerError::Map {
+            image: image.id().to_owned(),
+            bytes: image.bytes(),
+            source,
+        })?;
+        let metrics = Arc::clone(&self.state.metrics);
+        let image = ServedImage::new(image, self.state.regions.len(), metrics);
+        let served = Served::new(Arc::new(image), Region::own(&mapping));
+        self.state.regions.push(served);
+        Ok(CloneMemory::new(mapping, own))
     }
 
     pub(crate) fn verifies(&self) -> bool {
@@ -184,9 +214,14 @@ impl Pager<Idle> {
         self.state.metrics.ahead(pages);
     }
 
-    pub(crate) fn for_installing(&mut self) -> (&Uffd, &mut [Served]) {
+    pub(crate) fn zeros_ahead(&mut self, pages: u64) {
+        self.state.ahead_zero_pages += pages;
+        self.state.metrics.installed(Origin::Zero, pages);
+    }
+
+    pub(crate) fn for_installing(&mut self) -> (&Uffd, Tracking, &mut [Served]) {
         let state = &mut self.state;
-        (&state.uffd, &mut state.images)
+        (&state.uffd, state.tracking, &mut state.regions)
     }
 
     /// What goes wrong later, to be listened to before it does.
@@ -197,42 +232,93 @@ impl Pager<Idle> {
     /// Starts the pager thread; it serves when this returns.
     pub fn serve(self) -> Result<Pager<Serving>, PagerError> {
         let idle = self.state;
-        let setup = |what| {
-            move |errno: rustix::io::Errno| PagerError::Setup {
-                what,
-                source: errno.into(),
-            }
-        };
-        let stop = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
-            .map_err(setup("stop eventfd"))?;
-        let stop = Arc::new(stop);
         let tally = Arc::new(Tally::default());
         crate::counts::add(&tally.pages_cache, idle.ahead_pages);
-        let health = idle.health.clone();
-        let recorder = idle.recorder.clone();
-        let (ready, answer) = bounded(1);
-        let (thread_stop, thread_tally) = (Arc::clone(&stop), Arc::clone(&tally));
-        let thread = std::thread::Builder::new()
-            .name("pando-pager".to_owned())
-            .spawn(move || crate::thread::main(idle, thread_stop, thread_tally, &ready))
-            .map_err(|source| PagerError::Setup {
-                what: "pager thread",
-                source,
-            })?;
-        let failed = |health: &Health| PagerError::Failed {
-            reason: health.failure().unwrap_or_default(),
-        };
-        let path = answer.recv().map_err(|_| failed(&health))??;
+        crate::counts::add(&tally.pages_zero, idle.ahead_zero_pages);
+        let (health, recorder) = (idle.health.clone(), idle.recorder.clone());
+        let tracks_writes = idle.tracking == Tracking::On;
+        let shard = Shard::start(plan(idle, tally)).map_err(|error| match health.failure() {
+            Some(reason) => PagerError::Failed { reason },
+            None => error,
+        })?;
         Ok(Pager {
             state: Serving {
-                thread: Some(thread),
-                stop,
+                shard,
                 health,
-                tally,
-                path,
                 recorder,
+                tracks_writes,
             },
         })
+    }
+}
+
+/// Why memory could not be registered.
+enum Unregistered {
+    Kernel(std::io::Error),
+    Ioctls(Vec<&'static str>),
+}
+
+impl Unregistered {
+    fn of(self, image: &Image) -> PagerError {
+        let (id, bytes) = (image.id().to_owned(), image.bytes());
+        match self {
+            Self::Kernel(source) => PagerError::Register {
+                image: id,
+                bytes,
+                source,
+            },
+            Self::Ioctls(missing) => PagerError::Ioctls { image: id, missing },
+        }
+    }
+}
+
+/// The shard of one local client.
+fn plan(idle: Idle, tally: Arc<Tally>) -> ShardPlan {
+    let options = idle.options;
+    let regions: Vec<Region> = idle
+        .regions
+        .iter()
+        .map(|served| served.region().clone())
+        .collect();
+    let (uffd, health, metrics) = (Arc::clone(&idle.uffd), idle.health.clone(), idle.metrics);
+    let tells = Tells::Health(idle.health.clone());
+    let mut client = Client::new(LOCAL, idle.uffd, idle.regions, tells);
+    client.poison = idle.health.poison_method();
+    client.tracking = idle.tracking;
+    client.recorder = idle.recorder;
+    ShardPlan {
+        name: "pando-pager".to_owned(),
+        io: options.io,
+        verify: options.verify,
+        fault_deadline: options.fault_deadline,
+        budget: options.budget,
+        cpu: options.cpu,
+        spin: options.spin,
+        decorate: idle.decorate,
+        tally,
+        first: Some(Box::new(Attach {
+            client,
+            pidfd: None,
+            wake: false,
+        })),
+        on_gone: Box::new(|_| ()),
+        on_serving: Box::new(move |path, begins| metrics.serving(path.name(), begins)),
+        on_failure: Box::new(move |reason| forbid_all(reason, &health, &regions, &uffd)),
+    }
+}
+
+/// The pager ended by itself: its clones' memory is made inaccessible, and who waits is woken.
+fn forbid_all(reason: &str, health: &Health, regions: &[Region], uffd: &Uffd) {
+    tracing::error!(
+        reason,
+        "the pager ended; its clones' memory is made inaccessible"
+    );
+    health.fail(reason);
+    for memory in regions.iter().filter_map(Region::pin) {
+        if let Err(error) = memory.forbid(memory.pages()) {
+            tracing::error!(%error, "memory without a pager cannot be protected");
+        }
+        uffd_sys::wake(uffd, &memory, memory.pages());
     }
 }
 
@@ -244,7 +330,7 @@ impl Pager<Serving> {
 
     /// What was done so far.
     pub fn counts(&self) -> Counts {
-        self.state.tally.counts()
+        self.state.shard.counts()
     }
 
     /// What the clone has touched so far, if that is recorded. Images are counted in the order in
@@ -253,9 +339,29 @@ impl Pager<Serving> {
         self.state.recorder.as_ref().map(Recorder::trace)
     }
 
+    /// Makes pages absent again: the next touch brings the template's bytes. In force when this
+    /// returns. Call it while nothing touches the pages, and discard them (MADV_DONTNEED) then.
+    /// Images are counted in the order in which they were attached.
+    pub fn forget(&self, runs: &[ForgottenRun]) -> Result<(), PagerError> {
+        let runs = runs.to_vec();
+        let answer = self
+            .state
+            .shard
+            .ask(|reply| Command::Forget(LOCAL, runs, reply))?;
+        answer.map_err(|reason| PagerError::Client {
+            client: LOCAL,
+            reason,
+        })
+    }
+
+    /// Whether the kernel knows which pages of this clone were written.
+    pub fn tracks_writes(&self) -> bool {
+        self.state.tracks_writes
+    }
+
     /// Which way messages and bytes take.
     pub fn io(&self) -> IoPath {
-        self.state.path
+        self.state.shard.path()
     }
 
     /// Answers every fault that was raised until now, then ends the thread. Stop what touches the
@@ -263,7 +369,7 @@ impl Pager<Serving> {
     pub fn stop(mut self) -> Result<Counts, PagerError> {
         self.state.end();
         match self.state.health.failure() {
-            None => Ok(self.state.tally.counts()),
+            None => Ok(self.state.shard.counts()),
             Some(reason) => Err(PagerError::Failed { reason }),
         }
     }
@@ -271,12 +377,7 @@ impl Pager<Serving> {
 
 impl Serving {
     fn end(&mut self) {
-        let Some(thread) = self.thread.take() else {
-            return;
-        };
-        // Fails only when the counter is full: then the thread has been told.
-        let _told = rustix::io::write(&self.stop, &1u64.to_ne_bytes());
-        if thread.join().is_err() {
+        if !self.shard.end(Stop::WhenAnswered) {
             self.health.fail("the pager thread panicked while it ended");
         }
     }

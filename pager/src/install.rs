@@ -49,6 +49,19 @@ pub(crate) enum Content<'a> {
     Poison,
 }
 
+impl Content<'_> {
+    /// The same from byte `done` on.
+    pub(crate) fn behind(self, done: u64) -> Self {
+        match self {
+            Self::Bytes(bytes) => {
+                let at = usize::try_from(done).unwrap_or(usize::MAX);
+                Self::Bytes(bytes.get(at..).unwrap_or(&[]))
+            }
+            other => other,
+        }
+    }
+}
+
 /// Why an install ended before its last page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stopped {
@@ -86,6 +99,16 @@ impl Installed {
     /// The pages that are done for, either way.
     pub(crate) fn done(&self) -> u64 {
         self.fresh + self.present
+    }
+
+    /// Adds what was done of the pages right behind.
+    pub(crate) fn add(&mut self, next: &Self) {
+        self.fresh += next.fresh;
+        self.present += next.present;
+        self.again += next.again;
+        self.no_memory += next.no_memory;
+        self.split += next.split;
+        self.stopped = next.stopped;
     }
 }
 

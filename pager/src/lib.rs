@@ -17,6 +17,7 @@
 
 mod ahead;
 mod budget;
+mod client;
 mod counts;
 mod error;
 mod fault;
@@ -27,26 +28,36 @@ mod install;
 mod memory;
 pub mod metrics;
 mod options;
+mod own_memory;
 mod page;
+mod poller;
 mod port;
 mod prefetch;
 mod probe;
+mod promotion;
 mod queue;
 mod record;
 mod region;
+mod registration;
+mod registry;
 mod residency;
 mod retry;
 mod root_memory;
 mod serve;
+mod shard;
+mod shared;
 pub mod source;
 mod stale;
 mod sys;
-mod thread;
 mod token;
 pub mod working_set;
 
 pub use ahead::Ahead;
 pub use budget::Budget;
+pub use client::{
+    AheadRun, Attached, ClientEvent, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId,
+    MAX_REGIONS, SpecError, check_regions,
+};
 pub use counts::Counts;
 pub use error::PagerError;
 pub use handle::{Idle, Pager, Serving};
@@ -57,4 +68,6 @@ pub use options::{IoMode, PagerOptions, Verify};
 pub use page::{ByteOffset, PAGE_BYTES, PageCount, PageIndex, PageRange};
 pub use port::IoPath;
 pub use probe::{HostFacts, Refusal, UffdAccess, UffdFacts, UffdFeatures, probe};
-pub use root_memory::{Filled, Root, RootMemory};
+pub use registration::{RegisteredPlace, Registration};
+pub use root_memory::{Filled, Root, RootMemory, RootPlan, RootRange};
+pub use shared::{Decorate, Listener, SharedOptions, SharedPager};

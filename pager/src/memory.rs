@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! The memory of a clone.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::page::PageRange;
@@ -16,14 +16,14 @@ use crate::sys::mmap::ServedMapping;
 pub struct CloneMemory {
     // Before the descriptor: with the last descriptor closed, missing pages would read as zero.
     mapping: Arc<ServedMapping>,
-    _uffd: Option<OwnedFd>,
+    uffd: Option<OwnedFd>,
 }
 
 impl CloneMemory {
     pub(crate) fn new(mapping: Arc<ServedMapping>, uffd: OwnedFd) -> Self {
         Self {
             mapping,
-            _uffd: Some(uffd),
+            uffd: Some(uffd),
         }
     }
 
@@ -31,7 +31,7 @@ impl CloneMemory {
     pub(crate) fn complete(mapping: Arc<ServedMapping>) -> Self {
         Self {
             mapping,
-            _uffd: None,
+            uffd: None,
         }
     }
 
@@ -46,6 +46,20 @@ impl CloneMemory {
         self.mapping.make_private(pages)
     }
 
+    /// Has the kernel tell, from now on, whether these pages are written: they are there, equal to the
+    /// template, and were registered by a pager that tracks writes.
+    pub fn track(&self, pages: PageRange) -> std::io::Result<()> {
+        let uffd = self.uffd.as_ref().ok_or_else(unserved)?;
+        crate::sys::userfaultfd::protect(uffd.as_fd(), &*self.mapping, pages)
+    }
+
+    /// Gives pages back to the host that the pager serves and was told to forget: the next touch
+    /// brings the template's bytes. Nothing may touch them between that order and the end of this.
+    pub fn discard(&self, pages: PageRange) -> std::io::Result<()> {
+        self.uffd.as_ref().ok_or_else(unserved)?;
+        self.mapping.discard(pages)
+    }
+
     /// First address in this process; page aligned.
     pub fn host_address(&self) -> *mut u8 {
         self.mapping.address()
@@ -55,4 +69,12 @@ impl CloneMemory {
     pub fn bytes(&self) -> u64 {
         self.mapping.bytes()
     }
+}
+
+/// Nobody would bring its pages again.
+fn unserved() -> std::io::Error {
+    std::io::Error::new(
+        std::io::ErrorKind::InvalidInput,
+        "no pager serves this memory",
+    )
 }

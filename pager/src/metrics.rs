@@ -54,11 +54,11 @@ pub fn describe() {
     );
     describe_counter!(
         PREFETCH_PAGES,
-        "Pages installed ahead of a walk: useful (the walk went on behind them), late (asked for while being read), wasted (the walk was not seen behind them)"
+        "Pages installed ahead of a walk, or of a clone: useful (the walk went on behind them, or they were written), late (asked for while being read), wasted (the walk was not seen behind them, or they were brought to be written and were not)"
     );
     describe_counter!(
         AHEAD_PAGES,
-        "Pages of the recorded working set that were in place before the guest ran"
+        "Pages of the recorded working set that were brought before anybody asked"
     );
     describe_gauge!(INFLIGHT_READS, "Template reads that are not done yet");
     describe_counter!(RETRIES, "Tries repeated, by reason");
@@ -84,6 +84,15 @@ pub fn register(template: &str) {
     let metrics = Metrics::new(template);
     for path in IoPath::ALL {
         metrics.io_info(path.name()).increment(0.0);
+    }
+}
+
+/// Counts pages of the working set that were brought ahead of a clone, once it is known: `useful`
+/// ones were written, `wasted` ones were brought to be written and were not.
+pub fn count_prefetched(template: &str, useful: u64, wasted: u64) {
+    for (result, pages) in [("useful", useful), ("wasted", wasted)] {
+        counter!(PREFETCH_PAGES, "template" => template.to_owned(), "result" => result)
+            .increment(pages);
     }
 }
 

@@ -48,9 +48,13 @@ pub struct PagerOptions {
     /// How long the pager thread looks for the next fault before it sleeps. Worth it only with a
     /// CPU to spare for it: a sleeping thread is slow to wake on another CPU. Zero: sleep at once.
     pub spin: Duration,
-    /// Record the clone's first touches, at most so many. Nothing is installed ahead then: what was
-    /// would never be seen to be touched.
+    /// Record the clone's first touches, at most so many. Nothing is installed ahead of a walk then:
+    /// what was would never be seen to be touched.
     pub record: Option<usize>,
+    /// Install pages write-protected where the kernel can (UFFD_FEATURE_WP_ASYNC), so that it knows
+    /// which were written: what a clone did not write can be given back (`Pager::forget`). A first
+    /// write lifts the protection of its page without a message.
+    pub track_writes: bool,
 }
 
 impl Default for PagerOptions {
@@ -64,6 +68,7 @@ impl Default for PagerOptions {
             cpu: None,
             spin: Duration::ZERO,
             record: None,
+            track_writes: false,
         }
     }
 }

@@ -1,19 +1,22 @@
 #![forbid(unsafe_code)]
-//! Where the pager thread waits: in a ring, or in poll(2) where io_uring is refused.
+//! Where the pager thread waits: in a ring, or in epoll(7) where io_uring is refused.
 
 use std::fmt;
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::IoSliceMut;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use userfaultfd::Uffd;
 
 use crate::fault::{MESSAGE_BYTES, Message, messages};
+use crate::poller::Poller;
 use crate::source::ReadDone;
 use crate::sys::uring::{Completion, MESSAGES_PER_READ, Ring, UffdWait};
+use crate::token::ClientSlot;
 
 /// Which way messages and bytes take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +25,7 @@ pub enum IoPath {
     UringRead,
     /// One ring; it polls the userfaultfd, read(2) takes the messages.
     UringPoll,
-    /// poll(2) and pread(2).
+    /// epoll(7) and pread(2).
     Pread,
 }
 
@@ -48,9 +51,15 @@ impl fmt::Display for IoPath {
 /// What came in and is not handled yet. Vectors are emptied and used again.
 #[derive(Debug, Default)]
 pub(crate) struct Inbox {
-    pub(crate) messages: Vec<Message>,
+    pub(crate) messages: Vec<(ClientSlot, Message)>,
+    /// Clients that may have more messages, to be read.
+    pub(crate) more: Vec<ClientSlot>,
+    /// Clients whose wait for messages is over, to be armed again.
+    pub(crate) unarmed: Vec<ClientSlot>,
+    /// Clients whose process ended.
+    pub(crate) gone: Vec<ClientSlot>,
     pub(crate) reads: Vec<ReadDone>,
-    pub(crate) stop: bool,
+    pub(crate) bell: bool,
 }
 
 impl Inbox {
@@ -59,29 +68,42 @@ impl Inbox {
         Self {
             messages: Vec::with_capacity(4 * MESSAGES_PER_READ),
             reads: Vec::with_capacity(MESSAGES_PER_READ),
-            stop: false,
+            ..Self::default()
         }
     }
+}
 
-    /// Takes every unread message off `uffd`; at most `room` more.
-    pub(crate) fn drain(&mut self, uffd: &Uffd, room: usize) -> io::Result<()> {
-        let mut buffer = [0; MESSAGES_PER_READ * MESSAGE_BYTES];
-        let limit = self.messages.len() + room;
-        while self.messages.len() + MESSAGES_PER_READ <= limit {
-            match rustix::io::read(uffd, &mut buffer) {
-                Ok(bytes) => {
-                    self.messages.extend(messages(&buffer[..bytes]));
-                    // Fewer than fit: there were no more.
-                    if bytes < buffer.len() {
-                        return Ok(());
-                    }
+/// Takes unread messages off `uffd`, at most `room` of them, until there are none.
+pub(crate) fn drain(uffd: &Uffd, room: usize, each: &mut dyn FnMut(Message)) -> io::Result<()> {
+    let mut buffer = [0; MESSAGES_PER_READ * MESSAGE_BYTES];
+    let mut left = room;
+    while left >= MESSAGES_PER_READ {
+        match read_now(uffd, &mut buffer) {
+            Ok(bytes) => {
+                messages(&buffer[..bytes]).for_each(&mut *each);
+                // Fewer than fit: there were no more.
+                if bytes < buffer.len() {
+                    return Ok(());
                 }
-                Err(Errno::AGAIN) => return Ok(()),
-                Err(Errno::INTR) => {}
-                Err(errno) => return Err(errno.into()),
+                left -= MESSAGES_PER_READ;
             }
+            Err(Errno::AGAIN) => return Ok(()),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+/// Reads without waiting, even if somebody who shares the descriptor made it a blocking one. Kernels
+/// that cannot be told so (before 6.10) go by the descriptor.
+fn read_now(uffd: &Uffd, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+    // Not at any offset.
+    const HERE: u64 = u64::MAX;
+    let mut buffers = [IoSliceMut::new(buffer)];
+    match preadv2(uffd, &mut buffers, HERE, ReadWriteFlags::NOWAIT) {
+        Err(Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => rustix::io::read(uffd, buffer),
+        result => result,
     }
 }
 
@@ -94,7 +116,7 @@ pub(crate) struct WaitLimits {
     pub(crate) total: Option<Duration>,
 }
 
-/// The wait of one pager.
+/// The wait of one shard.
 #[derive(Debug)]
 pub(crate) enum Port {
     Ring(Box<Ring>),
@@ -118,75 +140,117 @@ impl Port {
         }
     }
 
+    /// From now on reads may name `file` by `number`.
+    pub(crate) fn add_file(&mut self, number: usize, file: &Arc<File>) {
+        if let Self::Ring(ring) = self {
+            ring.add_file(number, file);
+        }
+    }
+
+    /// Waits for a client: for its messages when it is armed, and for the end of its process.
+    pub(crate) fn watch(
+        &mut self,
+        uffd: &Arc<Uffd>,
+        pidfd: Option<OwnedFd>,
+    ) -> io::Result<ClientSlot> {
+        let pidfd = pidfd.map(Arc::new);
+        match self {
+            Self::Ring(ring) => Ok(ring.watch(Arc::clone(uffd), pidfd)),
+            Self::Poll(poller) => poller.watch(Arc::clone(uffd), pidfd),
+        }
+    }
+
+    /// Waits for a client no longer.
+    pub(crate) fn unwatch(&mut self, slot: ClientSlot) {
+        match self {
+            Self::Ring(ring) => ring.unwatch(slot),
+            Self::Poll(poller) => poller.unwatch(slot),
+        }
+    }
+
+    /// Waits for the next messages of a client; goes to the kernel with the next submission. False
+    /// when there is no room for that now.
+    pub(crate) fn arm(&mut self, slot: ClientSlot) -> bool {
+        match self {
+            Self::Ring(ring) => ring.arm(slot),
+            Self::Poll(poller) => poller.arm(slot),
+        }
+    }
+
     /// Submits the reads that were started and collects what is complete already. False, and
     /// nothing happened, when there are none to submit.
-    pub(crate) fn submit(
-        &mut self,
-        uffd: &Uffd,
-        room: usize,
-        inbox: &mut Inbox,
-    ) -> io::Result<bool> {
+    pub(crate) fn submit(&mut self, inbox: &mut Inbox) -> io::Result<bool> {
         let Self::Ring(ring) = self else {
             return Ok(false);
         };
         if !ring.has_unsubmitted_reads() {
             return Ok(false);
         }
-        // The wait for messages goes with the reads: one call for both.
-        ring.arm(room >= MESSAGES_PER_READ);
         ring.submit()?;
-        collect(ring, uffd, room, inbox)?;
+        collect(ring, inbox);
         Ok(true)
     }
 
-    /// Waits until something happens, within `limits`. Messages are taken only while there is
-    /// `room` for them.
-    pub(crate) fn wait(
-        &mut self,
-        uffd: &Uffd,
-        room: usize,
-        limits: WaitLimits,
-        inbox: &mut Inbox,
-    ) -> io::Result<()> {
+    /// Submits what is queued and collects what is complete already, without waiting.
+    pub(crate) fn look(&mut self, inbox: &mut Inbox) -> io::Result<()> {
+        if let Self::Ring(ring) = self {
+            ring.submit()?;
+            collect(ring, inbox);
+        }
+        Ok(())
+    }
+
+    /// Waits until something happens, within `limits`.
+    pub(crate) fn wait(&mut self, limits: WaitLimits, inbox: &mut Inbox) -> io::Result<()> {
         match self {
             Self::Ring(ring) => {
-                ring.arm(room >= MESSAGES_PER_READ);
                 if !ring.spin(limits)? {
                     ring.wait(limits.total)?;
                 }
-                collect(ring, uffd, room, inbox)
+                collect(ring, inbox);
+                Ok(())
             }
             // Without a ring looking costs as many calls as sleeping: not worth it.
-            Self::Poll(poller) => poller.wait(uffd, room, limits.total, inbox),
+            Self::Poll(poller) => poller.wait(limits.total, inbox),
         }
     }
 
     /// Takes back the pending wait for messages; what it had read comes into the inbox.
-    pub(crate) fn disarm(&mut self) {
-        if let Self::Ring(ring) = self {
-            ring.disarm();
+    pub(crate) fn disarm(&mut self, slot: ClientSlot) {
+        match self {
+            Self::Ring(ring) => ring.disarm(slot),
+            Self::Poll(poller) => poller.disarm(slot),
         }
     }
 
     /// Whether the kernel may still hand messages to a pending wait.
-    pub(crate) fn is_armed(&self) -> bool {
+    pub(crate) fn is_armed(&self, slot: ClientSlot) -> bool {
         match self {
-            Self::Ring(ring) => ring.is_armed(),
+            Self::Ring(ring) => ring.is_armed(slot),
             Self::Poll(_) => false,
         }
     }
 }
 
-fn collect(ring: &mut Ring, uffd: &Uffd, room: usize, inbox: &mut Inbox) -> io::Result<()> {
-    let mut more = false;
+fn collect(ring: &mut Ring, inbox: &mut Inbox) {
     while let Some(completion) = ring.next() {
         match completion {
-            Completion::Messages(bytes) => {
-                inbox.messages.extend(messages(bytes));
-                more |= bytes.len() == MESSAGES_PER_READ * MESSAGE_BYTES;
+            Completion::Messages(slot, bytes) => {
+                let count = inbox.messages.len();
+                inbox
+                    .messages
+                    .extend(messages(bytes).map(|message| (slot, message)));
+                if inbox.messages.len() - count == MESSAGES_PER_READ {
+                    inbox.more.push(slot);
+                }
+                inbox.unarmed.push(slot);
             }
-            Completion::MessagesReady => more = true,
-            Completion::Stop => inbox.stop = true,
+            Completion::MessagesReady(slot) => {
+                inbox.more.push(slot);
+                inbox.unarmed.push(slot);
+            }
+            Completion::Gone(slot) => inbox.gone.push(slot),
+            Completion::Bell => inbox.bell = true,
             Completion::Read {
                 slot,
                 lease,
@@ -197,57 +261,5 @@ fn collect(ring: &mut Ring, uffd: &Uffd, room: usize, inbox: &mut Inbox) -> io::
                 result: usize::try_from(result).map_err(|_| -result),
             }),
         }
-    }
-    if more {
-        inbox.drain(uffd, room.saturating_sub(inbox.messages.len()))?;
-    }
-    Ok(())
-}
-
-/// The wait without a ring.
-#[derive(Debug)]
-pub(crate) struct Poller {
-    stop: Arc<OwnedFd>,
-    /// Readable when a reading thread is done.
-    signal: Arc<OwnedFd>,
-}
-
-impl Poller {
-    pub(crate) fn new(stop: Arc<OwnedFd>, signal: Arc<OwnedFd>) -> Self {
-        Self { stop, signal }
-    }
-
-    fn wait(
-        &self,
-        uffd: &Uffd,
-        room: usize,
-        limit: Option<Duration>,
-        inbox: &mut Inbox,
-    ) -> io::Result<()> {
-        let limit = limit.map(|limit| Timespec {
-            tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: limit.subsec_nanos().into(),
-        });
-        let none = PollFlags::empty();
-        let want = |wanted: bool| if wanted { PollFlags::IN } else { none };
-        let mut fds = [
-            PollFd::from_borrowed_fd(uffd.as_fd(), want(room >= MESSAGES_PER_READ)),
-            // Once seen it stays readable.
-            PollFd::from_borrowed_fd(self.stop.as_fd(), want(!inbox.stop)),
-            PollFd::from_borrowed_fd(self.signal.as_fd(), PollFlags::IN),
-        ];
-        match poll(&mut fds, limit.as_ref()) {
-            Ok(_) | Err(Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        let [messages, stop, signal] = fds.map(|fd| fd.revents().contains(PollFlags::IN));
-        inbox.stop |= stop;
-        if signal {
-            let _empty = rustix::io::read(&self.signal, &mut [0; 8]);
-        }
-        if messages {
-            inbox.drain(uffd, room)?;
-        }
-        Ok(())
     }
 }

@@ -5,8 +5,9 @@ use std::io;
 
 use crate::health::PoisonMethod;
 use crate::port::IoPath;
+pub use crate::sys::features::UffdFeatures;
 use crate::sys::uring::{self, UffdWait};
-pub use crate::sys::userfaultfd::{UffdAccess, UffdFeatures};
+pub use crate::sys::userfaultfd::UffdAccess;
 
 /// What userfaultfd offers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

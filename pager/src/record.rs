@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use crate::client::ClientId;
 use crate::page::PageIndex;
 use crate::working_set::{Touch, Trace};
 
@@ -16,9 +17,10 @@ pub(crate) struct Recorder {
 }
 
 impl Recorder {
-    /// A recorder that keeps at most `max_touches`.
-    pub(crate) fn new(max_touches: usize) -> Self {
+    /// A recorder that keeps at most `max_touches` of a client.
+    pub(crate) fn new(client: ClientId, max_touches: usize) -> Self {
         let empty = Trace {
+            client: client.get(),
             is_complete: true,
             ..Trace::default()
         };

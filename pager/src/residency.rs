@@ -9,10 +9,13 @@
 //!     |                  v
 //!     +-------------> Poisoned (end)
 //! ```
-//! Present and Poisoned are final: a page is filled from the template once, and a page that was
-//! removed afterwards is never filled again.
+//! Poisoned is final, and Present too unless the clone says that it gives the page back
+//! ([`Residency::forget`]): a page is filled from the template once, and a page that was removed
+//! behind the pager's back is never filled again.
 
-use crate::page::{PageCount, PageIndex, PageRange};
+#[cfg(test)]
+use crate::page::PageRange;
+use crate::page::{PageCount, PageIndex};
 
 const PAGES_PER_WORD: u64 = 32;
 
@@ -99,7 +102,17 @@ impl Residency {
         true
     }
 
+    /// A page that is present is to be absent again: its clone gives it back. Others stay.
+    pub(crate) fn forget(&mut self, page: PageIndex) {
+        if self.get(page) == PageState::Present
+            && let Some((word, shift)) = self.place(page)
+        {
+            self.words[word] &= !(3 << shift);
+        }
+    }
+
     /// Moves every page of `pages` that legally can to `next`.
+    #[cfg(test)]
     pub(crate) fn set_all(&mut self, pages: PageRange, next: PageState) {
         for page in pages.iter() {
             self.set(page, next);
@@ -154,5 +167,8 @@ mod tests {
             PageState::Present,
         );
         assert_eq!(residency.get(PageIndex::new(2)), PageState::Present);
+        residency.forget(PageIndex::new(2));
+        residency.forget(PageIndex::new(3));
+        assert_eq!(residency.get(PageIndex::new(2)), PageState::Absent);
     }
 }

@@ -5,27 +5,31 @@
 //! that has a page of data is filled whole, zeros and all, so that it can become one huge page,
 //! which a fork shares at the cost of one page table entry. A range without data stays empty: the
 //! kernel's own zeros are what the template holds there. What does not fit the budget, or cannot
-//! be read, stays a hole.
+//! be read, stays a hole; ranges that the working set knows are filled first. Between forks the root
+//! fills more ranges where it is told that clones ask for them, in place of ranges that none is known
+//! to need (`promotion`).
 //!
 //! A fork does not inherit the registration with userfaultfd: its holes would read as zeros
 //! (userfaultfd(2), without `UFFD_FEATURE_EVENT_FORK`). So the type gives a clone its memory only
 //! where nothing is missing, or to a pager that registers the holes first.
 
-use std::collections::VecDeque;
-use std::io;
-use std::os::unix::fs::FileExt;
+mod inherited;
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use userfaultfd::Uffd;
-use xxhash_rust::xxh3::xxh3_64;
 
 use crate::error::PagerError;
-use crate::image::{CHUNK_PAGES, ChunkIndex, Image, PageKind};
-use crate::install::{Content, PageOps, install};
-use crate::memory::CloneMemory;
+use crate::image::{Image, PageKind};
+use crate::install::{Content, install};
+use crate::own_memory::{OwnMemory, read_proven};
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
+use crate::promotion::{self, HoleDemand};
 use crate::sys::mmap::{HUGE_BYTES, ServedMapping};
-use crate::sys::userfaultfd::{self as sys, Answer};
+use crate::sys::userfaultfd::{self as sys, Tracking};
+
+pub use inherited::RootMemory;
 
 /// Pages of one range that is filled, and collapsed, as a whole.
 const UNIT_PAGES: u64 = HUGE_BYTES / PAGE_BYTES;
@@ -41,16 +45,37 @@ pub struct Filled {
     pub failed_ranges: u64,
 }
 
-/// Memory of one backend, in the root and in each of its forks.
-#[derive(Debug)]
-pub struct RootMemory {
-    mapping: Arc<ServedMapping>,
-    holes: Vec<PageRange>,
+/// A range of 2 MiB (the last may be shorter) of one backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct RootRange {
+    /// Which backend, in the machine's order.
+    pub backend: u32,
+    /// Which range of it, from 0.
+    pub unit: u64,
+}
+
+/// What a root fills.
+#[derive(Clone, Debug, Default)]
+pub struct RootPlan {
+    /// Most pages that it holds.
+    pub budget_pages: u64,
+    /// Whether each chunk is compared with the index first.
+    pub verify: bool,
+    /// Ranges to fill before all others, in this order: what clones are known to need.
+    pub first: Vec<RootRange>,
 }
 
 /// All memory of a root process.
 #[derive(Debug)]
 pub struct Root {
+    /// Kept while pages may still be read from them.
+    images: Vec<Image>,
+    plan: RootPlan,
+    /// Ranges that clones are known to need: those of the plan, and those that were promoted.
+    known: BTreeSet<RootRange>,
+    /// Ranges to promote, the next one first.
+    promote: VecDeque<RootRange>,
+    buffer: Vec<u8>,
     // Before the descriptor: with the last one closed, missing pages would read as zeros.
     memories: Vec<RootMemory>,
     /// Filled ranges that are not one huge page yet: backend and range.
@@ -60,31 +85,46 @@ pub struct Root {
 }
 
 impl Root {
-    /// Maps memory for `images` and fills it, at most `budget_pages` of it; with `verify` each
-    /// chunk is compared with the index first.
-    pub fn fill(images: &[Image], budget_pages: u64, verify: bool) -> Result<Self, PagerError> {
-        let (uffd, _) = sys::open().map_err(PagerError::Userfaultfd)?;
+    /// Maps memory for `images` and fills it as `plan` says. `progress` hears of each range, with the
+    /// pages that are filled so far.
+    pub fn fill(
+        images: Vec<Image>,
+        plan: RootPlan,
+        progress: &mut dyn FnMut(u64),
+    ) -> Result<Self, PagerError> {
+        let uffd = sys::open(Tracking::Off)
+            .map_err(PagerError::Userfaultfd)?
+            .uffd;
         let mut root = Self {
+            images: Vec::new(),
+            known: plan.first.iter().copied().collect(),
+            plan,
+            promote: VecDeque::new(),
+            buffer: Vec::new(),
             memories: Vec::new(),
             small: VecDeque::new(),
             filled: Filled::default(),
             uffd,
         };
-        let mut left = budget_pages;
-        for (backend, image) in images.iter().enumerate() {
-            let memory = root.fill_one(backend, image, &mut left, verify)?;
+        for image in &images {
+            let memory = root.map_one(image)?;
             root.memories.push(memory);
         }
+        root.images = images;
+        for range in root.plan.first.clone() {
+            root.fill_range(range);
+            progress(root.filled.pages);
+        }
+        for range in root.ranges_with_data() {
+            root.fill_range(range);
+            progress(root.filled.pages);
+        }
+        root.count_holes();
         Ok(root)
     }
 
-    fn fill_one(
-        &mut self,
-        backend: usize,
-        image: &Image,
-        left: &mut u64,
-        verify: bool,
-    ) -> Result<RootMemory, PagerError> {
+    /// Maps the memory of one backend; all of it with data is a hole.
+    fn map_one(&self, image: &Image) -> Result<RootMemory, PagerError> {
         let (id, bytes) = (|| image.id().to_owned(), image.bytes());
         if bytes == 0 {
             return Err(PagerError::Empty { image: id() });
@@ -96,57 +136,173 @@ impl Root {
         };
         let mapping = ServedMapping::inherited(bytes).map_err(map)?;
         let missing =
-            sys::register(&self.uffd, &mapping).map_err(|source| PagerError::Register {
-                image: id(),
-                bytes,
-                source,
+            sys::register(&self.uffd, &mapping, whole(image), Tracking::Off).map_err(|source| {
+                PagerError::Register {
+                    image: id(),
+                    bytes,
+                    source,
+                }
             })?;
         if !missing.is_empty() {
             let image = id();
             return Err(PagerError::Ioctls { image, missing });
         }
-        let mut holes = Vec::new();
-        let mut buffer = Vec::new();
-        for unit in units(image.pages()) {
-            if !unit.iter().any(|page| is_data(image, page)) {
-                continue;
-            }
-            let count = unit.count().get();
-            let fits = count <= *left;
-            if fits && self.fill_unit(image, &mapping, unit, &mut buffer, verify) {
-                *left -= count;
-                self.filled.pages += count;
-                if count == UNIT_PAGES {
-                    self.small.push_back((backend, unit));
-                }
-            } else {
-                self.filled.hole_pages += count;
-                self.filled.failed_ranges += u64::from(fits);
-                holes.push(unit);
-            }
-        }
+        let with_data = units(image.pages())
+            .enumerate()
+            .filter(|(_, unit)| unit.iter().any(|page| is_data(image, page)))
+            .map(|(number, _)| number as u64);
         Ok(RootMemory {
             mapping: Arc::new(mapping),
-            holes: joined(&holes),
+            pages: image.pages(),
+            holes: with_data.collect(),
+            served_too: Vec::new(),
         })
+    }
+
+    /// All holes, in order.
+    fn ranges_with_data(&self) -> Vec<RootRange> {
+        let backends = (0_u32..).zip(&self.memories);
+        backends
+            .flat_map(|(backend, memory)| {
+                let holes = memory.holes.iter();
+                holes.map(move |&unit| RootRange { backend, unit })
+            })
+            .collect()
+    }
+
+    fn count_holes(&mut self) {
+        let pages = |memory: &RootMemory| -> u64 {
+            let holes = memory.holes.iter();
+            holes.map(|&unit| memory.unit(unit).count().get()).sum()
+        };
+        self.filled.hole_pages = self.memories.iter().map(pages).sum();
+    }
+
+    /// Fills a hole, if the budget has room for it. False if it stays one.
+    fn fill_range(&mut self, range: RootRange) -> bool {
+        let backend = usize::try_from(range.backend).unwrap_or(usize::MAX);
+        let Some(memory) = self.memories.get(backend) else {
+            return false;
+        };
+        let unit = memory.unit(range.unit);
+        let count = unit.count().get();
+        let is_hole = memory.holes.contains(&range.unit);
+        if !is_hole || self.filled.pages + count > self.plan.budget_pages {
+            return false;
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let is_filled = self.fill_unit(backend, unit, &mut buffer);
+        self.buffer = buffer;
+        if !is_filled {
+            self.filled.failed_ranges += 1;
+            return false;
+        }
+        self.filled.pages += count;
+        self.memories[backend].holes.remove(&range.unit);
+        if count == UNIT_PAGES {
+            self.small.push_back((backend, unit));
+        }
+        true
+    }
+
+    /// Makes a filled range a hole for forks to come. False if it stays.
+    fn drop_range(&mut self, range: RootRange) -> bool {
+        let backend = usize::try_from(range.backend).unwrap_or(usize::MAX);
+        let Some(memory) = self.memories.get_mut(backend) else {
+            return false;
+        };
+        let unit = memory.unit(range.unit);
+        // A hole first: no fork comes between, and one that came would ask for what is there.
+        if let Err(error) = memory.mapping.discard(unit) {
+            tracing::warn!(%unit, %error, "a range of a root stays, though another needs its room");
+            return false;
+        }
+        memory.holes.insert(range.unit);
+        self.filled.pages -= unit.count().get();
+        self.small.retain(|&small| small != (backend, unit));
+        true
+    }
+
+    /// Says how often clones asked pagers for pages of holes, by range. What is worth it is filled by
+    /// [`Self::promote_next`].
+    pub fn note_faults(&mut self, faults: &BTreeMap<RootRange, u64>) {
+        let pages = |range: RootRange| {
+            let memory = self.memories.get(usize::try_from(range.backend).ok()?)?;
+            let is_hole = memory.holes.contains(&range.unit);
+            is_hole.then(|| memory.unit(range.unit).count().get())
+        };
+        let holes = faults
+            .iter()
+            .filter_map(|(&range, &faults)| {
+                let pages = pages(range)?;
+                Some(HoleDemand {
+                    range,
+                    pages,
+                    faults,
+                })
+            })
+            .collect::<Vec<_>>();
+        self.promote = promotion::worth_it(&holes).into();
+    }
+
+    /// Fills one more range that clones ask for, a few milliseconds of work, and gives up ranges that
+    /// none is known to need where the budget asks for that; false when nothing is to be done.
+    pub fn promote_next(&mut self) -> bool {
+        let Some(range) = self.promote.pop_front() else {
+            return false;
+        };
+        let Some(memory) = self
+            .memories
+            .get(usize::try_from(range.backend).unwrap_or(usize::MAX))
+        else {
+            return true;
+        };
+        let needed = self.filled.pages + memory.unit(range.unit).count().get();
+        let excess = needed.saturating_sub(self.plan.budget_pages);
+        for victim in promotion::victims(excess, &self.unknown()) {
+            self.drop_range(victim);
+        }
+        if self.fill_range(range) {
+            self.known.insert(range);
+        }
+        self.count_holes();
+        true
+    }
+
+    /// Filled ranges that no clone is known to need, with their pages; the last ones first.
+    fn unknown(&self) -> Vec<(RootRange, u64)> {
+        let mut all = Vec::new();
+        for ((backend, memory), image) in (0_u32..).zip(&self.memories).zip(&self.images) {
+            for (number, pages) in (0_u64..).zip(units(memory.pages)) {
+                let range = RootRange {
+                    backend,
+                    unit: number,
+                };
+                let is_filled = !memory.holes.contains(&number)
+                    && pages.iter().any(|page| is_data(image, page));
+                if is_filled && !self.known.contains(&range) {
+                    all.push((range, pages.count().get()));
+                }
+            }
+        }
+        all.reverse();
+        all
     }
 
     /// Reads, compares and installs one range. False, and nothing is there, if it cannot be had:
     /// whoever touches it meets the pager's error instead.
-    fn fill_unit(
-        &self,
-        image: &Image,
-        mapping: &ServedMapping,
-        unit: PageRange,
-        buffer: &mut Vec<u8>,
-        verify: bool,
-    ) -> bool {
-        if !read_proven(image, unit, buffer, verify) {
+    fn fill_unit(&self, backend: usize, unit: PageRange, buffer: &mut Vec<u8>) -> bool {
+        let (Some(image), Some(memory)) = (self.images.get(backend), self.memories.get(backend))
+        else {
+            return false;
+        };
+        if !read_proven(image, unit, buffer, self.plan.verify) {
             return false;
         }
         let mut place = OwnMemory {
             uffd: &self.uffd,
-            mapping,
+            memory: &*memory.mapping,
+            tracking: Tracking::Off,
         };
         let report = install(&mut place, unit, Content::Bytes(buffer));
         if let Some(stopped) = report.stopped {
@@ -190,28 +346,9 @@ impl Root {
     }
 }
 
-impl RootMemory {
-    /// Whether every page with data is there.
-    pub fn is_complete(&self) -> bool {
-        self.holes.is_empty()
-    }
-
-    /// The memory of a clone that needs no pager; gives it back if pages are missing.
-    pub fn into_complete(self) -> Result<CloneMemory, Self> {
-        if !self.is_complete() {
-            return Err(self);
-        }
-        if let Err(error) = self.mapping.keep_small_and_own() {
-            tracing::warn!(%error, "memory of a clone keeps the advice of its root");
-        }
-        Ok(CloneMemory::complete(self.mapping))
-    }
-
-    /// The mapping and its holes, for a pager to register.
-    pub(crate) fn into_parts(self) -> io::Result<(Arc<ServedMapping>, Vec<PageRange>)> {
-        self.mapping.keep_small_and_own()?;
-        Ok((self.mapping, self.holes))
-    }
+/// All pages of an image.
+fn whole(image: &Image) -> PageRange {
+    PageRange::new(PageIndex::default(), image.pages())
 }
 
 /// The ranges of an image; the last may be short.
@@ -227,169 +364,5 @@ fn is_data(image: &Image, page: PageIndex) -> bool {
     image.index().kind(page) == PageKind::Data
 }
 
-/// Reads whole chunks into `buffer`, made as long as they are. False if they cannot be read, or are
-/// not what the index says and that was to be proven.
-pub(crate) fn read_proven(
-    image: &Image,
-    chunks: PageRange,
-    buffer: &mut Vec<u8>,
-    verify: bool,
-) -> bool {
-    buffer.resize(usize::try_from(chunks.bytes()).unwrap_or_default(), 0);
-    if let Err(error) = image.file().read_exact_at(buffer, chunks.offset().get()) {
-        tracing::warn!(image = image.id(), pages = %chunks, %error, "pages that cannot be read are left out");
-        return false;
-    }
-    if verify && let Some(chunk) = damaged_chunk(image, chunks, buffer) {
-        tracing::warn!(image = image.id(), pages = %chunk, "pages that are not what the index says are left out");
-        return false;
-    }
-    true
-}
-
-/// The first chunk of `unit` with data whose bytes are not those of the index.
-fn damaged_chunk(image: &Image, unit: PageRange, bytes: &[u8]) -> Option<PageRange> {
-    let first = unit.start().get() / CHUNK_PAGES;
-    let last = unit.end().get().div_ceil(CHUNK_PAGES);
-    (first..last)
-        .map(|chunk| ChunkIndex::containing(PageIndex::new(chunk * CHUNK_PAGES)))
-        .find_map(|chunk| {
-            let expected = image.index().checksum(chunk)?;
-            let pages = chunk.pages(image.pages());
-            let start = usize::try_from(pages.offset().get() - unit.offset().get()).ok()?;
-            let length = usize::try_from(pages.bytes()).ok()?;
-            let same = bytes
-                .get(start..start + length)
-                .is_some_and(|bytes| xxh3_64(bytes) == expected);
-            (!same).then_some(pages)
-        })
-}
-
-/// Neighbours made one.
-fn joined(ranges: &[PageRange]) -> Vec<PageRange> {
-    let mut all: Vec<PageRange> = Vec::new();
-    for &range in ranges {
-        match all.last_mut() {
-            Some(last) if last.end() == range.start() => {
-                *last = PageRange::between(last.start(), range.end());
-            }
-            _ => all.push(range),
-        }
-    }
-    all
-}
-
-/// Memory of this process that nobody touches but the install.
-pub(crate) struct OwnMemory<'a> {
-    pub(crate) uffd: &'a Uffd,
-    pub(crate) mapping: &'a ServedMapping,
-}
-
-impl PageOps for OwnMemory<'_> {
-    fn copy(&mut self, pages: PageRange, source: &[u8]) -> Answer {
-        use std::os::fd::AsFd;
-        sys::copy(self.uffd.as_fd(), self.mapping, pages, source)
-    }
-
-    fn zero(&mut self, pages: PageRange) -> Answer {
-        use std::os::fd::AsFd;
-        sys::zero(self.uffd.as_fd(), self.mapping, pages)
-    }
-
-    fn poison(&mut self, pages: PageRange) -> Answer {
-        use std::os::fd::AsFd;
-        sys::poison(self.uffd.as_fd(), self.mapping, pages)
-    }
-
-    fn wake(&mut self, pages: PageRange) {
-        sys::wake(self.uffd, self.mapping, pages);
-    }
-
-    /// Nobody faults here: there is nothing to read.
-    fn drain(&mut self) {}
-}
-
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-    use crate::image::BackendIndex;
-
-    const UNITS: u64 = 6;
-
-    /// Six ranges: data in 0 (one page), 2 (all) and 5 (short, last page); zeros elsewhere.
-    fn image() -> (tempfile::NamedTempFile, Image) {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        let pages = UNITS * UNIT_PAGES - 100;
-        let mut bytes = vec![0_u8; usize::try_from(pages * PAGE_BYTES).unwrap()];
-        let mut put = |page: u64, value: u8| {
-            let start = usize::try_from(page * PAGE_BYTES).unwrap();
-            bytes[start..start + 4096].fill(value);
-        };
-        put(7, 1);
-        (2 * UNIT_PAGES..3 * UNIT_PAGES).for_each(|page| put(page, 2));
-        put(pages - 1, 3);
-        file.write_all(&bytes).unwrap();
-        let index = BackendIndex::scan(file.as_file(), bytes.len() as u64, &mut |_, _| ()).unwrap();
-        let image = Image::open(file.path(), "ram0", index).unwrap();
-        (file, image)
-    }
-
-    fn byte(memory: &RootMemory, page: u64) -> u8 {
-        memory.mapping.touch(PageIndex::new(page)).unwrap()
-    }
-
-    #[test]
-    fn a_root_holds_what_has_data_and_leaves_the_rest_to_the_kernel() {
-        let (_file, image) = image();
-        let mut root = Root::fill(&[image], u64::MAX, true).unwrap();
-        let expected = Filled {
-            pages: 3 * UNIT_PAGES - 100,
-            ..Filled::default()
-        };
-        assert_eq!(root.filled(), expected);
-        while root.collapse_next() {}
-        let memory = &root.memories[0];
-        assert!(memory.is_complete());
-        let last = UNITS * UNIT_PAGES - 101;
-        let seen: Vec<u8> = [7, 8, 2 * UNIT_PAGES, 3 * UNIT_PAGES - 1, last]
-            .map(|page| byte(memory, page))
-            .to_vec();
-        assert_eq!(seen, [1, 0, 2, 2, 3]);
-    }
-
-    #[test]
-    fn what_is_beyond_the_budget_or_damaged_is_a_hole() {
-        let (file, image) = image();
-        let root = Root::fill(&[image], UNIT_PAGES + 5, true).unwrap();
-        // The first range fits, the second does not, nor does the last.
-        assert_eq!(root.filled().pages, UNIT_PAGES);
-        assert_eq!(root.filled().hole_pages, 2 * UNIT_PAGES - 100);
-        assert_eq!(root.memories[0].holes.len(), 2);
-        drop(root);
-        // One byte of the second range is another now.
-        let index = {
-            let file = std::fs::File::open(file.path()).unwrap();
-            let bytes = file.metadata().unwrap().len();
-            BackendIndex::scan(&file, bytes, &mut |_, _| ()).unwrap()
-        };
-        let offset = 2 * HUGE_BYTES + 12345;
-        file.as_file().write_all_at(&[9], offset).unwrap();
-        let image = Image::open(file.path(), "ram0", index).unwrap();
-        let root = Root::fill(&[image], u64::MAX, true).unwrap();
-        assert_eq!(root.filled().failed_ranges, 1);
-        assert_eq!(root.filled().hole_pages, UNIT_PAGES);
-        let range = PageRange::new(PageIndex::new(2 * UNIT_PAGES), PageCount::new(UNIT_PAGES));
-        assert_eq!(root.memories[0].holes, [range]);
-        let memory = root.into_memories().remove(0);
-        memory.into_complete().unwrap_err();
-    }
-
-    #[test]
-    fn neighbours_are_one_range() {
-        let range = |start, count| PageRange::new(PageIndex::new(start), PageCount::new(count));
-        let all = joined(&[range(0, 2), range(2, 3), range(9, 1)]);
-        assert_eq!(all, [range(0, 5), range(9, 1)]);
-    }
-}
+mod tests;

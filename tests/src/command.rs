@@ -117,6 +117,17 @@ impl Running {
             .collect()
     }
 
+    /// Those of its child processes that are clones, started as programs of their own.
+    pub fn clones(&self) -> Vec<u32> {
+        let is_clone = |pid: &u32| {
+            fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| {
+                line.split(|byte| *byte == 0)
+                    .any(|word| word == b"clone-worker")
+            })
+        };
+        self.children().into_iter().filter(is_clone).collect()
+    }
+
     /// Reads standard error up to a line that has `text`, and returns that line.
     pub fn wait_stderr(&mut self, text: &str) -> Result<String> {
         let stderr = self

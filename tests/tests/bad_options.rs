@@ -32,7 +32,7 @@ fn memory_sizes_that_cannot_be() -> Result<()> {
     let dir = tempfile::tempdir()?;
     for (size, text) in [
         ("0M", "0 bytes"),
-        ("63M", "at least 67108864"),
+        ("3M", "at least 4194304"),
         ("67108865B", "multiple of 4096"),
         ("900T", "more than this host's"),
         ("512", "has no unit"),
@@ -211,7 +211,7 @@ fn a_socket_path_in_use() -> Result<()> {
     )?;
     // The other two run all the same.
     pando_tests::command::eventually("two clones listen", || {
-        names(&serial).is_ok_and(|names| names.len() == 3) && running.children().len() == 2
+        names(&serial).is_ok_and(|names| names.len() == 3) && running.clones().len() == 2
     })?;
     running.signal(rustix::process::Signal::TERM)?;
     running.finish()?.expect_code(1)?.expect_error(&[
@@ -240,8 +240,8 @@ fn more_clones_than_open_files() -> Result<()> {
         .arg(&template)
         .args(["--count", "20"]);
     finish(&mut command)?.expect_code(1)?.expect_error(&[
-        "20 clones need 4 x 20 + 64 = 144 open files and this process may have 40",
-        "ulimit -Hn 144",
+        "20 clones need 5 x 20 + 64 = 164 open files and this process may have 40",
+        "ulimit -Hn 164",
     ])?;
     Ok(())
 }

@@ -110,7 +110,7 @@ fn why_the_kernels_share_is_unknown_is_said() -> Result<()> {
             .arg(&template)
             .args(["--count", "2", "--json"]),
     )?;
-    eventually("two clones", || running.children().len() == 2)?;
+    eventually("two clones", || running.clones().len() == 2)?;
     running.signal(Signal::TERM)?;
     let document = running.finish()?.json()?;
     let why = document["memory"]["kernel_unknown"]

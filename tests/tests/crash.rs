@@ -76,12 +76,13 @@ fn clones_end_with_their_supervisor() -> Result<()> {
     let template = make_template(dir.path())?;
     let serial = dir.path().join("serial");
     let mut running = start_clones(&template, &serial, 4)?;
-    let clones = running.children();
-    assert_eq!(clones.len(), 4);
+    assert_eq!(running.clones().len(), 4);
+    let processes = running.children();
+    assert_eq!(processes.len(), 5, "four clones and their pager");
     running.child.kill()?;
     running.child.wait()?;
-    eventually("all clones are gone", || {
-        clones.iter().all(|&pid| !is_alive(pid))
+    eventually("all are gone", || {
+        processes.iter().all(|&pid| !is_alive(pid))
     })?;
     // Sockets of killed clones need no cleaning: the next ones take their place.
     let running = start_clones(&template, &serial, 4)?;
@@ -97,7 +98,7 @@ fn a_killed_clone_does_not_touch_the_others() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let template = make_template(dir.path())?;
     let running = start_clones(&template, &dir.path().join("serial"), 3)?;
-    let clones = running.children();
+    let clones = running.clones();
     signal_pid(clones[1], Signal::KILL)?;
     eventually("the killed one is gone", || !is_alive(clones[1]))?;
     assert!(is_alive(clones[0]) && is_alive(clones[2]));
@@ -122,7 +123,7 @@ fn signals_end_all_clones_cleanly() -> Result<()> {
     for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
         let serial = dir.path().join("serial");
         let running = start_clones(&template, &serial, 5)?;
-        let clones = running.children();
+        let clones = running.clones();
         running.signal(signal)?;
         running.finish()?.expect_code(0)?;
         assert!(clones.iter().all(|&pid| !is_alive(pid)));
@@ -191,7 +192,7 @@ fn a_killed_clone_gives_the_terminal_back() -> Result<()> {
             child: command.spawn()?,
         };
         eventually("the terminal is raw", || is_raw(&terminal))?;
-        let clones = running.children();
+        let clones = running.clones();
         assert_eq!(clones.len(), 1);
         signal_pid(clones[0], signal)?;
         // The handler of SIGBUS ends the process as for memory that cannot be read.

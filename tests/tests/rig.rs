@@ -7,6 +7,8 @@ use anyhow::{Result, ensure};
 use pando_tests::rig::{L1, Series, built_program};
 
 const SCENARIO: &str = include_str!("../rig/linux-clones.sh");
+const NODES: &str = include_str!("../rig/linux-nodes.sh");
+const QEMU: &str = include_str!("../rig/linux-qemu.sh");
 /// The guest above the gap has 5 GiB, of which it touches little.
 const MEMORY_MIB: u32 = 7168;
 const LIMIT: Duration = Duration::from_secs(900);
@@ -31,4 +33,31 @@ fn linux_6_1_is_frozen_and_cloned() -> Result<()> {
 #[test]
 fn linux_6_12_is_frozen_and_cloned() -> Result<()> {
     linux(Series::Linux6_12)
+}
+
+#[test]
+fn linux_6_1_sees_nodes_and_modules() -> Result<()> {
+    let report = L1::new("linux-nodes", Series::Linux6_1)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(NODES)?;
+    report.record("nodes")?;
+    ensure!(report.passed(), "Linux 6.1 with nodes:\n{report}");
+    Ok(())
+}
+
+#[test]
+fn linux_6_1_is_templated_by_qemus_command_lines() -> Result<()> {
+    let report = L1::new("linux-qemu", Series::Linux6_1)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(QEMU)?;
+    report.record("qemu")?;
+    ensure!(
+        report.passed(),
+        "Linux 6.1 by QEMU's command lines:\n{report}"
+    );
+    Ok(())
 }

@@ -1,155 +1,31 @@
 #![forbid(unsafe_code)]
 //! Engine `root`: forks that share what their root holds, and nothing that any of them writes.
 
-use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use pando_tests::command::{
-    HANG, Running, eventually, finish, is_alive, make_template, names, pando, signal_pid,
+    Running, eventually, finish, is_alive, make_template, names, pando, signal_pid,
 };
-use pando_tests::rig::built_program;
+use pando_tests::grove::{Grove, MEMORY_BYTES};
 use pando_vmm::clone::Engine;
-use pando_vmm::clone::control::{Ending, PagerConfig};
+use pando_vmm::clone::control::PagerConfig;
 use pando_vmm::clone::pool::PoolLimits;
-use pando_vmm::clone::process::SerialPlan;
-use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
-use pando_vmm::config::{self, MachineRequest};
-use pando_vmm::demo::drive::Demo;
-use pando_vmm::demo::plan::{self, Plan, Step};
-use pando_vmm::machine::HostCheck;
+use pando_vmm::clone::supervise::{RootOptions, STOP_GRACE};
+use pando_vmm::demo::plan::Step;
 use pando_vmm::payload::LAYOUT;
-use pando_vmm::payload::protocol::{Command, Outcome, Pattern, Reply, Visit};
+use pando_vmm::payload::protocol::{Command, Outcome, Pattern, Visit};
+use pando_vmm::root::protocol::RangeFaults;
 use rustix::process::Signal;
 
-const MEMORY_BYTES: u64 = 64 << 20;
-
-/// A template whose guest wrote 4096 pages, and clones of it that answer for what they do.
-struct Grove {
-    supervisor: Supervisor,
-    plan: Plan,
-    /// What each clone has not answered yet.
-    open: HashMap<usize, VecDeque<Step>>,
-    _dir: tempfile::TempDir,
-}
-
-fn template_in(dir: &Path) -> Result<PathBuf> {
-    let (spec, _) = config::resolve(&MachineRequest {
-        kernel: config::EMBEDDED_KERNEL.into(),
-        initrd: None,
-        append: String::new(),
-        memory_bytes: MEMORY_BYTES,
-        cpus: 1,
-    })?;
-    let path = dir.join("template");
-    Demo::make_template(&path, &spec, Arc::new(AtomicBool::new(false)))?;
-    Ok(path)
-}
-
-impl Grove {
-    fn new(root: RootOptions) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let supervisor = Supervisor::new(CloneOptions {
-            program: built_program("pando")?,
-            template: template_in(dir.path())?,
-            name: "grove".into(),
-            engine: Engine::Root,
-            pager: PagerConfig::default(),
-            verbosity: 0,
-            overcommit: true,
-            measure_memory: false,
-            host_check: HostCheck::Due,
-            root,
-        })?;
-        Ok(Self {
-            supervisor,
-            plan: Plan::new(MEMORY_BYTES),
-            open: HashMap::new(),
-            _dir: dir,
-        })
-    }
-
-    /// Starts a clone that verifies what the template holds and what it writes itself.
-    fn start(&mut self) -> usize {
-        let number = self.supervisor.clones().len();
-        let steps = self.plan.clone(number as u64);
-        self.supervisor
-            .start(&SerialPlan::Supervisor, &plan::lines(&steps));
-        self.open.insert(number, steps.into());
-        number
-    }
-
-    fn ask(&mut self, number: usize, steps: &[Step]) -> Result<()> {
-        let console = self.supervisor.clone_mut(number);
-        let console = console.and_then(|clone| clone.console.as_mut());
-        console.context("no console")?.send(&plan::lines(steps))?;
-        self.open.entry(number).or_default().extend(steps.to_vec());
-        Ok(())
-    }
-
-    /// Waits for `until`; every answer is checked, and a clone that ends is an error unless it is
-    /// in `may_end`.
-    fn run(&mut self, may_end: &[usize], until: impl Fn(&Self) -> bool) -> Result<()> {
-        let deadline = Instant::now() + HANG;
-        while !until(self) {
-            ensure!(Instant::now() < deadline, "open: {:?}", self.open.keys());
-            for event in self.supervisor.wait(Duration::from_millis(20))? {
-                match event {
-                    Event::Output(number) => self.hear(number)?,
-                    Event::Ended(number) if !may_end.contains(&number) => bail!(
-                        "clone {number} ended: {:?}",
-                        self.supervisor.clones()[number].ending
-                    ),
-                    _ => (),
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn hear(&mut self, number: usize) -> Result<()> {
-        let clone = self.supervisor.clone_mut(number).context("no clone")?;
-        let console = clone.console.as_mut().context("no console")?;
-        let is_open = console.poll()?;
-        while let Some(line) = console.take_line() {
-            let open = self.open.get_mut(&number).context("nothing was asked")?;
-            let (command, expected) = open.pop_front().context("more answers than questions")?;
-            let outcome = Reply::parse(&line)?.outcome;
-            ensure!(
-                expected.is_none_or(|expected| expected == outcome),
-                "clone {number}: {command:?} gave {outcome:?}"
-            );
-        }
-        if !is_open {
-            self.supervisor.forget_console(number);
-        }
-        Ok(())
-    }
-
-    fn all_answer(&mut self) -> Result<()> {
-        self.run(&[], |grove| grove.open.values().all(VecDeque::is_empty))
-    }
-
-    fn stop(mut self) -> Result<()> {
-        self.supervisor.stop_all(STOP_GRACE)?;
-        for (number, clone) in self.supervisor.clones().iter().enumerate() {
-            ensure!(
-                clone.ending == Some(Ending::Stopped),
-                "clone {number}: {:?}",
-                clone.ending
-            );
-            ensure!(!is_alive(clone.pid), "clone {number} is left");
-        }
-        Ok(())
-    }
+fn root_grove(root: RootOptions) -> Result<Grove> {
+    Grove::new(Engine::Root, PagerConfig::default(), root)
 }
 
 #[test]
 fn clones_of_a_root_see_the_template_and_only_their_own_writes() -> Result<()> {
-    let mut grove = Grove::new(RootOptions::default())?;
+    let mut grove = root_grove(RootOptions::default())?;
     (0..24).for_each(|_| {
         grove.start();
     });
@@ -168,7 +44,7 @@ fn clones_of_a_root_see_the_template_and_only_their_own_writes() -> Result<()> {
 #[test]
 fn what_does_not_fit_the_root_is_brought_by_the_clones_pagers() -> Result<()> {
     for budget_bytes in [0, 5 << 20] {
-        let mut grove = Grove::new(RootOptions {
+        let mut grove = root_grove(RootOptions {
             budget_bytes: Some(budget_bytes),
             ..RootOptions::default()
         })?;
@@ -190,7 +66,7 @@ fn no_byte_crosses_between_clones() -> Result<()> {
     const CLONES: usize = 12;
     const ROUNDS: u64 = 6;
     let quarter = MEMORY_BYTES / 4096 / 4;
-    let mut grove = Grove::new(RootOptions::default())?;
+    let mut grove = root_grove(RootOptions::default())?;
     (0..CLONES).for_each(|_| {
         grove.start();
     });
@@ -249,7 +125,7 @@ fn no_byte_crosses_between_clones() -> Result<()> {
 
 #[test]
 fn clones_outlive_their_root_and_new_ones_come_from_another() -> Result<()> {
-    let mut grove = Grove::new(RootOptions::default())?;
+    let mut grove = root_grove(RootOptions::default())?;
     for round in 0..4 {
         (0..3).for_each(|_| {
             grove.start();
@@ -277,12 +153,71 @@ fn clones_outlive_their_root_and_new_ones_come_from_another() -> Result<()> {
 }
 
 #[test]
+fn a_root_that_is_stopped_is_replaced_and_its_forks_are_asked_of_another() -> Result<()> {
+    let mut grove = root_grove(RootOptions {
+        fork_deadline: Some(Duration::from_secs(2)),
+        ..RootOptions::default()
+    })?;
+    let first = grove.start();
+    grove.all_answer()?;
+    let root = grove.supervisor.forks().root_pid().context("no root")?;
+    signal_pid(root, Signal::STOP)?;
+    (0..3).for_each(|_| {
+        grove.start();
+    });
+    grove.all_answer()?;
+    assert_eq!(grove.supervisor.forks().roots_started, 2);
+    assert!(!is_alive(root), "the stopped root is left");
+    let steps = grove.plan.clone(first as u64);
+    grove.ask(first, &steps[5..6])?;
+    grove.all_answer()?;
+    grove.stop()
+}
+
+/// What clones ask pagers for is filled between forks, and forks to come find it.
+#[test]
+fn a_root_fills_what_clones_ask_for_and_gives_up_what_none_is_known_to_need() -> Result<()> {
+    let mut grove = root_grove(RootOptions {
+        budget_bytes: Some(4 << 20),
+        ..RootOptions::default()
+    })?;
+    grove.start();
+    grove.all_answer()?;
+    let before = grove.supervisor.forks().filled.context("no root")?;
+    let faults: Vec<_> = (4..6)
+        .map(|unit| RangeFaults {
+            backend: 0,
+            unit,
+            faults: 500,
+        })
+        .collect();
+    grove.supervisor.note_hole_faults(&faults);
+    grove.run(&[], |grove| {
+        grove.supervisor.forks().hole_faults_answered() == 1
+    })?;
+    let after = grove.supervisor.forks().filled.context("no root")?;
+    assert_eq!(before, after, "as much is held, of other ranges");
+    (0..3).for_each(|_| {
+        grove.start();
+    });
+    grove.all_answer()?;
+    // Nothing is filled twice.
+    grove.supervisor.note_hole_faults(&faults);
+    grove.run(&[], |grove| {
+        grove.supervisor.forks().hole_faults_answered() == 2
+    })?;
+    assert_eq!(grove.supervisor.forks().filled, Some(after));
+    assert_eq!(grove.supervisor.forks().roots_started, 1);
+    grove.stop()
+}
+
+#[test]
 fn a_shell_becomes_a_clone_and_the_pool_fills_again() -> Result<()> {
     let shells = PoolLimits {
         floor: 2,
         ceiling: 4,
     };
-    let mut grove = Grove::new(RootOptions {
+    let mut grove = root_grove(RootOptions {
         shells,
         ..RootOptions::default()
     })?;
@@ -340,6 +275,36 @@ fn root_and_clones_end_with_their_supervisor() -> Result<()> {
     running.finish()?.expect_code(0)?;
     assert!(processes.iter().all(|&pid| !is_alive(pid)));
     assert_eq!(names(&serial)?, Vec::<String>::new());
+    Ok(())
+}
+
+#[test]
+fn clones_come_from_shells_that_were_made_ahead() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = make_template(dir.path())?;
+    let mut command = pando(&["clone", "--engine", "root", "--warm", "2:3", "--count", "2"])?;
+    command.args(["--json", "-v"]).arg(&template);
+    let running = Running::start(&mut command)?;
+    eventually("root, two clones and a pool", || {
+        running.children().len() >= 5
+    })?;
+    running.signal(Signal::TERM)?;
+    let done = running.finish()?.expect_code(0)?.json()?;
+    for clone in 0..2 {
+        let stages = done["clones"][clone]["stages_us"].as_object();
+        let stages = stages.context("no stages")?;
+        assert!(!stages.contains_key("fork"), "made on request: {stages:?}");
+        assert!(stages.contains_key("identity"), "{stages:?}");
+    }
+    for (arguments, said) in [
+        (["--engine", "copy", "--warm", "1"], "--engine root"),
+        (["--engine", "root", "--warm", "3:2"], "above the ceiling"),
+        (["--engine", "root", "--warm", "0"], "room for nothing"),
+    ] {
+        finish(pando(&["clone"])?.args(arguments).arg(&template))?
+            .expect_code(2)?
+            .expect_error(&[said])?;
+    }
     Ok(())
 }
 

@@ -77,7 +77,7 @@ fn a_reader_that_stalls_stops_neither_metrics_nor_burials_nor_signals() -> Resul
         sum(&exposition, "pando_clone_failures_total")
     };
     assert_eq!(ended(&address), Some(0.0));
-    let clones = running.children();
+    let clones = running.clones();
     signal_pid(clones[0], Signal::KILL)?;
     eventually("the clone is buried", || ended(&address) == Some(1.0))?;
     running.signal(Signal::TERM)?;

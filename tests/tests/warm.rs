@@ -142,7 +142,7 @@ fn a_damaged_working_set_is_a_note_and_never_a_failure() -> Result<()> {
             .expect_error(&["note: its working set is ignored", "pando template warm"])?;
         let mut clone = pando(&["clone"])?;
         let running = Running::start(clone.arg(&template).args(["--count", "2"]))?;
-        pando_tests::command::eventually("two clones run", || running.children().len() == 2)?;
+        pando_tests::command::eventually("two clones run", || running.clones().len() == 2)?;
         running.signal(Signal::TERM)?;
         running.finish()?.expect_code(0)?;
     }
@@ -238,8 +238,8 @@ fn an_interrupt_ends_the_run_and_keeps_those_before() -> Result<()> {
     warm_once(&template)?.expect_code(0)?;
     let mut command = pando(&["template", "warm", "--idle", "50", "--seconds", "100"])?;
     let running = Running::start(command.arg(&template))?;
-    pando_tests::command::eventually("a clone runs", || running.children().len() == 1)?;
-    let clone = running.children()[0];
+    pando_tests::command::eventually("a clone runs", || running.clones().len() == 1)?;
+    let clone = running.clones()[0];
     running.signal(Signal::INT)?;
     running
         .finish()?
@@ -256,8 +256,8 @@ fn a_clone_that_is_killed_fails_its_run_and_teaches_nothing() -> Result<()> {
     let template = make_template(dir.path())?;
     let mut command = pando(&["template", "warm", "--idle", "50", "--seconds", "100"])?;
     let running = Running::start(command.arg(&template))?;
-    pando_tests::command::eventually("a clone runs", || running.children().len() == 1)?;
-    pando_tests::command::signal_pid(running.children()[0], Signal::KILL)?;
+    pando_tests::command::eventually("a clone runs", || running.clones().len() == 1)?;
+    pando_tests::command::signal_pid(running.clones()[0], Signal::KILL)?;
     running.finish()?.expect_code(1)?.expect_error(&[
         "run 1 failed: it was killed by signal 9",
         "console ended with",

@@ -7,13 +7,14 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 
+use pando_pager::{Pager, PagerError, PagerOptions, Serving};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use thiserror::Error;
 
 use crate::arch::x86_64::boot::BootSource;
 use crate::device::legacy::console::{ParseTargetError, SerialTarget};
 use crate::machine::{Failure, Machine, MachineError, Outcome};
-use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::memory::provide::{MachineMemory, ProvideError, provide};
 use crate::spec::MachineSpec;
 
 /// Why a VM did not run or did not end well.
@@ -24,7 +25,16 @@ pub enum LaunchError {
     Serial(#[from] ParseTargetError),
     /// The guest's RAM.
     #[error("cannot give the VM its memory")]
-    Memory(#[from] GuestMemoryError),
+    Memory(#[from] ProvideError),
+    /// Pages that could not be read from a backend's file.
+    #[error("guest memory could not be read: {what}")]
+    MemoryLost {
+        /// Which, and why.
+        what: String,
+    },
+    /// The pager.
+    #[error("the pager of the VM's memory failed")]
+    Pager(#[from] PagerError),
     /// The machine.
     #[error("the VM cannot start")]
     Machine(#[from] MachineError),
@@ -42,8 +52,12 @@ pub enum LaunchError {
     Failed(Failure),
 }
 
-/// Boots a machine on anonymous memory and runs it until its guest powers off, asks for a reset,
-/// fails, or a signal comes. `on_pty` gets the terminal to open when COM1 goes to a new one.
+/// The template that the pager of such a VM names in its metrics.
+const NO_TEMPLATE: &str = "none";
+
+/// Boots a machine on the memory that its backends describe and runs it until its guest powers off,
+/// asks for a reset, fails, or a signal comes. `on_pty` gets the terminal to open when COM1 goes to a
+/// new one.
 pub fn run(
     spec: &MachineSpec,
     boot: &BootSource,
@@ -51,13 +65,20 @@ pub fn run(
     on_pty: &mut dyn FnMut(&Path),
 ) -> Result<Outcome, LaunchError> {
     let serial: SerialTarget = serial.parse()?;
-    let backings = spec
-        .backends()
-        .iter()
-        .map(|backend| RamBacking::anonymous(backend.bytes()))
-        .collect::<Result<_, _>>()?;
-    let ram = GuestRam::new(spec.layout(), backings)?;
-    let machine = Machine::boot(spec, ram, boot, serial)?.resume()?;
+    let options = PagerOptions {
+        template: NO_TEMPLATE.to_owned(),
+        ..PagerOptions::default()
+    };
+    let MachineMemory { ram, pager, files } = provide(spec, options)?;
+    let machine = Machine::boot(spec, ram, boot, serial)?;
+    let health = pager.as_ref().map(Pager::<Serving>::health);
+    if let Some(health) = &health {
+        // Before a vCPU can touch a page that cannot be had.
+        let (on_poison, on_failure) = (machine.handle(), machine.handle());
+        health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
+        health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
+    }
+    let machine = machine.resume()?;
     let handle = machine.handle();
     let (mut signals, end) = UnixStream::pair()?;
     for signal in [SIGINT, SIGTERM, SIGHUP] {
@@ -79,9 +100,18 @@ pub fn run(
     if let Some(pty) = machine.pty_path() {
         on_pty(pty);
     }
-    match machine.wait() {
-        Outcome::Failed(failure) => Err(LaunchError::Failed(failure)),
-        outcome => Ok(outcome),
+    let outcome = machine.wait();
+    let lost = health.and_then(|health| health.poisoned().into_iter().next());
+    if let Some(pager) = pager {
+        pager.stop()?;
+    }
+    drop(files);
+    match (lost, outcome) {
+        (Some(page), _) => Err(LaunchError::MemoryLost {
+            what: page.to_string(),
+        }),
+        (None, Outcome::Failed(failure)) => Err(LaunchError::Failed(failure)),
+        (None, outcome) => Ok(outcome),
     }
 }
 

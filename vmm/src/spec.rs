@@ -2,61 +2,38 @@
 //! What a machine is made of, in types that cannot be wrong.
 //!
 //! Everything here is pure: sizes are checked against what the guest's address map can hold, not
-//! against what this host has.
+//! against what this host has. [`parts`] is what may be asked for, [`MachineSpec::from_parts`] the one
+//! place that says no.
+
+pub mod backend;
+mod dimm;
+mod error;
+mod numa;
+pub mod parts;
+mod role;
 
 use std::collections::HashSet;
 
-use thiserror::Error;
+use crate::memory::layout::{Placed, RamLayout};
 
-use crate::memory::layout::{LayoutError, RamLayout};
+pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
+pub use backend::{FileAccess, FileSource, OnOffAuto};
+pub use dimm::Dimm;
+pub use error::{DimmFault, SpecError};
+pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
+pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
+pub use role::{Role, RoleError};
 
 /// The most vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 8;
-/// The least RAM of a machine in bytes: 64 MiB.
-pub const MIN_RAM_BYTES: u64 = 64 << 20;
+/// The least RAM of a machine in bytes: 4 MiB, room for what a boot writes below the kernel.
+pub const MIN_RAM_BYTES: u64 = 4 << 20;
 /// The most memory backends of a machine; each takes one or two KVM memory slots.
 pub const MAX_BACKENDS: usize = 16;
-
-/// Why a machine cannot be described this way.
-#[derive(Debug, Error, PartialEq, Eq)]
-pub enum SpecError {
-    /// A vCPU count outside what a machine can have.
-    #[error("a machine has 1 to {MAX_CPUS} vCPUs, not {cpus}")]
-    Cpus {
-        /// The count asked for.
-        cpus: u32,
-    },
-    /// A backend id that cannot name a file and a metric.
-    #[error(
-        "memory backend id {id:?} cannot be used: take 1 to 64 letters, digits, '-', '_' or '.', \
-         not beginning with '.'"
-    )]
-    BackendId {
-        /// The id asked for.
-        id: String,
-    },
-    /// Two backends of one id.
-    #[error("memory backend id {id:?} is given twice: ids must differ")]
-    DuplicateId {
-        /// The id.
-        id: String,
-    },
-    /// More backends than a machine can have.
-    #[error("a machine has at most {MAX_BACKENDS} memory backends, not {backends}")]
-    TooManyBackends {
-        /// How many were asked for.
-        backends: usize,
-    },
-    /// Less RAM than a machine needs.
-    #[error("{bytes} bytes of RAM are too few: give the machine at least {MIN_RAM_BYTES}")]
-    TooSmall {
-        /// RAM of all backends together.
-        bytes: u64,
-    },
-    /// The backends cannot be placed in the guest's address map.
-    #[error("the memory backends cannot be placed in the guest")]
-    Layout(#[from] LayoutError),
-}
+/// The most NUMA nodes of a machine.
+pub const MAX_NODES: u32 = 16;
+/// The most slots for memory modules that a machine can have.
+pub const MAX_SLOTS: u32 = 256;
 
 /// How many vCPUs a machine has: 1 to [`MAX_CPUS`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -88,68 +65,129 @@ impl TryFrom<u32> for CpuCount {
     }
 }
 
-/// One memory backend: RAM that has its own file in a template.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BackendSpec {
-    id: String,
-    bytes: u64,
-}
-
-impl BackendSpec {
-    /// Names a backend of `bytes` bytes. The id becomes part of a file name.
-    pub fn new(id: impl Into<String>, bytes: u64) -> Result<Self, SpecError> {
-        let id = id.into();
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if id.is_empty() || id.len() > 64 || id.starts_with('.') || !id.chars().all(allowed) {
-            return Err(SpecError::BackendId { id });
-        }
-        Ok(Self { id, bytes })
-    }
-
-    /// What the backend is called.
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-
-    /// Size in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-}
-
 /// A whole machine: proven when it exists.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineSpec {
     cpus: CpuCount,
+    /// RAM in the order of its guest addresses, then modules in the order of theirs.
     backends: Vec<BackendSpec>,
     layout: RamLayout,
+    numa: Numa,
+    dimms: Vec<Dimm>,
+    slots: u32,
+    max_bytes: u64,
 }
 
 impl MachineSpec {
-    /// Describes a machine with these backends, in the order of their guest addresses.
+    /// Describes a machine whose RAM is these backends one behind the other, without nodes.
     pub fn new(cpus: CpuCount, backends: Vec<BackendSpec>) -> Result<Self, SpecError> {
-        if backends.len() > MAX_BACKENDS {
-            return Err(SpecError::TooManyBackends {
-                backends: backends.len(),
+        let bytes = backends
+            .iter()
+            .fold(0, |sum: u64, backend| sum.saturating_add(backend.bytes()));
+        let ram = Ram {
+            backends,
+            bytes,
+            numa: Numa::default(),
+        };
+        Self::with_dimms(cpus, ram, MemoryParts::default(), &[], Vec::new())
+    }
+
+    /// Checks what was asked for.
+    pub fn from_parts(parts: MachineParts) -> Result<Self, SpecError> {
+        let MachineParts {
+            cpus,
+            backends,
+            ram_backend,
+            memory,
+            nodes,
+            distances,
+            dimms,
+        } = parts;
+        let mut pool = Pool::new(backends)?;
+        let mut ram = match ram_backend {
+            Some(id) => one_backend(&mut pool, &id, memory, &nodes)?,
+            None => Ram::default(),
+        };
+        if !nodes.is_empty() {
+            let own = &mut ram.backends;
+            let numa = Numa::new(cpus, &nodes, &distances, &mut |node, id| {
+                own.push(pool.take(id, || format!("node {node}"))?);
+                Ok(own.len() - 1)
+            })?;
+            ram.numa = numa;
+            ram.check_nodes(memory.bytes)?;
+        } else if let Some(distance) = distances.first() {
+            return Err(SpecError::DistanceNode {
+                node: distance.from,
             });
         }
-        let mut seen = HashSet::new();
-        if let Some(twice) = backends.iter().find(|backend| !seen.insert(backend.id())) {
-            return Err(SpecError::DuplicateId {
-                id: twice.id.clone(),
-            });
+        let mut modules = Vec::new();
+        for dimm in &dimms {
+            modules.push(pool.take_for(dimm)?);
+        }
+        pool.refuse_rest()?;
+        Self::with_dimms(cpus, ram, memory, &dimms, modules)
+    }
+
+    fn with_dimms(
+        cpus: CpuCount,
+        ram: Ram,
+        memory: MemoryParts,
+        parts: &[DimmParts],
+        modules: Vec<BackendSpec>,
+    ) -> Result<Self, SpecError> {
+        let Ram {
+            mut backends,
+            bytes,
+            mut numa,
+        } = ram;
+        let count = backends.len() + modules.len();
+        if count > MAX_BACKENDS {
+            return Err(SpecError::TooManyBackends { backends: count });
+        }
+        refuse_twice(&backends)?;
+        if let Some(rom) = backends.iter().find(|backend| backend.is_rom()) {
+            let id = rom.id().to_owned();
+            return Err(SpecError::RomAsRam { id });
         }
         let sizes: Vec<u64> = backends.iter().map(BackendSpec::bytes).collect();
-        // Saturating: a sum above 2^64 is the layout's to refuse, and it must not wrap to "small".
-        let total = sizes.iter().fold(0_u64, |sum, &b| sum.saturating_add(b));
-        let layout = RamLayout::new(&sizes)?;
-        if total < MIN_RAM_BYTES {
-            return Err(SpecError::TooSmall { bytes: total });
+        let alone = RamLayout::new(&sizes)?;
+        if bytes < MIN_RAM_BYTES {
+            return Err(SpecError::TooSmall { bytes });
         }
+        let max_bytes = max_bytes(memory, bytes)?;
+        if memory.slots > 0 && numa.nodes().is_empty() {
+            numa = Numa::implicit(cpus);
+        }
+        let room = dimm::Room {
+            slots: memory.slots,
+            bytes: max_bytes - bytes,
+            start: alone.module_area_start(),
+            // A machine without a table of nodes is one node.
+            nodes: numa.nodes().len().max(1),
+        };
+        let mut dimms: Vec<Dimm> = Vec::new();
+        for (part, module) in parts.iter().zip(&modules) {
+            let position = backends.len() + dimms.len();
+            dimms.push(room.place(&dimms, part, (position, module))?);
+        }
+        let placed: Vec<Placed> = dimms
+            .iter()
+            .map(|dimm| Placed {
+                guest_address: dimm.guest_address,
+                bytes: dimm.bytes,
+            })
+            .collect();
+        let layout = alone.with_modules(&placed)?;
+        backends.extend(modules);
         Ok(Self {
             cpus,
             backends,
             layout,
+            numa,
+            dimms,
+            slots: memory.slots,
+            max_bytes,
         })
     }
 
@@ -158,85 +196,239 @@ impl MachineSpec {
         self.cpus
     }
 
-    /// The memory backends, lowest guest address first.
+    /// The memory backends: RAM, lowest guest address first, and behind it the modules in the order in
+    /// which they were given.
     pub fn backends(&self) -> &[BackendSpec] {
         &self.backends
     }
 
-    /// Where the RAM lies in the guest.
+    /// Where the memory lies in the guest.
     pub fn layout(&self) -> RamLayout {
         self.layout.clone()
+    }
+
+    /// NUMA nodes.
+    pub fn numa(&self) -> &Numa {
+        &self.numa
+    }
+
+    /// Memory modules, in the order in which they were given.
+    pub fn dimms(&self) -> &[Dimm] {
+        &self.dimms
+    }
+
+    /// Slots for memory modules.
+    pub fn slots(&self) -> u32 {
+        self.slots
+    }
+
+    /// RAM without modules, in bytes.
+    pub fn ram_bytes(&self) -> u64 {
+        let modules = self.dimms.len();
+        let ram = self.backends.len().saturating_sub(modules);
+        self.backends[..ram].iter().map(BackendSpec::bytes).sum()
+    }
+
+    /// RAM and all modules that there is room for, in bytes.
+    pub fn max_bytes(&self) -> u64 {
+        self.max_bytes
+    }
+
+    /// The node of each backend, where the guest is told of nodes.
+    pub fn node_of_backend(&self, backend: usize) -> u32 {
+        let dimm = self.dimms.iter().find(|dimm| dimm.backend == backend);
+        let node = || {
+            (0..)
+                .zip(self.numa.nodes())
+                .find_map(|(id, node)| (node.backend == Some(backend)).then_some(id))
+        };
+        dimm.map(Dimm::node).or_else(node).unwrap_or(0)
+    }
+
+    /// The parts that this machine was, or could have been, made of.
+    pub fn to_parts(&self) -> MachineParts {
+        let id = |backend: usize| self.backends[backend].id().to_owned();
+        let nodes: &[Node] = if self.numa.was_asked_for() {
+            self.numa.nodes()
+        } else {
+            &[]
+        };
+        let has_own_ram = nodes.iter().any(|node| node.backend.is_some());
+        let numbers = || 0..u32::try_from(nodes.len()).unwrap_or(u32::MAX);
+        let pairs = numbers().flat_map(|from| numbers().map(move |to| (from, to)));
+        let distance = |(from, to): (u32, u32)| {
+            let at = |node| usize::try_from(node).unwrap_or(usize::MAX);
+            DistanceParts {
+                from,
+                to,
+                distance: self.numa.distance(at(from), at(to)).into(),
+            }
+        };
+        MachineParts {
+            cpus: self.cpus,
+            backends: self.backends.clone(),
+            ram_backend: (!has_own_ram).then(|| id(0)),
+            memory: MemoryParts {
+                bytes: Some(self.ram_bytes()),
+                slots: self.slots,
+                max_bytes: (self.max_bytes > self.ram_bytes()).then_some(self.max_bytes),
+            },
+            nodes: numbers()
+                .zip(nodes)
+                .map(|(number, node)| NodeParts {
+                    id: Some(number),
+                    cpus: node.cpus.iter().map(|&cpu| cpu.into()).collect(),
+                    backend: node.backend.map(id),
+                })
+                .collect(),
+            distances: pairs
+                .filter(|(from, to)| from != to)
+                .map(distance)
+                .collect(),
+            dimms: self
+                .dimms
+                .iter()
+                .map(|dimm| DimmParts {
+                    id: dimm.id.clone(),
+                    backend: id(dimm.backend),
+                    node: dimm.node,
+                    slot: Some(dimm.slot),
+                    guest_address: Some(dimm.guest_address),
+                })
+                .collect(),
+        }
+    }
+}
+
+/// RAM without modules.
+#[derive(Default)]
+struct Ram {
+    backends: Vec<BackendSpec>,
+    bytes: u64,
+    numa: Numa,
+}
+
+impl Ram {
+    /// Nodes that have memory make up all RAM.
+    fn check_nodes(&mut self, asked: Option<u64>) -> Result<(), SpecError> {
+        let nodes = self.numa.nodes().iter();
+        let own = nodes.filter_map(|node| self.backends.get(node.backend?));
+        let nodes_bytes = own.fold(0, |sum: u64, backend| sum.saturating_add(backend.bytes()));
+        let asked_bytes = asked.unwrap_or(self.bytes.max(nodes_bytes));
+        if nodes_bytes != asked_bytes {
+            return Err(SpecError::NodeSizes {
+                nodes_bytes,
+                asked_bytes,
+            });
+        }
+        self.bytes = nodes_bytes;
+        Ok(())
+    }
+}
+
+/// All RAM in one backend.
+fn one_backend(
+    pool: &mut Pool,
+    id: &str,
+    memory: MemoryParts,
+    nodes: &[NodeParts],
+) -> Result<Ram, SpecError> {
+    if let Some((node, _)) = (0..).zip(nodes).find(|(_, node)| node.backend.is_some()) {
+        return Err(SpecError::RamTwice {
+            id: id.to_owned(),
+            node,
+        });
+    }
+    let backend = pool.take(id, || "the machine".to_owned())?;
+    let bytes = backend.bytes();
+    match memory.bytes {
+        Some(asked_bytes) if asked_bytes != bytes => Err(SpecError::RamSize {
+            id: id.to_owned(),
+            bytes,
+            asked_bytes,
+        }),
+        _ => Ok(Ram {
+            backends: vec![backend],
+            bytes,
+            numa: Numa::default(),
+        }),
+    }
+}
+
+fn max_bytes(memory: MemoryParts, bytes: u64) -> Result<u64, SpecError> {
+    let MemoryParts {
+        slots, max_bytes, ..
+    } = memory;
+    if slots > MAX_SLOTS {
+        return Err(SpecError::TooManySlots { slots });
+    }
+    match max_bytes {
+        Some(max_bytes) if max_bytes < bytes => Err(SpecError::MaxBelowRam { max_bytes, bytes }),
+        Some(max_bytes) if max_bytes == bytes && slots > 0 => {
+            Err(SpecError::SlotsWithoutRoom { bytes })
+        }
+        None if slots > 0 => Err(SpecError::SlotsWithoutRoom { bytes }),
+        other => Ok(other.unwrap_or(bytes)),
+    }
+}
+
+fn refuse_twice(backends: &[BackendSpec]) -> Result<(), SpecError> {
+    let mut seen = HashSet::new();
+    match backends.iter().find(|backend| !seen.insert(backend.id())) {
+        Some(twice) => Err(SpecError::DuplicateId {
+            id: twice.id().to_owned(),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Backends that wait for a user.
+struct Pool {
+    backends: Vec<(BackendSpec, bool)>,
+}
+
+impl Pool {
+    fn new(backends: Vec<BackendSpec>) -> Result<Self, SpecError> {
+        refuse_twice(&backends)?;
+        let backends = backends.into_iter().map(|backend| (backend, false));
+        Ok(Self {
+            backends: backends.collect(),
+        })
+    }
+
+    fn take(&mut self, id: &str, user: impl Fn() -> String) -> Result<BackendSpec, SpecError> {
+        let id = id.to_owned();
+        let found = self.backends.iter_mut().find(|(b, _)| b.id() == id);
+        match found {
+            None => Err(SpecError::UnknownBackend { id, user: user() }),
+            Some((_, true)) => Err(SpecError::BusyBackend { id, user: user() }),
+            Some((backend, used)) => {
+                *used = true;
+                Ok(backend.clone())
+            }
+        }
+    }
+
+    fn take_for(&mut self, dimm: &DimmParts) -> Result<BackendSpec, SpecError> {
+        let taken = self.take(&dimm.backend, || format!("dimm {:?}", dimm.id));
+        taken.map_err(|error| match error {
+            SpecError::UnknownBackend { id: backend, .. } => SpecError::Dimm {
+                id: dimm.id.clone(),
+                reason: DimmFault::NoBackend { backend },
+            },
+            other => other,
+        })
+    }
+
+    fn refuse_rest(&self) -> Result<(), SpecError> {
+        match self.backends.iter().find(|(_, used)| !used) {
+            Some((backend, _)) => Err(SpecError::UnusedBackend {
+                id: backend.id().to_owned(),
+            }),
+            None => Ok(()),
+        }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn backend(id: &str, bytes: u64) -> BackendSpec {
-        BackendSpec::new(id, bytes).unwrap()
-    }
-
-    #[test]
-    fn counts_outside_one_to_eight_are_refused() {
-        for cpus in [0, 9, 256, 257, u32::MAX] {
-            assert_eq!(CpuCount::new(cpus), Err(SpecError::Cpus { cpus }));
-        }
-        assert_eq!(CpuCount::new(8).unwrap().get(), 8);
-        assert_eq!(
-            CpuCount::new(0).unwrap_err().to_string(),
-            "a machine has 1 to 8 vCPUs, not 0"
-        );
-    }
-
-    #[test]
-    fn ids_cannot_leave_a_directory() {
-        for id in [
-            "",
-            ".",
-            "..",
-            "a/b",
-            ".hidden",
-            "nul\0",
-            "a b",
-            &"x".repeat(65),
-        ] {
-            assert!(BackendSpec::new(id, 4096).is_err(), "{id:?}");
-        }
-        assert_eq!(backend("ram-0_a.b", 4096).id(), "ram-0_a.b");
-    }
-
-    #[test]
-    fn too_little_ram_and_twice_the_same_id_are_refused() {
-        let small = MachineSpec::new(CpuCount::ONE, vec![backend("ram", MIN_RAM_BYTES - 4096)]);
-        assert!(
-            matches!(small, Err(SpecError::TooSmall { .. })),
-            "{small:?}"
-        );
-        let twice = MachineSpec::new(
-            CpuCount::ONE,
-            vec![backend("ram", MIN_RAM_BYTES), backend("ram", MIN_RAM_BYTES)],
-        );
-        assert!(
-            matches!(twice, Err(SpecError::DuplicateId { .. })),
-            "{twice:?}"
-        );
-        let none = MachineSpec::new(CpuCount::ONE, vec![]);
-        assert_eq!(none, Err(SpecError::Layout(LayoutError::NoBackend)));
-    }
-
-    proptest! {
-        #[test]
-        fn no_sizes_panic(sizes in proptest::collection::vec(any::<u64>(), 0..20)) {
-            let backends: Vec<_> = sizes
-                .iter()
-                .enumerate()
-                .map(|(n, &bytes)| backend(&format!("ram{n}"), bytes))
-                .collect();
-            if let Ok(spec) = MachineSpec::new(CpuCount::ONE, backends) {
-                prop_assert!(spec.layout().total_bytes() >= MIN_RAM_BYTES);
-            }
-        }
-    }
-}
+mod tests;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use pando_vmm::clone::Engine;
-use pando_vmm::clone::control::{Ending, Io, PagerConfig};
+use pando_vmm::clone::control::{Ending, Io, PagerConfig, PagerPlace};
 use pando_vmm::clone::pool::PoolLimits;
 use pando_vmm::clone::process::SerialPlan;
 use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
@@ -28,6 +28,8 @@ pub(crate) struct Setup {
     pub(crate) engine: Engine,
     /// How template pages are read.
     pub(crate) io: Io,
+    /// Where the pager runs.
+    pub(crate) place: PagerPlace,
     /// Whether checksums are compared.
     pub(crate) verify: bool,
     /// Whether a shell waits for the request: process, memory and machine made ahead.
@@ -36,27 +38,55 @@ pub(crate) struct Setup {
 
 impl Setup {
     /// All combinations that differ, engine `kernel` first: it is the baseline.
-    pub(crate) fn all(engines: &[Engine], io: &[Io], also_unverified: bool) -> Vec<Self> {
+    pub(crate) fn all(
+        engines: &[Engine],
+        io: &[Io],
+        places: &[PagerPlace],
+        also_unverified: bool,
+    ) -> Vec<Self> {
         let mut all: Vec<Self> = Vec::new();
         let kernel_first = engines.iter().filter(|&&engine| engine == Engine::Kernel);
         let others = engines.iter().filter(|&&engine| engine != Engine::Kernel);
         for &engine in kernel_first.chain(others) {
-            // Clones of a root that holds all data have no pager of their own.
-            let paged = engine == Engine::Copy;
-            for &io in if paged { io } else { &[Io::Auto] } {
-                for (verify, warm) in [(true, false), (true, true), (false, false)] {
-                    let setup = Self {
-                        engine,
-                        io,
-                        verify,
-                        warm,
-                    };
-                    let is_wanted =
-                        (verify || (paged && also_unverified)) && (!warm || engine == Engine::Root);
-                    if is_wanted && !all.contains(&setup) {
-                        all.push(setup);
+            let mut add = |setup: Self| {
+                if !all.contains(&setup) {
+                    all.push(setup);
+                }
+            };
+            let plain = Self {
+                engine,
+                io: Io::Auto,
+                place: PagerPlace::default(),
+                verify: true,
+                warm: false,
+            };
+            if engine != Engine::Copy {
+                // Clones of a root that holds all data have no pager of their own.
+                add(plain);
+                if engine == Engine::Root {
+                    add(Self {
+                        warm: true,
+                        ..plain
+                    });
+                }
+                continue;
+            }
+            for &io in io {
+                let own = Self { io, ..plain };
+                if places.contains(&PagerPlace::Own) {
+                    add(own);
+                    if also_unverified {
+                        add(Self {
+                            verify: false,
+                            ..own
+                        });
                     }
                 }
+            }
+            // Once: how it reads and whether it verifies is a question to any pager.
+            if places.contains(&PagerPlace::Shared) {
+                let place = PagerPlace::Shared;
+                add(Self { place, ..plain });
             }
         }
         all
@@ -71,7 +101,11 @@ impl Setup {
         };
         let verify = if self.verify { "" } else { ", not verified" };
         let warm = if self.warm { ", warm shell" } else { "" };
-        format!("{}{io}{verify}{warm}", self.engine)
+        let place = match self.place {
+            PagerPlace::Own => "",
+            PagerPlace::Shared => ", shared pager",
+        };
+        format!("{}{io}{place}{verify}{warm}", self.engine)
     }
 }
 
@@ -125,6 +159,7 @@ impl Fleet {
             pager: PagerConfig {
                 io: setup.io,
                 verify: setup.verify,
+                place: setup.place,
                 ..PagerConfig::default()
             },
             verbosity: 0,
@@ -312,10 +347,17 @@ mod tests {
     fn variants_differ_and_the_kernel_comes_first() {
         let engines = [Engine::Copy, Engine::Kernel];
         let names = |io: &[Io], unverified| -> Vec<String> {
-            let all = Setup::all(&engines, io, unverified);
+            let all = Setup::all(&engines, io, &[PagerPlace::Own], unverified);
             all.iter().map(Setup::name).collect()
         };
         assert_eq!(names(&[Io::Auto], false), ["kernel", "copy"]);
+        let places = [PagerPlace::Own, PagerPlace::Shared];
+        let both = Setup::all(&[Engine::Copy, Engine::Root], &[Io::Auto], &places, false);
+        let both: Vec<String> = both.iter().map(Setup::name).collect();
+        assert_eq!(
+            both,
+            ["copy", "copy, shared pager", "root", "root, warm shell"]
+        );
         assert_eq!(
             names(&[Io::Uring, Io::Pread, Io::Uring], true),
             [

@@ -2,8 +2,8 @@
 
 mod fleet;
 mod report;
-mod subject;
-mod workload;
+pub(crate) mod subject;
+pub(crate) mod workload;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -11,13 +11,14 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use pando_vmm::clone::control::Io;
+use pando_vmm::clone::control::{Io, PagerPlace};
 use pando_vmm::demo::result::PagerFacts;
 use serde::Serialize;
 
-use crate::cli::CloneArgs;
+use crate::cli::{CloneArgs, PagerPlaceArg};
 use crate::floor::{Root, Wave as FloorWave};
 use crate::host::Host;
+use crate::program::program;
 use crate::stats::{Measured, Ratio, Runner, Summary, Variant};
 use crate::targets::Target;
 use fleet::{Fleet, Sample, Setup, Wave};
@@ -78,12 +79,14 @@ struct Waves {
 /// Runs the benchmark and prints its report.
 pub(crate) fn run(args: &CloneArgs) -> Result<()> {
     let host = Host::probe()?;
-    let program = match &args.pando {
-        Some(path) => path.clone(),
-        None => beside_this_program("pando")?,
-    };
+    let program = program(args.pando.as_deref())?;
     let io: Vec<Io> = args.io.iter().map(|&io| io.into()).collect();
-    let setups = Setup::all(&args.engines, &io, args.no_verify);
+    let places: Vec<PagerPlace> = args
+        .pager
+        .iter()
+        .map(|&place| PagerPlaceArg::place(Some(place), 2))
+        .collect();
+    let setups = Setup::all(&args.engines, &io, &places, args.no_verify);
     ensure!(!setups.is_empty(), "no engine to measure: give --engines");
     let subject = Subject::make(args.memory, args.dir.as_deref())?;
     let floor = Root::new(args.memory, true)?;
@@ -114,17 +117,6 @@ pub(crate) fn run(args: &CloneArgs) -> Result<()> {
     };
     clones.targets = report::targets(&clones);
     report::report(host, clones).print(args.json)
-}
-
-fn beside_this_program(name: &str) -> Result<PathBuf> {
-    let program = std::env::current_exe().context("cannot tell where this program is")?;
-    let path = program.with_file_name(name);
-    ensure!(
-        path.is_file(),
-        "no program {}: build it, or give --pando",
-        path.display()
-    );
-    Ok(path)
 }
 
 /// A run.

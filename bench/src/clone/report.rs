@@ -5,14 +5,11 @@ use pando_vmm::clone::Engine;
 
 use super::workload::{PAGES, Workload};
 use super::{Clones, Compared, FLOOR, Figures};
-use crate::floor::{MEMORY_MARK, PAGES_WRITTEN, Wave as FloorWave};
+use crate::floor::{MEMORY_MARK, PAGES_WRITTEN};
 use crate::host::Host;
 use crate::report::{Report, TextTable, ratio, size, time};
 use crate::stats::Summary;
 use crate::targets::Target;
-
-/// Clones that a target of memory or number is stated for.
-const MANY: [u32; 3] = [500, 1000, 2000];
 
 pub(super) fn report(host: Host, clones: Clones) -> Report<Clones> {
     let mut tables: Vec<TextTable> = clones
@@ -240,18 +237,20 @@ fn waves(clones: &Clones) -> TextTable {
 }
 
 pub(super) fn targets(clones: &Clones) -> Vec<Target> {
-    let mut targets = vec![Target::untold(
-        "start to first output, engine copy, over Firecracker File",
-        "<= 0.5 x",
-        "Firecracker beside it",
-    )];
+    let over_firecracker = |engine: &str, wanted: &str| {
+        let what = format!("start to first output, engine {engine}, over Firecracker File");
+        Target::untold(what, wanted, "Firecracker beside it")
+    };
+    let mut targets = vec![
+        over_firecracker("root, warm shell", "<= 0.1 x"),
+        over_firecracker("copy", "<= 0.5 x"),
+    ];
     targets.extend(targets_of_root(clones));
     let what = format!("start + {PAGES} unrecorded pages in random order, copy over kernel");
     targets.push(match over_kernel(clones, Workload::Random, Engine::Copy) {
         Some(ratio) => Target::at_most(what, ratio, 2.5, "x"),
         None => Target::untold(what, "<= 2.5 x", "engines copy and kernel"),
     });
-    targets.extend(targets_of_waves(clones));
     targets
 }
 
@@ -310,63 +309,4 @@ fn over_kernel(clones: &Clones, workload: Workload, engine: Engine) -> Option<f6
     let ours = find(clones, workload, engine, false)?;
     let kernel = find(clones, workload, Engine::Kernel, false)?;
     Some(ours.measured.over(&kernel.measured).p50)
-}
-
-fn targets_of_waves(clones: &Clones) -> Vec<Target> {
-    // Engine root where it was measured: it is the farm's.
-    let of = |engine| {
-        clones.waves.iter().find(|waves| {
-            let setup = waves.setup;
-            setup.engine == engine && setup.verify && !setup.warm
-        })
-    };
-    let (engine, found) = match of(Engine::Root) {
-        Some(waves) => (Engine::Root, Some(waves)),
-        None => (Engine::Copy, of(Engine::Copy)),
-    };
-    let copy = found;
-    let measured = copy.map_or(&[][..], |waves| &waves.waves[..]);
-    let count = measured.first().map_or(0, |wave| wave.clones);
-    let floor = |of: fn(&FloorWave) -> f64| median(clones.floor_waves.iter().map(of));
-    let memory = median(measured.iter().map(|wave| wave.memory_per_clone_bytes))
-        .zip(floor(|wave| wave.memory_per_clone_bytes));
-    let wall = median(measured.iter().map(|wave| wave.wall_ns as f64))
-        .zip(floor(|wave| wave.wall_ns as f64));
-    let [for_memory, for_time, for_number] = MANY;
-    let judge = |what: String, pair: Option<(f64, f64)>, bound: f64, at_least: u32| match pair {
-        Some((ours, floor)) if count >= at_least && floor > 0.0 => {
-            Target::at_most(what, ours / floor, bound, "x")
-        }
-        _ => Target::untold(what, format!("<= {bound} x"), format!("--count {at_least}")),
-    };
-    let number = "clones alive at once, none failed";
-    vec![
-        judge(
-            format!("memory of one more idle clone, {engine} over the floor"),
-            memory,
-            1.3,
-            for_memory,
-        ),
-        judge(
-            format!("{for_time} clones started, {engine} over the floor"),
-            wall,
-            1.5,
-            for_time,
-        ),
-        if count >= for_number {
-            Target::at_least(number, f64::from(count), f64::from(for_number), "clones")
-        } else {
-            Target::untold(
-                number,
-                format!(">= {for_number} clones"),
-                format!("--count {for_number}"),
-            )
-        },
-    ]
-}
-
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_unstable_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }

@@ -88,23 +88,31 @@ impl Subject {
     /// Teaches the template which pages `workload` touches.
     pub(crate) fn record(&self, program: &Path, workload: Workload) -> Result<()> {
         let (command, _) = workload.command(0);
+        (0..RECORDED_RUNS).try_for_each(|_| self.record_input(program, command.encode()))
+    }
+
+    /// Teaches the template which pages one clone touches that is sent `input`.
+    pub(crate) fn record_input(&self, program: &Path, input: Vec<u8>) -> Result<()> {
         let warmer = Warmer::new(WarmOptions {
             program: program.to_owned(),
             template: self.dir.clone(),
             pager: PagerConfig::default(),
             verbosity: 0,
-            input: command.encode(),
+            input,
             recording: Recording {
                 idle: Duration::from_millis(500),
                 limit: Duration::from_secs(20),
             },
         })?;
+        let trace = warmer.run(1)?.trace;
         let template = Template::open(&self.dir)?;
-        for run in 1..=RECORDED_RUNS {
-            let trace = warmer.run(run)?.trace;
-            WorkingSetFile::of(&template).learn_run(&trace)?;
-        }
+        WorkingSetFile::of(&template).learn_run(&trace)?;
         Ok(())
+    }
+
+    /// The files with its RAM.
+    pub(crate) fn ram(&self) -> &[PathBuf] {
+        &self.ram
     }
 
     /// Sees to it that the page cache has none of the template's RAM, if `cold`. Else all of it is

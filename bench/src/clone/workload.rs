@@ -9,8 +9,10 @@ use serde::Serialize;
 pub(crate) const PAGES: u64 = 2048;
 /// Pages with data in the template; random ones are among these.
 pub(crate) const DATA_PAGES: u64 = 8192;
-/// What the template's pages are written with, and those of clones.
-const SALT: (u64, u64) = (0x0a5b, 0xc10e);
+/// What the template's pages are written with.
+pub(crate) const TEMPLATE_SALT: u64 = 0x0a5b;
+/// What clones write their pages with.
+const CLONE_SALT: u64 = 0xc10e;
 
 /// A way to use a clone.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -52,7 +54,7 @@ impl Workload {
             };
             let command = Command::Write {
                 visit,
-                salt: SALT.1,
+                salt: CLONE_SALT,
             };
             (command, Outcome::Written { count: PAGES })
         };
@@ -68,7 +70,7 @@ impl Workload {
 pub(crate) fn fill() -> Command {
     Command::Write {
         visit: Visit::all(LAYOUT.first_data_page, DATA_PAGES),
-        salt: SALT.0,
+        salt: TEMPLATE_SALT,
     }
 }
 

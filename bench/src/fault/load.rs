@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use crate::seed::Random;
+
 /// What the pages are in the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -60,27 +62,11 @@ impl Load {
         };
         let mut pages: Vec<u64> = (first..first + half).collect();
         if self.order == Order::Random {
-            shuffle(&mut pages, seed);
+            Random::new(seed).shuffle(&mut pages);
         }
         pages.truncate(usize::try_from(self.pages).unwrap_or(usize::MAX));
         let share = pages.len().div_ceil(self.threads.max(1) as usize).max(1);
         pages.chunks(share).map(<[u64]>::to_vec).collect()
-    }
-}
-
-/// Fisher and Yates, with the numbers of splitmix64.
-fn shuffle(pages: &mut [u64], seed: u64) {
-    let mut state = seed;
-    let mut next = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut word = state;
-        word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        word ^ (word >> 31)
-    };
-    for last in (1..pages.len()).rev() {
-        let other = next() % (last as u64 + 1);
-        pages.swap(last, usize::try_from(other).unwrap_or(last));
     }
 }
 

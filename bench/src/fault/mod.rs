@@ -1,9 +1,9 @@
 //! `pando-bench fault`: what a page that is touched takes, with the pager alone (no KVM), beside
 //! the kernel's own mapping and the most that memory can be filled at, in the same run.
 
-mod load;
-mod report;
-mod touch;
+pub(crate) mod load;
+pub(crate) mod report;
+pub(crate) mod touch;
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -24,9 +24,6 @@ use touch::{Access, Engine, PagerSetup, Placement, Round, Subject};
 
 /// Images are touched by halves, and bulk calls are whole.
 const IMAGE_UNIT_BYTES: u64 = 2 * bulk::ZERO_BYTES as u64;
-/// Pages that each of many clones touches.
-const PAGES_OF_MANY: u64 = 256;
-
 /// All figures of a run.
 #[derive(Debug, Serialize)]
 struct Faults {
@@ -39,35 +36,40 @@ struct Faults {
 
 /// What is compared with one another: the first is the baseline.
 #[derive(Debug, Serialize)]
-struct Group {
-    title: String,
-    ways: Vec<Figures>,
+pub(crate) struct Group {
+    pub(crate) title: String,
+    pub(crate) ways: Vec<Figures>,
 }
 
 /// Figures of one way to touch pages.
 #[derive(Debug, Serialize)]
-struct Figures {
-    load: Load,
+pub(crate) struct Figures {
+    pub(crate) load: Load,
     engine: Engine,
     access: Access,
+    cold: bool,
     /// Time of a page: from the first touch to the last, by the pages; a sample a round.
-    page: Measured,
+    pub(crate) page: Measured,
     /// Each touch, from the toucher's side; where pages are installed ahead most do not fault.
-    touch: Summary,
+    pub(crate) touch: Summary,
+    /// Processor time of a page, of all threads together, in nanoseconds; the median of rounds.
+    pub(crate) processor_ns: u64,
     /// Faults that the pager had, in a second of all rounds; 0 without a pager.
-    faults_per_second: f64,
-    pages_per_second: f64,
+    pub(crate) faults_per_second: f64,
+    pub(crate) pages_per_second: f64,
     /// What the pagers of all rounds did.
-    pager: BTreeMap<&'static str, u64>,
+    pub(crate) pager: BTreeMap<&'static str, u64>,
 }
 
 /// One way to touch pages, before it was measured.
 #[derive(Debug, Clone)]
-struct Way {
-    name: String,
-    load: Load,
-    engine: Engine,
-    access: Access,
+pub(crate) struct Way {
+    pub(crate) name: String,
+    pub(crate) load: Load,
+    pub(crate) engine: Engine,
+    pub(crate) access: Access,
+    /// Whether the image is dropped from the page cache before each round.
+    pub(crate) cold: bool,
 }
 
 /// Runs the benchmark and prints its report.
@@ -93,7 +95,7 @@ pub(crate) fn run(args: &FaultArgs) -> Result<()> {
         bulk: bulk_rates(args.memory / 2, runner)?,
         targets: Vec::new(),
     };
-    faults.targets = report::targets(&faults, args);
+    faults.targets = report::targets(&faults);
     report::report(host, faults).print(args.json)
 }
 
@@ -121,6 +123,7 @@ fn groups(args: &FaultArgs, other_cpu: bool) -> Vec<(String, Vec<Way>)> {
         load,
         engine: Engine::Copy(PagerSetup::on(Placement::Free)),
         access: Access::Read,
+        cold: false,
     };
     let by_threads = args.threads.iter().map(|&threads| {
         let threads = threads.get();
@@ -130,24 +133,6 @@ fn groups(args: &FaultArgs, other_cpu: bool) -> Vec<(String, Vec<Way>)> {
         "threads that touch one memory, at random".to_owned(),
         by_threads.collect(),
     ));
-    let by_clones = [1, args.clones.get()].map(|clones| {
-        let load = Load {
-            clones,
-            pages: PAGES_OF_MANY.min(half),
-            ..random
-        };
-        free(format!("{clones} clones"), load)
-    });
-    groups.push((report::MANY_CLONES.to_owned(), by_clones.to_vec()));
-    let same = PagerSetup::on(Placement::Same);
-    let by_metrics = [false, true].map(|metrics| Way {
-        engine: Engine::Copy(PagerSetup { metrics, ..same }),
-        ..free(
-            format!("metrics {}", if metrics { "on" } else { "off" }),
-            random,
-        )
-    });
-    groups.push((report::METRICS.to_owned(), by_metrics.to_vec()));
     groups
 }
 
@@ -158,6 +143,7 @@ fn ways_of(load: Load, spin_us: u64, other_cpu: bool) -> Vec<Way> {
         load,
         engine,
         access,
+        cold: false,
     };
     let copy = |name: &str, setup| way(name, Engine::Copy(setup), Access::Read);
     let same = PagerSetup::on(Placement::Same);
@@ -189,7 +175,12 @@ fn ways_of(load: Load, spin_us: u64, other_cpu: bool) -> Vec<Way> {
 }
 
 /// Measures ways in turns.
-fn compare(subject: &Subject, runner: Runner, title: String, ways: &[Way]) -> Result<Group> {
+pub(crate) fn compare(
+    subject: &Subject,
+    runner: Runner,
+    title: String,
+    ways: &[Way],
+) -> Result<Group> {
     let kept: Vec<RefCell<Vec<Round>>> = ways.iter().map(|_| RefCell::default()).collect();
     let mut variants: Vec<Variant<'_>> = ways
         .iter()
@@ -197,6 +188,9 @@ fn compare(subject: &Subject, runner: Runner, title: String, ways: &[Way]) -> Re
         .map(|(way, kept)| {
             Variant::new(way.name.clone(), move || {
                 let seed = kept.borrow().len() as u64;
+                if way.cold {
+                    subject.make_cold()?;
+                }
                 let round = subject.round(way.engine, way.access, &way.load, seed)?;
                 let touched = u32::try_from(round.touches.len()).unwrap_or(u32::MAX);
                 let page = round.wall / touched.max(1);
@@ -234,8 +228,17 @@ fn figures(page: Measured, way: &Way, rounds: &[Round]) -> Result<Figures> {
             *pager.entry(name).or_default() += count;
         }
     }
+    let processor: Vec<Duration> = rounds
+        .iter()
+        .map(|round| {
+            let touched = u32::try_from(round.touches.len()).unwrap_or(u32::MAX);
+            round.processor / touched.max(1)
+        })
+        .collect();
     Ok(Figures {
         load: way.load,
+        cold: way.cold,
+        processor_ns: Summary::of(&processor)?.p50_ns,
         engine: way.engine,
         access: way.access,
         page,
@@ -260,7 +263,7 @@ fn named(counts: &Counts) -> [(&'static str, u64); 8] {
 }
 
 /// The most that `bytes` can be filled at; a sample is the time of a page.
-fn bulk_rates(bytes: u64, runner: Runner) -> Result<Vec<Measured>> {
+pub(crate) fn bulk_rates(bytes: u64, runner: Runner) -> Result<Vec<Measured>> {
     let pages = u32::try_from(bytes / PAGE_BYTES).context("too large an image")?;
     let length = usize::try_from(bytes)?;
     let source = bulk::source(length)?;

@@ -2,19 +2,14 @@
 //! The figures of a run as tables, and how they stand to the targets.
 
 use super::{Faults, Figures, Group};
-use crate::cli::FaultArgs;
 use crate::host::Host;
 use crate::report::{Report, TextTable, ratio, size, time};
 use crate::targets::Target;
 
-pub(super) const SAME_CPU: &str = "copy, same CPU";
-pub(super) const MANY_CLONES: &str = "clones that one pager serves, all touching at random";
-pub(super) const METRICS: &str = "recording of metrics, at random, same CPU";
-pub(super) const MEMCPY: &str = "memcpy, 64 KiB a call";
-pub(super) const COPY: &str = "UFFDIO_COPY, 64 KiB a call";
-pub(super) const ZEROPAGE: &str = "UFFDIO_ZEROPAGE, 256 KiB a call";
-/// Clones that the target of one pager under many is stated for.
-const MANY: u32 = 100;
+pub(crate) const SAME_CPU: &str = "copy, same CPU";
+pub(crate) const MEMCPY: &str = "memcpy, 64 KiB a call";
+pub(crate) const COPY: &str = "UFFDIO_COPY, 64 KiB a call";
+pub(crate) const ZEROPAGE: &str = "UFFDIO_ZEROPAGE, 256 KiB a call";
 
 pub(super) fn report(host: Host, faults: Faults) -> Report<Faults> {
     let mut tables: Vec<TextTable> = faults.groups.iter().map(group).collect();
@@ -40,7 +35,8 @@ pub(super) fn report(host: Host, faults: Faults) -> Report<Faults> {
     report
 }
 
-fn group(group: &Group) -> TextTable {
+/// One table for what is compared.
+pub(crate) fn group(group: &Group) -> TextTable {
     let vs = group
         .ways
         .first()
@@ -57,6 +53,7 @@ fn group(group: &Group) -> TextTable {
             "p90",
             "p99",
             "max",
+            "CPU a page",
             "pages/s",
             "faults/s",
         ],
@@ -73,6 +70,7 @@ fn group(group: &Group) -> TextTable {
             time(touch.p90_ns),
             time(touch.p99_ns),
             time(touch.max_ns),
+            time(figures.processor_ns),
             rate(figures.pages_per_second),
             if figures.pager["faults"] == 0 {
                 "-".to_owned()
@@ -84,7 +82,8 @@ fn group(group: &Group) -> TextTable {
     table
 }
 
-fn rate(per_second: f64) -> String {
+/// A rate with its unit.
+pub(crate) fn rate(per_second: f64) -> String {
     if per_second >= 1e6 {
         format!("{:.2} M", per_second / 1e6)
     } else {
@@ -108,7 +107,7 @@ fn bulk(faults: &Faults) -> TextTable {
     table
 }
 
-pub(super) fn targets(faults: &Faults, args: &FaultArgs) -> Vec<Target> {
+pub(super) fn targets(faults: &Faults) -> Vec<Target> {
     let mut targets = Vec::new();
     if let Some(zero) = find(faults, "zero pages, in sequence", SAME_CPU) {
         let us = zero.page.summary.p50_ns as f64 / 1e3;
@@ -117,38 +116,6 @@ pub(super) fn targets(faults: &Faults, args: &FaultArgs) -> Vec<Target> {
         let read = zero.pager["bytes_read"] as f64;
         let what = "zero pages read, bytes read for them";
         targets.push(Target::at_most(what, read, 0.0, "bytes"));
-    }
-    targets.push(Target::untold(
-        "installing a working set, of the bulk COPY rate",
-        ">= 0.8 x",
-        "a working set",
-    ));
-    let many = faults
-        .groups
-        .iter()
-        .find(|group| group.title == MANY_CLONES);
-    match many.map(|group| &group.ways[..]) {
-        Some([one, many]) if many.load.clones >= MANY => {
-            let what = format!(
-                "{} clones of one pager, faults/s over one's",
-                many.load.clones
-            );
-            // Each page is one fault here; round by round, so that a slow round weighs no more.
-            let rates = 1.0 / many.page.over(&one.page).p50;
-            targets.push(Target::at_least(what, rates, 1.0, "x"));
-            let what = format!("{} clones of one pager, p99 over p50", many.load.clones);
-            let spread = many.touch.p99_ns as f64 / many.touch.p50_ns.max(1) as f64;
-            targets.push(Target::at_most(what, spread, 10.0, "x"));
-        }
-        _ => targets.push(Target::untold(
-            "one pager under many clones, faults/s over one's",
-            ">= 1 x",
-            format!("--clones {MANY}, not {}", args.clones),
-        )),
-    }
-    if let Some(on) = find(faults, METRICS, "metrics on") {
-        let what = "metrics on over off, a random fault";
-        targets.push(Target::at_most(what, on.page.ratio.p50, 1.03, "x"));
     }
     targets
 }

@@ -14,10 +14,12 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use pando_pager::image::BackendIndex;
 use pando_pager::{Counts, Image, IoMode, PAGE_BYTES, Pager, PagerOptions, Verify};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use tempfile::TempDir;
 
 use super::load::Load;
+use crate::page_cache;
 use crate::sys::touch::Memory;
 
 /// Where the pager thread runs.
@@ -85,6 +87,8 @@ pub(crate) enum Access {
 pub(crate) struct Round {
     /// Until the last thread was done.
     pub(crate) wall: Duration,
+    /// Processor time of this process meanwhile, the pager's thread included.
+    pub(crate) processor: Duration,
     /// Each touch.
     pub(crate) touches: Vec<Duration>,
     /// What the pager did; all zero without one.
@@ -143,6 +147,26 @@ impl Subject {
         self.cpus.len() > 1
     }
 
+    /// Pages of the image.
+    pub(crate) fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    /// CPUs of this process, two at most.
+    pub(crate) fn cpus(&self) -> &[usize] {
+        &self.cpus
+    }
+
+    /// Drops the image from the page cache.
+    pub(crate) fn make_cold(&self) -> Result<()> {
+        page_cache::drop_file(&self.path())
+    }
+
+    /// The image, to be served.
+    pub(crate) fn image(&self) -> Result<Image> {
+        Ok(Image::open(&self.path(), "ram0", self.index.clone())?)
+    }
+
     fn path(&self) -> PathBuf {
         self.folder.path().join("image.mem")
     }
@@ -162,9 +186,11 @@ impl Subject {
                     .map(|_| Memory::private(&File::open(self.path())?))
                     .collect::<Result<Vec<_>>>()?;
                 let cpu = self.cpus.first().copied().filter(|_| load.threads == 1);
+                let before = processor_time();
                 let (wall, touches) = touch(&memories, &visits, access, cpu)?;
                 Ok(Round {
                     wall,
+                    processor: processor_time().saturating_sub(before),
                     touches,
                     counts: Counts::default(),
                 })
@@ -209,20 +235,27 @@ impl Subject {
             Pager::new(options)?
         };
         let memories = (0..load.clones)
-            .map(|_| {
-                let image = Image::open(&self.path(), "ram0", self.index.clone())?;
-                Ok(Memory::served(pager.attach(image)?))
-            })
+            .map(|_| Ok(Memory::served(pager.attach(self.image()?)?)))
             .collect::<Result<Vec<_>>>()?;
         let pager = pager.serve()?;
+        let before = processor_time();
         let (wall, touches) = touch(&memories, visits, access, toucher_cpu)?;
+        let processor = processor_time().saturating_sub(before);
         let counts = pager.stop()?;
         Ok(Round {
             wall,
+            processor,
             touches,
             counts,
         })
     }
+}
+
+/// What this process has used of its processors so far.
+fn processor_time() -> Duration {
+    let time = clock_gettime(ClockId::ProcessCPUTime);
+    let nanoseconds = u32::try_from(time.tv_nsec).unwrap_or_default();
+    Duration::new(time.tv_sec.unsigned_abs(), nanoseconds)
 }
 
 /// Has a thread for each entry of `visits` touch its pages, in each memory.

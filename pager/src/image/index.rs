@@ -78,15 +78,35 @@ pub struct BackendIndex {
     checksums: Vec<u64>,
     data_pages: u64,
     zero_pages: u64,
+    /// Whether chunks with data have checksums.
+    is_summed: bool,
 }
 
 impl BackendIndex {
+    /// Whether it knows what its data must hash to. One without is never written to a file.
+    pub fn is_summed(&self) -> bool {
+        self.is_summed
+    }
+
     /// Joins kinds and checksums; the reason when they do not belong together.
     pub(super) fn from_parts(
         pages: PageCount,
         kinds: Vec<u64>,
         checksums: Vec<u64>,
     ) -> Result<Self, &'static str> {
+        let (index, chunks) = Self::from_kinds(pages, kinds)?;
+        if chunks != checksums.len() as u64 {
+            return Err("checksums do not match the chunks with data");
+        }
+        Ok(Self {
+            checksums,
+            is_summed: true,
+            ..index
+        })
+    }
+
+    /// Counts kinds; an index without checksums, and how many chunks have data.
+    fn from_kinds(pages: PageCount, kinds: Vec<u64>) -> Result<(Self, u64), &'static str> {
         if kinds.len() as u64 != pages.get().div_ceil(PAGES_PER_WORD) {
             return Err("page kinds do not cover the pages");
         }
@@ -106,17 +126,16 @@ impl BackendIndex {
         if used != 0 && kinds.last().is_some_and(|word| word >> (2 * used) != 0) {
             return Err("page kinds behind the last page");
         }
-        if chunks != checksums.len() as u64 {
-            return Err("checksums do not match the chunks with data");
-        }
-        Ok(Self {
+        let index = Self {
             pages,
             kinds,
             ranks,
-            checksums,
+            checksums: Vec::new(),
             data_pages,
             zero_pages,
-        })
+            is_summed: false,
+        };
+        Ok((index, chunks))
     }
 
     /// All pages of the file.
@@ -222,6 +241,16 @@ impl Builder {
     /// Appends the checksum of the next chunk with data.
     pub(super) fn checksum(&mut self, checksum: u64) {
         self.checksums.push(checksum);
+    }
+
+    /// Appends `count` pages with data.
+    pub(super) fn data(&mut self, count: u64) {
+        (0..count).for_each(|_| self.page(PageKind::Data));
+    }
+
+    /// The index without checksums; the reason if it cannot be.
+    pub(super) fn build_unsummed(self) -> Result<BackendIndex, &'static str> {
+        BackendIndex::from_kinds(PageCount::new(self.pages), self.kinds).map(|(index, _)| index)
     }
 
     /// The index; the reason if pages and checksums disagree.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use rustix::fs::{OFlags, fcntl_getfl};
 
 use super::{BackendIndex, ImageError};
-use crate::page::PageCount;
+use crate::page::{ByteOffset, PAGE_BYTES, PageCount, PageRange};
 
 /// One template RAM file with its index. The descriptor is open for reading only, and no code
 /// outside this crate can get at it: a clone has no way to write its template.
@@ -19,6 +19,8 @@ pub struct Image {
     path: PathBuf,
     id: String,
     index: BackendIndex,
+    /// Where in the file the first page is, in bytes.
+    offset_bytes: u64,
 }
 
 impl Image {
@@ -46,6 +48,31 @@ impl Image {
         id: &str,
         index: BackendIndex,
     ) -> Result<Self, ImageError> {
+        let image = Self::part_of(file, path, id, index, 0)?;
+        let actual = image
+            .file
+            .metadata()
+            .map_err(|source| ImageError::Read { offset: 0, source })?
+            .len();
+        if actual != image.bytes() {
+            return Err(ImageError::Size {
+                path: image.path,
+                expected: image.index.pages().bytes(),
+                actual,
+            });
+        }
+        Ok(image)
+    }
+
+    /// Takes the part of a file that begins at `offset_bytes`, a whole number of pages. The file may
+    /// be longer than the part.
+    pub fn part_of(
+        file: File,
+        path: &Path,
+        id: &str,
+        index: BackendIndex,
+        offset_bytes: u64,
+    ) -> Result<Self, ImageError> {
         let path = path.to_owned();
         let flags = fcntl_getfl(&file).map_err(|errno| ImageError::Read {
             offset: 0,
@@ -60,14 +87,16 @@ impl Image {
         if !facts.is_file() {
             return Err(ImageError::NotAFile { path });
         }
-        if facts.len() != index.pages().bytes() {
+        let end = offset_bytes.checked_add(index.pages().bytes());
+        if end.is_none_or(|end| facts.len() < end) || !offset_bytes.is_multiple_of(PAGE_BYTES) {
             return Err(ImageError::Size {
                 path,
-                expected: index.pages().bytes(),
+                expected: offset_bytes.saturating_add(index.pages().bytes()),
                 actual: facts.len(),
             });
         }
         Ok(Self {
+            offset_bytes,
             file: Arc::new(file),
             path,
             id: id.to_owned(),
@@ -93,6 +122,11 @@ impl Image {
     /// What each page is.
     pub fn index(&self) -> &BackendIndex {
         &self.index
+    }
+
+    /// Where in the file these pages begin.
+    pub(crate) fn offset_of(&self, pages: PageRange) -> ByteOffset {
+        ByteOffset::new(self.offset_bytes.saturating_add(pages.offset().get()))
     }
 
     pub(crate) fn pages(&self) -> PageCount {
@@ -126,6 +160,22 @@ mod tests {
         assert_eq!(image.path(), file.path());
         let flags = fcntl_getfl(image.file()).unwrap();
         assert!(!flags.intersects(OFlags::WRONLY | OFlags::RDWR));
+    }
+
+    #[test]
+    fn a_part_of_a_file_begins_where_it_is_told_to() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [1; 5 * 4096]).unwrap();
+        let part = |offset, bytes| {
+            let file = File::open(file.path()).unwrap();
+            let index = BackendIndex::unsummed(&file, offset, bytes)?;
+            Image::part_of(file, Path::new("ram"), "ram", index, offset)
+        };
+        let image = part(8192, 8192).unwrap();
+        let page = PageRange::single(crate::page::PageIndex::new(1));
+        assert_eq!(image.offset_of(page).get(), 12288);
+        assert!(part(8192, 4 * 4096).is_err() && part(100, 4096).is_err());
+        part(u64::MAX - 4095, 4096).unwrap_err();
     }
 
     #[test]

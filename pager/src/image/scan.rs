@@ -89,6 +89,38 @@ impl BackendIndex {
     }
 }
 
+impl BackendIndex {
+    /// The index of `bytes` bytes of `file` from `offset_bytes` on, of a file that has none: what the
+    /// file system has is data, the rest holes. Nothing is read, so nothing can be proven when it is.
+    ///
+    /// Moves the file's cursor.
+    pub fn unsummed(file: &File, offset_bytes: u64, bytes: u64) -> Result<Self, ImageError> {
+        let pages = PageCount::from_bytes(bytes).ok_or(ImageError::PartialPage { bytes })?;
+        let end = offset_bytes.checked_add(bytes);
+        let end = end.ok_or(ImageError::PartialPage { bytes })?;
+        let mut builder = Builder::default();
+        let mut extents = Extents::new(file, end);
+        let mut done = 0;
+        while done < pages.get() {
+            let at = offset_bytes + done * PAGE_BYTES;
+            let holes = (extents.next_data(at)? - at) / PAGE_BYTES;
+            let holes = holes.min(pages.get() - done);
+            builder.holes(holes);
+            done += holes;
+            let rest = pages.get() - done;
+            let at = offset_bytes + done * PAGE_BYTES;
+            let data = (extents.hole.saturating_sub(at)).div_ceil(PAGE_BYTES);
+            // Where there is no hole behind, nothing has changed: one page goes on.
+            let data = data.max(1).min(rest);
+            builder.data(data);
+            done += data;
+        }
+        builder
+            .build_unsummed()
+            .map_err(|reason| ImageError::Body { offset: 0, reason })
+    }
+}
+
 /// The data extents of a file, asked for from front to back.
 struct Extents<'a> {
     file: &'a File,
@@ -204,5 +236,38 @@ mod tests {
             text(8192),
             "memory file ended at byte 4096 while it was scanned, 8192 were expected"
         );
+    }
+
+    #[test]
+    fn a_file_without_an_index_is_data_where_it_has_blocks() {
+        use std::os::unix::fs::FileExt;
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        let unit = 1 << 20;
+        for (at, bytes) in [
+            (unit, 5000_usize),
+            (8 * unit, 1 << 20),
+            (63 * unit, 1 << 20),
+        ] {
+            file.write_all_at(&vec![7; bytes], at).unwrap();
+        }
+        for offset in [0, unit, unit + 4096, 2 * unit, 8 * unit + 4096] {
+            let bytes = (64 << 20) - offset;
+            let index = BackendIndex::unsummed(&file, offset, bytes).unwrap();
+            assert!(!index.is_summed());
+            assert_eq!(index.pages().bytes(), bytes);
+            let mut page = [0; PAGE];
+            for number in 0..index.pages().get() {
+                let kind = index.kind(PageIndex::new(number));
+                file.read_exact_at(&mut page, offset + number * PAGE_BYTES)
+                    .unwrap();
+                let is_zero = page.iter().all(|&byte| byte == 0);
+                assert!(is_zero || kind == PageKind::Data, "page {number}");
+            }
+            let holes = index.count(PageKind::Hole).get();
+            assert!(holes > index.pages().get() / 2, "{holes} holes");
+        }
+        BackendIndex::unsummed(&file, 0, 100).unwrap_err();
+        BackendIndex::unsummed(&file, u64::MAX - 4095, 8192).unwrap_err();
     }
 }

@@ -4,144 +4,141 @@
 use std::time::Instant;
 
 use super::Server;
-use super::place::Place;
+use super::served::Served;
 use crate::counts::add;
-use crate::fault::Message;
 use crate::health::PoisonReason;
 use crate::image::PageKind;
-use crate::install::{Content, Installed, Stopped, install};
+use crate::install::Content;
 use crate::metrics::{FaultKind, Origin, Stages};
 use crate::page::{PageIndex, PageRange};
-use crate::prefetch::plan::{Direction, Verdict, Window};
-use crate::queue::Waiter;
+use crate::prefetch::plan::{Direction, Window};
+use crate::queue::{ClientKey, PageKey, RegionKey};
 use crate::residency::PageState;
-use crate::retry::RetryReason;
 
 /// Pages of zeros to copy from.
 const ZERO_PAGES: u64 = 16;
 static ZEROS: [u8; 16 * 4096] = [0; 16 * 4096];
 
-impl Server {
-    /// Handles all messages of the inbox. All of them were taken off the userfaultfd before.
-    pub(super) fn handle_messages(&mut self) {
-        if self.inbox.messages.is_empty() {
-            return;
-        }
-        let arrived = Instant::now();
-        let mut at = 0;
-        // By position: installing may drain further messages into the inbox.
-        while let Some(&message) = self.inbox.messages.get(at) {
-            at += 1;
-            match message {
-                Message::Fault { address, write } => self.admit(address, write, arrived),
-                Message::Unexpected { event } => {
-                    tracing::error!(
-                        event,
-                        "the userfaultfd sent an event that was not asked for"
-                    );
-                }
-            }
-        }
-        self.inbox.messages.clear();
-    }
+/// A fault on its way.
+#[derive(Clone, Copy, Debug)]
+struct Fault {
+    key: PageKey,
+    write: bool,
+    arrived: Instant,
+}
 
-    fn admit(&mut self, address: u64, write: bool, arrived: Instant) {
+impl Server {
+    pub(super) fn admit(&mut self, client: ClientKey, address: u64, write: bool, arrived: Instant) {
         add(&self.parts.tally.faults, 1);
-        let mut images = self.parts.images.iter().enumerate();
-        let place =
-            images.find_map(|(number, served)| Some((number, served.region.page_at(address)?)));
-        let Some((image, page)) = place else {
+        let Some(asking) = self.clients.get_mut(client) else {
+            return;
+        };
+        let Some((region, page)) = asking.page_at(address) else {
             // Memory that a clone dropped a moment ago: its waiters are gone with it.
             tracing::debug!(address, "a fault outside every image");
             return;
         };
-        match self.parts.images[image].residency.get(page) {
-            PageState::Present | PageState::Poisoned => self.admit_stale(image, page, arrived),
-            PageState::Reading => self.join(image, page, arrived),
-            PageState::Absent if self.queue.waits_for(image, page) => {
-                self.join(image, page, arrived);
-            }
+        let fault = Fault {
+            key: RegionKey { client, region }.page(page),
+            write,
+            arrived,
+        };
+        let served = &asking.regions[region as usize];
+        match served.state(page) {
+            PageState::Present | PageState::Poisoned => self.admit_stale(fault),
+            PageState::Reading => self.join(fault),
+            PageState::Absent if self.queue.waits_for(fault.key) => self.join(fault),
             PageState::Absent => {
-                if let Some(recorder) = &self.parts.recorder {
-                    recorder.touched(image, page, write);
+                if let Some(recorder) = &asking.recorder {
+                    recorder.touched(served.image.number(), page, write);
                 }
-                self.admit_absent(image, page, write, arrived);
+                self.admit_absent(fault);
             }
         }
     }
 
-    fn admit_absent(&mut self, image: usize, page: PageIndex, write: bool, arrived: Instant) {
-        match self.parts.images[image].image.index().kind(page) {
-            PageKind::Data => self.admit_data(image, page, arrived),
-            PageKind::Zero | PageKind::Hole if write => {
+    fn admit_absent(&mut self, fault: Fault) {
+        let Some(served) = self.served(fault.key.region) else {
+            return;
+        };
+        match served.kind(fault.key.page) {
+            PageKind::Data => self.admit_data(fault),
+            PageKind::Zero | PageKind::Hole if fault.write => {
                 let limit = self.parts.budget.data_window_pages.min(ZERO_PAGES);
-                self.admit_zero(image, page, arrived, Content::Bytes(&ZEROS), limit);
+                self.admit_zero(fault, Content::Bytes(&ZEROS), limit);
             }
             PageKind::Zero | PageKind::Hole => {
                 let limit = self.parts.budget.zero_window_pages;
-                self.admit_zero(image, page, arrived, Content::Zero, limit);
+                self.admit_zero(fault, Content::Zero, limit);
             }
         }
     }
 
     /// The message was overtaken by the install that answers it. Its thread is awake, or woken.
-    fn admit_stale(&mut self, image: usize, page: PageIndex, arrived: Instant) {
-        self.count(FaultKind::Stale);
-        let served = &mut self.parts.images[image];
-        let installed = served.residency.get(page) == PageState::Present;
-        if installed && served.stale.is_discarded(page) {
-            let waiter = self.waiter(image, page, arrived, SINGLE);
-            self.queue.push(waiter);
-            self.poison(image, page, PoisonReason::Discarded);
+    fn admit_stale(&mut self, fault: Fault) {
+        let (region, page) = (fault.key.region, fault.key.page);
+        self.count(region, FaultKind::Stale);
+        let Some(served) = self.served_mut(region) else {
+            return;
+        };
+        if served.state(page) == PageState::Present && served.stale.is_discarded(page) {
+            self.queue
+                .push(fault.key, fault.arrived, fault.write, SINGLE);
+            self.poison(fault.key, PoisonReason::Discarded);
             return;
         }
-        self.wake(image, PageRange::single(page));
+        self.wake(region, PageRange::single(page));
     }
 
-    /// Somebody asked for the page before; the same answer will do.
-    fn join(&mut self, image: usize, page: PageIndex, arrived: Instant) {
-        self.count(FaultKind::Joined);
-        if !self.queue.waits_for(image, page) && self.parts.images[image].streams.late(page) {
-            self.parts.metrics.prefetch(0, 1, 0);
+    /// Somebody asked for the page before, or it is on its way; the same answer will do.
+    fn join(&mut self, fault: Fault) {
+        let Fault {
+            key,
+            write,
+            arrived,
+        } = fault;
+        self.count(key.region, FaultKind::Joined);
+        if self.queue.join(key, arrived, write) {
+            return;
+        }
+        let read = self.read_bringing(key);
+        let planned = read.is_some_and(|(_, is_planned)| is_planned);
+        if let Some(served) = self.served_mut(key.region)
+            && (served.streams.late(key.page) || planned)
+        {
+            served.image.metrics().prefetch(0, 1, 0);
             add(&self.parts.tally.prefetch_late, 1);
         }
-        let mut waiter = self.waiter(image, page, arrived, SINGLE);
-        if let Some(first) = self.queue.oldest_for(image, page) {
-            // Who comes later does not cut a pause short.
-            waiter.attempts = first.attempts;
-            waiter.not_before = first.not_before;
-            waiter.refused = first.refused;
+        self.queue.push(key, arrived, write, SINGLE);
+        if let Some((slot, _)) = read {
+            self.queue.assign(key, slot);
         }
-        waiter.read = self.read_bringing(image, page);
-        self.queue.push(waiter);
     }
 
-    fn admit_data(&mut self, image: usize, page: PageIndex, arrived: Instant) {
-        self.count(FaultKind::Data);
+    fn admit_data(&mut self, fault: Fault) {
+        self.count(fault.key.region, FaultKind::Data);
         let limit = self.parts.budget.data_window_pages;
-        let window = self.plan(image, page, limit);
-        let waiter = self.waiter(image, page, arrived, window);
-        self.queue.push(waiter);
+        let window = self.plan(fault.key, limit);
+        self.queue
+            .push(fault.key, fault.arrived, fault.write, window);
     }
 
     /// A page without data. Who reads it gets the kernel's zero page; who writes it gets a page
     /// of zeros of its own at once, as the kernel would have to make one right behind.
-    fn admit_zero(
-        &mut self,
-        image: usize,
-        page: PageIndex,
-        arrived: Instant,
-        content: Content<'_>,
-        limit: u64,
-    ) {
-        self.count(FaultKind::Zero);
-        let window = self.plan(image, page, limit);
-        let run = self.run_of(image, page, window, |kind| kind != PageKind::Data);
-        self.parts.images[image].streams.chosen(window.stream, run);
+    fn admit_zero(&mut self, fault: Fault, content: Content<'_>, limit: u64) {
+        let (key, arrived) = (fault.key, fault.arrived);
+        self.count(key.region, FaultKind::Zero);
+        let window = self.plan(key, limit);
+        let Some(served) = self.served_mut(key.region) else {
+            return;
+        };
+        let run = run_of(served, key.page, window, |kind| kind != PageKind::Data);
+        served.streams.chosen(window.stream, run);
         let started = Instant::now();
-        let report = self.install(image, run, content, Origin::Zero);
+        let written = fault.write.then_some(key.page);
+        let report = self.install(key.region, run, content, Origin::Zero, written);
         let rest = PageRange::between(run.start().plus(report.done()), run.end());
-        if !rest.contains(page) {
+        if !rest.contains(key.page) {
             let now = Instant::now();
             let stages = Stages {
                 queue: started.saturating_duration_since(arrived),
@@ -149,119 +146,48 @@ impl Server {
                 install: now.saturating_duration_since(started),
                 total: now.saturating_duration_since(arrived),
             };
-            self.parts.metrics.answered(Origin::Zero, &stages);
+            if let Some(served) = self.served(key.region) {
+                served.image.metrics().answered(Origin::Zero, &stages);
+            }
             return;
         }
         // A window backward ends with the page asked for: it may be left though others are done.
-        let waiter = self.waiter(image, page, arrived, SINGLE);
-        self.queue.push(waiter);
-        self.install_failed(image, rest, report);
+        self.queue.push(key, arrived, fault.write, SINGLE);
+        self.install_failed(key.region, rest, report);
     }
 
     /// A waiter whose install failed is asked again as a single page.
-    pub(super) fn retry_zero(&mut self, waiter: &Waiter) {
-        let run = PageRange::single(waiter.page);
-        let report = self.install(waiter.image, run, Content::Zero, Origin::Zero);
+    pub(super) fn retry_zero(&mut self, key: PageKey) {
+        let run = PageRange::single(key.page);
+        let report = self.install(key.region, run, Content::Zero, Origin::Zero, None);
         if report.done() == 1 {
-            self.queue.answer(waiter.image, run, |_| ());
+            self.queue.answer(key);
         } else {
-            self.install_failed(waiter.image, run, report);
+            self.install_failed(key.region, run, report);
         }
     }
 
-    fn plan(&mut self, image: usize, page: PageIndex, limit: u64) -> Window {
-        let (window, verdict) = self.parts.images[image].streams.on_fault(page, limit);
-        self.judge(verdict);
-        window
-    }
-
-    fn judge(&self, verdict: Verdict) {
-        let (metrics, tally) = (&self.parts.metrics, &self.parts.tally);
+    /// How far to go for a page: alone where touches are recorded, for what is brought ahead
+    /// would never be seen to be touched.
+    fn plan(&mut self, key: PageKey, limit: u64) -> Window {
+        let Some(client) = self.clients.get_mut(key.client()) else {
+            return SINGLE;
+        };
+        let limit = if client.recorder.is_some() { 1 } else { limit };
+        let served = &mut client.regions[key.region.region as usize];
+        let (window, verdict) = served.streams.on_fault(key.page, limit);
+        let tally = &self.parts.tally;
+        let metrics = served.image.metrics();
         metrics.prefetch(verdict.useful, 0, verdict.wasted);
         add(&tally.prefetch_useful, verdict.useful);
         add(&tally.prefetch_wasted, verdict.wasted);
+        window
     }
 
-    /// The pages from `page` on, in the window's direction, that are absent and of a wanted kind.
-    pub(super) fn run_of(
-        &self,
-        image: usize,
-        page: PageIndex,
-        window: Window,
-        wanted: impl Fn(PageKind) -> bool,
-    ) -> PageRange {
-        let served = &self.parts.images[image];
-        let fits = |candidate: PageIndex| {
-            candidate.get() < served.image.pages().get()
-                && served.residency.get(candidate) == PageState::Absent
-                && wanted(served.image.index().kind(candidate))
-        };
-        let (mut start, mut end) = (page, page.plus(1));
-        for _ in 1..window.pages {
-            match window.direction {
-                Direction::Forward if fits(end) => end = end.plus(1),
-                Direction::Backward if start.get() > 0 && fits(PageIndex::new(start.get() - 1)) => {
-                    start = PageIndex::new(start.get() - 1);
-                }
-                _ => break,
-            }
+    fn count(&self, region: RegionKey, kind: FaultKind) {
+        if let Some(served) = self.served(region) {
+            served.image.metrics().fault(kind);
         }
-        PageRange::between(start, end)
-    }
-
-    /// Installs `content` at `pages` and records what was done; the rest is the caller's.
-    pub(super) fn install(
-        &mut self,
-        image: usize,
-        pages: PageRange,
-        content: Content<'_>,
-        origin: Origin,
-    ) -> Installed {
-        let Some(mapping) = self.parts.images[image].region.pin() else {
-            return Installed {
-                stopped: Some(Stopped::Gone),
-                ..Installed::default()
-            };
-        };
-        let mut place = Place {
-            uffd: &self.parts.uffd,
-            mapping: &mapping,
-            inbox: &mut self.inbox,
-        };
-        let report = install(&mut place, pages, content);
-        let done = PageRange::between(pages.start(), pages.start().plus(report.done()));
-        let residency = &mut self.parts.images[image].residency;
-        residency.set_all(done, PageState::Present);
-        let (metrics, tally) = (&self.parts.metrics, &self.parts.tally);
-        metrics.installed(origin, report.fresh);
-        let pages = match origin {
-            Origin::Zero => &tally.pages_zero,
-            Origin::Cache => &tally.pages_cache,
-            Origin::Disk => &tally.pages_disk,
-        };
-        add(pages, report.fresh);
-        add(&tally.pages_already_present, report.present);
-        self.retried(RetryReason::InstallAgain, report.again.into());
-        self.retried(RetryReason::InstallNoMemory, report.no_memory.into());
-        self.retried(RetryReason::InstallSplit, report.split.into());
-        report
-    }
-
-    pub(super) fn wake(&self, image: usize, pages: PageRange) {
-        if let Some(mapping) = self.parts.images[image].region.pin() {
-            crate::sys::userfaultfd::wake(&self.parts.uffd, &mapping, pages);
-        }
-    }
-
-    pub(super) fn retried(&self, reason: RetryReason, times: u64) {
-        if times > 0 {
-            self.parts.metrics.retried(reason, times);
-            add(&self.parts.tally.retries, times);
-        }
-    }
-
-    fn count(&self, kind: FaultKind) {
-        self.parts.metrics.fault(kind);
         let tally = &self.parts.tally;
         let counter = match kind {
             FaultKind::Data => &tally.faults_data,
@@ -271,19 +197,28 @@ impl Server {
         };
         add(counter, 1);
     }
+}
 
-    fn waiter(&self, image: usize, page: PageIndex, arrived: Instant, window: Window) -> Waiter {
-        Waiter {
-            image,
-            page,
-            arrived,
-            attempts: 0,
-            not_before: None,
-            refused: None,
-            window,
-            read: None,
+/// The pages from `page` on, in the window's direction, that may be brought and are of a wanted
+/// kind; `page` itself in any case.
+pub(super) fn run_of(
+    served: &Served,
+    page: PageIndex,
+    window: Window,
+    wanted: impl Fn(PageKind) -> bool,
+) -> PageRange {
+    let fits = |candidate| served.may_bring_ahead(candidate) && wanted(served.kind(candidate));
+    let (mut start, mut end) = (page, page.plus(1));
+    for _ in 1..window.pages {
+        match window.direction {
+            Direction::Forward if fits(end) => end = end.plus(1),
+            Direction::Backward if start.get() > 0 && fits(PageIndex::new(start.get() - 1)) => {
+                start = PageIndex::new(start.get() - 1);
+            }
+            _ => break,
         }
     }
+    PageRange::between(start, end)
 }
 
 /// One page, of no walk.

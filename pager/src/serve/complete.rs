@@ -1,21 +1,37 @@
 #![forbid(unsafe_code)]
 //! From bytes to pages.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::{ActiveRead, Server};
+use super::Server;
+use super::read::{ActiveRead, Target};
+use super::served::ServedImage;
 use crate::counts::add;
 use crate::health::PoisonReason;
 use crate::image::ChunkIndex;
 use crate::install::{Content, Installed, Stopped};
 use crate::metrics::{Origin, Stages};
 use crate::page::{PAGE_BYTES, PageIndex, PageRange};
+use crate::queue::{PageKey, RegionKey};
 use crate::residency::PageState;
 use crate::retry::{Decision, ReadFailure, RetryReason, decide};
 use crate::source::ReadDone;
+use crate::token::ReadSlot;
+
+/// What a read brought.
+struct Brought<'a> {
+    read: &'a ActiveRead,
+    image: &'a ServedImage,
+    bytes: &'a [u8],
+    origin: Origin,
+    ended: Instant,
+    /// Chunks that are not what the index says.
+    bad: Vec<(ChunkIndex, PoisonReason)>,
+}
 
 impl Server {
     /// Handles every read that is over. `at_once`: nothing was waited for since the last pass.
@@ -36,15 +52,20 @@ impl Server {
     }
 
     fn complete(&mut self, done: ReadDone, at_once: bool) {
-        let Some(read) = self.reads.get_mut(done.slot.index()).and_then(Option::take) else {
+        let Some(mut read) = self.reads.get_mut(done.slot.index()).and_then(Option::take) else {
             tracing::error!(slot = done.slot.index(), "a source reported a read twice");
             self.parts.pool.take_back(done.lease);
             return;
         };
+        self.free_reads.push(done.slot.index());
+        self.planned_reads -= usize::from(read.is_planned);
+        if let Some(owner) = self.clients.get_mut(read.owner) {
+            owner.reads -= 1;
+        }
         let ended = Instant::now();
         let bytes = done.result.unwrap_or(0);
-        self.parts.metrics.read_ended(bytes as u64);
         add(&self.parts.tally.bytes_read, bytes as u64);
+        read.image.metrics().read_ended(bytes as u64);
         let expected = usize::try_from(read.covers.bytes()).unwrap_or(usize::MAX);
         match done.result {
             Ok(actual) if actual >= expected => {
@@ -53,148 +74,189 @@ impl Server {
                 } else {
                     Origin::Disk
                 };
-                let pages = &done.lease.bytes()[..expected.min(done.lease.len())];
-                self.install_read(&done, read, pages, origin, ended);
+                let brought = Brought {
+                    read: &read,
+                    image: &read.image,
+                    bytes: &done.lease.bytes()[..expected.min(done.lease.len())],
+                    origin,
+                    ended,
+                    bad: Vec::new(),
+                };
+                self.install_read(brought);
             }
-            Ok(actual) => self.read_failed(&done, &read, ReadFailure::Short { expected, actual }),
+            Ok(actual) => {
+                self.read_failed(done.slot, &read, ReadFailure::Short { expected, actual });
+            }
             Err(errno) => {
                 let errno = Errno::from_raw_os_error(errno);
-                self.read_failed(&done, &read, ReadFailure::Errno(errno));
+                self.read_failed(done.slot, &read, ReadFailure::Errno(errno));
             }
         }
+        read.targets.clear();
+        self.spare_targets.push(read.targets);
         self.parts.pool.take_back(done.lease);
     }
 
-    /// Verifies and installs what a read brought, in runs of neighbouring pages.
-    fn install_read(
-        &mut self,
-        done: &ReadDone,
-        mut read: ActiveRead,
-        bytes: &[u8],
-        origin: Origin,
-        ended: Instant,
-    ) {
+    /// Verifies what a read brought, and installs it for everybody who gets something of it.
+    fn install_read(&mut self, mut brought: Brought<'_>) {
+        let read = brought.read;
+        for target in &read.targets {
+            let done = self.install_target(&mut brought, target);
+            if target.is_planned {
+                self.planned_done(target, done);
+            }
+        }
+    }
+
+    /// Installs one target's pages in runs of neighbours: how many are there now.
+    fn install_target(&mut self, brought: &mut Brought<'_>, target: &Target) -> u64 {
+        let read = brought.read;
         let mut at = read.covers.start();
-        while let Some(first) = next_wanted(&read, at) {
-            if let Err(reason) = self.verify(&read, first, bytes) {
-                let chunk = self.chunk_of(read.image, first);
-                self.refuse(&read, chunk, reason);
+        let mut all = 0;
+        while let Some(first) = read.next_of(target.wanted, at) {
+            if let Err(reason) = self.verify(brought, first) {
+                let chunk = ChunkIndex::containing(first).pages(brought.image.image().pages());
+                self.refuse(read, target, chunk, reason);
                 at = chunk.end();
                 continue;
             }
             let mut end = first.plus(1);
-            while read.wants(end) && self.verify(&read, end, bytes).is_ok() {
+            while target.wanted & read.bit(end) != 0 && self.verify(brought, end).is_ok() {
                 end = end.plus(1);
             }
             let run = PageRange::between(first, end);
-            let slice = slice_of(bytes, read.covers, run);
+            let slice = slice_of(brought.bytes, read.covers, run);
             let started = Instant::now();
-            let report = self.install(read.image, run, Content::Bytes(slice), origin);
+            let content = Content::Bytes(slice);
+            let report = self.install(target.region, run, content, brought.origin, None);
             let installed = PageRange::between(run.start(), run.start().plus(report.done()));
+            all += report.done();
             let times = Times {
-                read: &read,
-                ended,
+                read,
+                ended: brought.ended,
                 installing: started,
                 now: Instant::now(),
             };
-            self.answer(read.image, installed, origin, &times);
+            self.answer(target.region, installed, brought, &times);
             let rest = PageRange::between(installed.end(), run.end());
             if !rest.is_empty() {
-                self.install_failed(read.image, rest, report);
+                self.install_failed(target.region, rest, report);
             }
-            read.wanted &= !mask_of(&read, run);
             at = end;
         }
-        debug_assert!(self.queue.first_of(done.slot).is_none());
+        all
     }
 
     /// Whether the chunk of `page` is what the index says; checked once per chunk.
-    fn verify(
-        &mut self,
-        read: &ActiveRead,
-        page: PageIndex,
-        bytes: &[u8],
-    ) -> Result<(), PoisonReason> {
-        let served = &mut self.parts.images[read.image];
+    fn verify(&mut self, brought: &mut Brought<'_>, page: PageIndex) -> Result<(), PoisonReason> {
         let chunk = ChunkIndex::containing(page);
-        if !self.parts.verify || served.is_verified(chunk) {
+        let image = brought.image;
+        let is_summed = image.image().index().is_summed();
+        if !self.parts.verify || !is_summed || image.is_verified(chunk) {
             return Ok(());
         }
-        let pages = chunk.pages(served.image.pages());
-        let actual = xxh3_64(slice_of(bytes, read.covers, pages));
+        if let Some(&(_, reason)) = brought.bad.iter().find(|(bad, _)| *bad == chunk) {
+            return Err(reason);
+        }
+        let pages = chunk.pages(image.image().pages());
+        let actual = xxh3_64(slice_of(brought.bytes, brought.read.covers, pages));
         // A chunk with a data page always has one: the index was proven when it was decoded.
-        let expected = served.image.index().checksum(chunk).unwrap_or(!actual);
+        let expected = image.image().index().checksum(chunk).unwrap_or(!actual);
         if actual == expected {
-            served.set_verified(chunk);
+            image.set_verified(chunk);
             return Ok(());
         }
-        self.parts.metrics.verify_failed();
+        image.metrics().verify_failed();
         add(&self.parts.tally.verify_failures, 1);
-        Err(PoisonReason::Checksum { expected, actual })
-    }
-
-    fn chunk_of(&self, image: usize, page: PageIndex) -> PageRange {
-        ChunkIndex::containing(page).pages(self.parts.images[image].image.pages())
+        let reason = PoisonReason::Checksum { expected, actual };
+        brought.bad.push((chunk, reason));
+        Err(reason)
     }
 
     /// Bytes that must not be used: who asked for them gets an error, the others nothing.
-    fn refuse(&mut self, read: &ActiveRead, pages: PageRange, reason: PoisonReason) {
-        for page in pages.iter().filter(|&page| read.wants(page)) {
-            if self.queue.waits_for(read.image, page) {
-                self.poison(read.image, page, reason);
-            } else {
-                let residency = &mut self.parts.images[read.image].residency;
-                residency.set(page, PageState::Absent);
+    fn refuse(
+        &mut self,
+        read: &ActiveRead,
+        target: &Target,
+        chunk: PageRange,
+        reason: PoisonReason,
+    ) {
+        for page in read.pages(target.wanted & read.bits(chunk)) {
+            let key = target.region.page(page);
+            if self.queue.waits_for(key) {
+                self.poison(key, reason);
+            } else if let Some(served) = self.served_mut(target.region) {
+                served.set(page, PageState::Absent);
             }
         }
     }
 
-    fn read_failed(&mut self, done: &ReadDone, read: &ActiveRead, failure: ReadFailure) {
-        let residency = &mut self.parts.images[read.image].residency;
-        for page in read.covers.iter().filter(|&page| read.wants(page)) {
-            residency.set(page, PageState::Absent);
+    fn read_failed(&mut self, slot: ReadSlot, read: &ActiveRead, failure: ReadFailure) {
+        let mut waiting: Vec<PageKey> = Vec::new();
+        for target in &read.targets {
+            if let Some(served) = self.served_mut(target.region) {
+                let pages = read.pages(target.wanted);
+                pages.for_each(|page| served.set(page, PageState::Absent));
+            }
+            if target.is_planned {
+                self.planned_done(target, 0);
+            }
+            let keys = read
+                .pages(target.wanted)
+                .map(|page| target.region.page(page));
+            waiting.extend(keys.filter(|&key| self.queue.waits_for_read(key, slot)));
         }
-        if self.queue.first_of(done.slot).is_none() {
-            // Everybody who asked was told already that it took too long.
+        if waiting.is_empty() {
+            // Nobody asked, or everybody who did was told already that it took too long.
             return;
         }
-        if read.ahead {
-            self.queue.narrow(done.slot);
-            self.retried(failure.reason(), 1);
+        let metrics = Arc::clone(read.image.metrics());
+        if read.ahead || read.is_planned {
+            waiting.iter().for_each(|&key| self.queue.narrow(key));
+            self.retried(&metrics, failure.reason(), 1);
             return;
         }
-        let attempts = self.queue.attempts_of(done.slot);
+        let attempts = waiting.iter().filter_map(|&key| self.queue.get(key));
+        let attempts = attempts.map(|want| want.attempts).max().unwrap_or(0);
         match decide(failure, attempts) {
             Decision::Again(reason) => {
-                self.queue.release(done.slot, Instant::now());
-                self.retried(reason, 1);
-            }
-            Decision::GiveUp(reason) => {
-                while let Some(waiter) = self.queue.first_of(done.slot) {
-                    self.poison(waiter.image, waiter.page, reason);
+                let now = Instant::now();
+                for &key in &waiting {
+                    self.queue.put_off(key, now, None);
                 }
+                self.retried(&metrics, reason, 1);
             }
+            Decision::GiveUp(reason) => waiting.iter().for_each(|&key| self.poison(key, reason)),
         }
     }
 
     /// Pages could not be installed though their bytes are there: given up, or tried again until
     /// their deadline.
-    pub(super) fn install_failed(&mut self, image: usize, pages: PageRange, report: Installed) {
+    pub(super) fn install_failed(
+        &mut self,
+        region: RegionKey,
+        pages: PageRange,
+        report: Installed,
+    ) {
         let Some(stopped) = report.stopped else {
             return;
         };
-        let residency = &mut self.parts.images[image].residency;
-        residency.set_all(pages, PageState::Absent);
+        if let Some(served) = self.served_mut(region) {
+            served.set_all(pages, PageState::Absent);
+        }
+        let keys = pages.iter().map(|page| region.page(page));
         let put_off = match stopped {
-            Stopped::Gone => return self.queue.answer(image, pages, |_| ()),
-            Stopped::Unmapped => return self.unmapped(image, pages),
+            Stopped::Gone => {
+                keys.for_each(|key| _ = self.queue.answer(key));
+                self.lost_if_remote(region);
+                return;
+            }
+            Stopped::Unmapped => return self.unmapped(region, pages),
             Stopped::Refused(errno) => {
-                let reason = PoisonReason::Install {
-                    errno: errno.raw_os_error(),
-                };
-                for page in pages.iter() {
-                    if self.queue.waits_for(image, page) {
-                        self.poison(image, page, reason);
+                let errno = errno.raw_os_error();
+                for key in keys {
+                    if self.queue.waits_for(key) {
+                        self.poison(key, PoisonReason::Install { errno });
                     }
                 }
                 return;
@@ -202,27 +264,53 @@ impl Server {
             Stopped::Changing => Errno::AGAIN,
             Stopped::NoMemory => Errno::NOMEM,
         };
-        self.queue.put_off(image, pages, Instant::now(), put_off);
+        let now = Instant::now();
+        keys.for_each(|key| self.queue.put_off(key, now, Some(put_off)));
+    }
+
+    /// The memory of another process is gone, and with it the client. What a clone of this process
+    /// dropped is one region: its others are served on.
+    fn lost_if_remote(&mut self, region: RegionKey) {
+        if self
+            .served(region)
+            .is_some_and(|served| served.pin().is_some())
+        {
+            self.lost.push(region.client);
+        }
     }
 
     /// The first of `pages` lies in no registered mapping. Who waits for it is woken, to meet
     /// whatever is there now; the pages behind it are tried one by one.
-    fn unmapped(&mut self, image: usize, pages: PageRange) {
+    fn unmapped(&mut self, region: RegionKey, pages: PageRange) {
         let first = PageRange::single(pages.start());
         tracing::warn!(%first, "memory of a clone is no longer served: something was mapped over it");
-        self.retried(RetryReason::InstallUnmapped, 1);
-        self.queue.answer(image, first, |_| ());
-        self.wake(image, first);
-        self.queue
-            .narrow_pages(image, PageRange::between(first.end(), pages.end()));
+        if let Some(served) = self.served(region) {
+            self.retried(served.image.metrics(), RetryReason::InstallUnmapped, 1);
+        }
+        self.queue.answer(region.page(pages.start()));
+        self.wake(region, first);
+        for page in PageRange::between(first.end(), pages.end()).iter() {
+            self.queue.narrow(region.page(page));
+        }
     }
 
     /// Everybody who waited for `pages` was woken by their install.
-    fn answer(&mut self, image: usize, pages: PageRange, origin: Origin, times: &Times<'_>) {
-        let metrics = &self.parts.metrics;
-        self.queue.answer(image, pages, |waiter| {
-            metrics.answered(origin, &times.stages(waiter.arrived));
-        });
+    fn answer(
+        &mut self,
+        region: RegionKey,
+        pages: PageRange,
+        brought: &Brought<'_>,
+        times: &Times<'_>,
+    ) {
+        let metrics = brought.image.metrics();
+        for page in pages.iter() {
+            let Some(want) = self.queue.answer(region.page(page)) else {
+                continue;
+            };
+            for arrived in std::iter::once(want.arrived).chain(want.joined) {
+                metrics.answered(brought.origin, &times.stages(arrived));
+            }
+        }
     }
 }
 
@@ -246,16 +334,6 @@ impl Times<'_> {
             total: since(arrived, self.now),
         }
     }
-}
-
-/// The first page at or behind `at` that `read` is to install.
-fn next_wanted(read: &ActiveRead, at: PageIndex) -> Option<PageIndex> {
-    let rest = PageRange::between(at, read.covers.end());
-    rest.iter().find(|&page| read.wants(page))
-}
-
-fn mask_of(read: &ActiveRead, pages: PageRange) -> u64 {
-    pages.iter().fold(0, |bits, page| bits | read.bit(page))
 }
 
 /// The bytes of `pages` in a buffer that holds those of `covers`; empty if it does not.

@@ -9,57 +9,70 @@ use super::Server;
 use super::place::Place;
 use crate::counts::add;
 use crate::health::{PoisonMethod, PoisonReason, PoisonedPage};
-use crate::install::{Content, install};
-use crate::page::{PageIndex, PageRange};
+use crate::install::{Content, Stopped, install};
+use crate::page::PageRange;
+use crate::queue::{PageKey, Stage};
 use crate::residency::PageState;
+use crate::sys::userfaultfd::{self as sys, Tracking};
 
 impl Server {
     /// Ends every fault that waited too long. A read that is still under way keeps its buffer;
     /// what it brings later finds nobody to install it for.
     pub(super) fn end_overdue(&mut self) {
+        if self.queue.len() == 0 {
+            return;
+        }
         let limit = self.parts.fault_deadline;
         let now = Instant::now();
-        while let Some(waiter) = self.queue.expired(now, limit) {
-            if let Some(slot) = waiter.read
-                && let Some(read) = self.reads[slot.index()].as_mut()
-            {
-                read.wanted &= !read.bit(waiter.page);
-            }
-            let reason = match waiter.refused {
+        while let Some(key) = self.queue.expired(now, limit) {
+            let Some(want) = self.queue.get(key) else {
+                return;
+            };
+            let reason = match want.refused {
                 None => PoisonReason::Deadline { limit },
                 Some(Errno::NOMEM) => PoisonReason::NoMemory,
                 Some(errno) => PoisonReason::Install {
                     errno: errno.raw_os_error(),
                 },
             };
-            self.poison(waiter.image, waiter.page, reason);
+            if let Stage::Reading(slot) = want.stage
+                && let Some(read) = self.reads[slot.index()].as_mut()
+            {
+                read.leave_out(key.region, key.page);
+            }
+            self.poison(key, reason);
         }
     }
 
-    /// Makes every access to a page an error and wakes who waits for it. Whoever listens to
-    /// `Health` learns of it first.
-    pub(super) fn poison(&mut self, image: usize, page: PageIndex, reason: PoisonReason) {
-        let poisoned = PoisonedPage {
-            image: self.parts.images[image].image.id().to_owned(),
-            page,
-            reason,
-        };
-        tracing::error!(%poisoned, "a page cannot be served");
-        self.parts.metrics.poisoned();
-        add(&self.parts.tally.poisoned, 1);
-        self.parts.health.report(&poisoned);
-        let pages = PageRange::single(page);
-        self.queue.answer(image, pages, |_| ());
-        let Some(mapping) = self.parts.images[image].region.pin() else {
+    /// Makes every access to a page an error and wakes who waits for it. Whoever listens learns of
+    /// it first. Where the page is another process's and the kernel cannot mark it, nobody is woken.
+    pub(super) fn poison(&mut self, key: PageKey, reason: PoisonReason) {
+        self.queue.answer(key);
+        let Some(client) = self.clients.get_mut(key.client()) else {
             return;
         };
+        let served = &mut client.regions[key.region.region as usize];
+        let poisoned = PoisonedPage {
+            image: served.image.image().id().to_owned(),
+            page: key.page,
+            reason,
+        };
+        tracing::error!(%poisoned, client = %client.id, "a page cannot be served");
+        served.image.metrics().poisoned();
+        add(&self.parts.tally.poisoned, 1);
+        client.tells.poisoned(client.id, &poisoned);
+        let Some(memory) = served.pin() else {
+            return;
+        };
+        let pages = PageRange::single(key.page);
         let mut state = PageState::Poisoned;
         let mut marked = false;
-        if self.parts.health.poison_method() == PoisonMethod::Marker {
+        if client.poison == PoisonMethod::Marker {
             let mut place = Place {
-                uffd: &self.parts.uffd,
-                mapping: &mapping,
-                inbox: &mut self.inbox,
+                uffd: &client.uffd,
+                memory: &memory,
+                pending: &mut client.pending,
+                tracking: Tracking::Off,
             };
             let report = install(&mut place, pages, Content::Poison);
             marked = report.stopped.is_none();
@@ -67,17 +80,28 @@ impl Server {
                 // Somebody else filled it: nothing is missing.
                 state = PageState::Present;
             }
+            if report.stopped == Some(Stopped::Gone) {
+                self.lost.push(key.client());
+                return;
+            }
         }
         if !marked {
             // More mappings than the kernel allows: then all of the clone's memory must go.
-            let forbidden = mapping
+            let forbidden = memory
                 .forbid(pages)
-                .or_else(|_| mapping.forbid(self.parts.images[image].whole()));
-            if let Err(error) = forbidden {
-                tracing::error!(%error, "a page that cannot be served cannot be protected either");
+                .or_else(|_| memory.forbid(memory.pages()));
+            match forbidden {
+                Ok(true) => sys::wake(&client.uffd, &memory, pages),
+                Ok(false) => {}
+                Err(error) => {
+                    tracing::error!(%error, "a page that cannot be served cannot be protected either");
+                    sys::wake(&client.uffd, &memory, pages);
+                }
             }
-            self.wake(image, pages);
         }
-        self.parts.images[image].residency.set(page, state);
+        served.set(key.page, state);
+        if !client.pending.is_empty() && !std::mem::replace(&mut client.in_turn, true) {
+            self.turns.push_back(key.client());
+        }
     }
 }

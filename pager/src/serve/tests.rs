@@ -11,18 +11,20 @@ use rustix::io::Errno;
 use crate::counts::Counts;
 use crate::health::{PoisonReason, PoisonedPage};
 use crate::image::{BackendIndex, Image};
-use crate::page::PageIndex;
-use crate::sys::mmap::ServedMapping;
+use crate::page::{PageIndex, PageRange};
+use crate::region::Pinned;
+use crate::sys::mmap::Addressed;
 use crate::sys::userfaultfd::Answer;
 use crate::{IoMode, Pager, PagerOptions};
 
 /// By address of the memory: how many of its next installs are refused, and how.
-static PLANS: Mutex<Option<HashMap<usize, (Errno, u32)>>> = Mutex::new(None);
+static PLANS: Mutex<Option<HashMap<u64, (Errno, u32)>>> = Mutex::new(None);
 
 /// The refusal of an install in `mapping`, if one is planned.
-pub(super) fn planned(mapping: &ServedMapping) -> Option<Answer> {
+pub(super) fn planned(memory: &Pinned) -> Option<Answer> {
+    let address = memory.address_of(PageRange::single(memory.pages().start()))?;
     let mut plans = PLANS.lock().unwrap_or_else(PoisonError::into_inner);
-    let (errno, left) = plans.as_mut()?.get_mut(&mapping.address().addr())?;
+    let (errno, left) = plans.as_mut()?.get_mut(&address)?;
     *left = left.checked_sub(1)?;
     Some(Answer {
         done_bytes: -i64::from(errno.raw_os_error()),
@@ -49,7 +51,7 @@ fn touch(
     })
     .unwrap();
     let memory = pager.attach(image).unwrap();
-    let address = memory.host_address().addr();
+    let address = memory.host_address().addr() as u64;
     let plan = |plan: Option<(Errno, u32)>| {
         let mut plans = PLANS.lock().unwrap();
         let plans = plans.get_or_insert_default();

@@ -16,15 +16,17 @@ impl PageSource for FileSource {
         };
         let PageRead {
             slot,
+            number,
             file,
             offset,
             bytes,
             lease,
         } = read;
-        match ring.read(slot, file, offset.get(), bytes, lease) {
+        match ring.read(slot, number, offset.get(), bytes, lease) {
             Ok(()) => Started::Pending,
             Err(lease) => Started::Busy(PageRead {
                 slot,
+                number,
                 file,
                 offset,
                 bytes,

@@ -13,6 +13,8 @@ pub(crate) use file::FileSource;
 pub(crate) use pread::PreadSource;
 
 use std::fmt;
+use std::fs::File;
+use std::sync::Arc;
 use std::time::Instant;
 
 use crate::page::ByteOffset;
@@ -24,7 +26,8 @@ pub use crate::token::ReadSlot;
 #[derive(Debug)]
 pub struct PageRead {
     pub(crate) slot: ReadSlot,
-    pub(crate) file: usize,
+    pub(crate) number: usize,
+    pub(crate) file: Arc<File>,
     pub(crate) offset: ByteOffset,
     pub(crate) bytes: usize,
     pub(crate) lease: Lease,
@@ -36,9 +39,9 @@ impl PageRead {
         self.slot
     }
 
-    /// Which image it reads, counted in the order of `attach`.
+    /// Which image it reads, counted in the order in which the pager was given them.
     pub fn image(&self) -> usize {
-        self.file
+        self.number
     }
 
     /// First byte in the image's file; a multiple of the page size.

@@ -4,7 +4,6 @@
 //! What is in the page cache is read on the spot (RWF_NOWAIT); the rest goes to a few threads, so
 //! that a slow disk delays neither zero pages nor deadlines.
 
-use std::fs::File;
 use std::io;
 use std::io::IoSliceMut;
 use std::os::fd::OwnedFd;
@@ -23,7 +22,6 @@ const JOIN_LIMIT: Duration = Duration::from_secs(2);
 /// Reads with a bounded pool of threads; `signal` becomes readable when one of them is done.
 #[derive(Debug)]
 pub(crate) struct PreadSource {
-    files: Arc<[Arc<File>]>,
     jobs: Option<Sender<PageRead>>,
     results: Receiver<ReadDone>,
     threads: Vec<JoinHandle<()>>,
@@ -31,28 +29,20 @@ pub(crate) struct PreadSource {
 
 impl PreadSource {
     /// `threads` readers, at least one, that take at most `reads` reads in flight.
-    pub(crate) fn new(
-        files: Vec<Arc<File>>,
-        threads: usize,
-        reads: usize,
-        signal: &Arc<OwnedFd>,
-    ) -> io::Result<Self> {
-        let files: Arc<[Arc<File>]> = files.into();
+    pub(crate) fn new(threads: usize, reads: usize, signal: &Arc<OwnedFd>) -> io::Result<Self> {
         let (jobs, job_queue) = bounded::<PageRead>(reads.max(1));
         let (result_queue, results) = bounded(reads.max(1));
         let mut source = Self {
-            files: Arc::clone(&files),
             jobs: Some(jobs),
             results,
             threads: Vec::new(),
         };
         for number in 0..threads.max(1) {
-            let files = Arc::clone(&files);
             let (jobs, results) = (job_queue.clone(), result_queue.clone());
             let signal = Arc::clone(signal);
             let thread = std::thread::Builder::new()
                 .name(format!("pando-read-{number}"))
-                .spawn(move || work(&files, &jobs, &results, &signal))?;
+                .spawn(move || work(&jobs, &results, &signal))?;
             source.threads.push(thread);
         }
         Ok(source)
@@ -60,21 +50,14 @@ impl PreadSource {
 }
 
 /// One reader: until nobody can send jobs any more.
-fn work(
-    files: &[Arc<File>],
-    jobs: &Receiver<PageRead>,
-    results: &Sender<ReadDone>,
-    signal: &OwnedFd,
-) {
+fn work(jobs: &Receiver<PageRead>, results: &Sender<ReadDone>, signal: &OwnedFd) {
     for mut read in jobs {
         let bytes = read.bytes.min(read.lease.len());
-        let result = files.get(read.file).map_or(Err(Errno::BADF), |file| {
-            pread(
-                file,
-                &mut read.lease.bytes_mut()[..bytes],
-                read.offset.get(),
-            )
-        });
+        let result = pread(
+            &read.file,
+            &mut read.lease.bytes_mut()[..bytes],
+            read.offset.get(),
+        );
         if results.send(done(read, result)).is_err() {
             return;
         }
@@ -94,18 +77,16 @@ fn done(read: PageRead, result: Result<usize, Errno>) -> ReadDone {
 impl PageSource for PreadSource {
     fn start(&mut self, mut read: PageRead, _port: &mut ReadPort<'_>) -> Started {
         let bytes = read.bytes.min(read.lease.len());
-        if let Some(file) = self.files.get(read.file) {
-            let mut buffers = [IoSliceMut::new(&mut read.lease.bytes_mut()[..bytes])];
-            let now = preadv2(
-                file,
-                &mut buffers,
-                read.offset.get(),
-                ReadWriteFlags::NOWAIT,
-            );
-            // Less than asked for: the rest is not cached, or there is no rest. A thread tells.
-            if now == Ok(bytes) {
-                return Started::Done(done(read, now));
-            }
+        let mut buffers = [IoSliceMut::new(&mut read.lease.bytes_mut()[..bytes])];
+        let now = preadv2(
+            &read.file,
+            &mut buffers,
+            read.offset.get(),
+            ReadWriteFlags::NOWAIT,
+        );
+        // Less than asked for: the rest is not cached, or there is no rest. A thread tells.
+        if now == Ok(bytes) {
+            return Started::Done(done(read, now));
         }
         match &self.jobs {
             Some(jobs) => match jobs.try_send(read) {

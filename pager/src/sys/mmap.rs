@@ -10,6 +10,12 @@ use rustix::mm::{MprotectFlags, mprotect};
 
 use crate::page::PageRange;
 
+/// Memory that pages are installed in.
+pub(crate) trait Addressed {
+    /// The address of the first byte of `pages`, when they all lie inside.
+    fn address_of(&self, pages: PageRange) -> Option<u64>;
+}
+
 /// Anonymous memory that a pager fills. It stays mapped while anybody holds it, so that an
 /// install can never hit what was mapped at the same address later.
 #[derive(Debug)]
@@ -78,12 +84,18 @@ impl ServedMapping {
         self.advise(pages, libc::MADV_POPULATE_WRITE)
     }
 
+    /// Gives `pages` back to the host: they are missing from now on. Only for pages that are registered
+    /// with a userfaultfd; others would read as zeros.
+    pub(crate) fn discard(&self, pages: PageRange) -> io::Result<()> {
+        self.advise(pages, libc::MADV_DONTNEED)
+    }
+
     fn advise(&self, pages: PageRange, advice: libc::c_int) -> io::Result<()> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let address = self.address_of(pages).ok_or_else(invalid)?;
         let length = usize::try_from(pages.bytes()).map_err(|_| invalid())?;
-        // SAFETY: the range lies in this mapping, as `address_of` proved. The advice changes what
-        // the pages are made of, never what they hold, and no reference into them exists.
+        // SAFETY: the range lies in this mapping, as `address_of` proved, and no reference into it
+        // exists, whatever the advice does to what the pages are made of or hold.
         let result = unsafe { libc::madvise(address as *mut _, length, advice) };
         if result < 0 {
             return Err(io::Error::last_os_error());
@@ -147,6 +159,12 @@ impl ServedMapping {
         // the right to it is what the caller wants to happen.
         unsafe { mprotect(address as *mut _, length, MprotectFlags::empty()) }?;
         Ok(())
+    }
+}
+
+impl Addressed for ServedMapping {
+    fn address_of(&self, pages: PageRange) -> Option<u64> {
+        ServedMapping::address_of(self, pages)
     }
 }
 

@@ -1,6 +1,8 @@
 // UNSAFETY: ioctls of userfaultfd that the `userfaultfd` crate has not (POISON, probing) or whose
 // errno it loses (COPY), and the mapping's address handed to the crate's calls. Every address
-// given to the kernel comes from a `ServedMapping` that is borrowed for the call.
+// given to the kernel comes from a `ServedMapping` that is borrowed for the call, or lies in memory
+// that its owner registered with the userfaultfd that it sent: the kernel fills missing pages of
+// such memory and nothing else.
 #![expect(unsafe_code, reason = "raw ioctls on the userfaultfd")]
 //! userfaultfd: made by the crate, filled through a typed binding that keeps every errno.
 
@@ -9,9 +11,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
-use userfaultfd::{FeatureFlags, IoctlFlags, Uffd, UffdBuilder};
+use userfaultfd::{FeatureFlags, IoctlFlags, RegisterMode, Uffd, UffdBuilder};
 
-use super::mmap::ServedMapping;
+use super::features::UffdFeatures;
+use super::mmap::{Addressed, ServedMapping};
 use crate::page::PageRange;
 
 const DEVICE: &str = "/dev/userfaultfd";
@@ -42,6 +45,13 @@ struct RangeArgs {
     done: i64,
 }
 
+#[repr(C)]
+struct ProtectArgs {
+    start: u64,
+    bytes: u64,
+    mode: u64,
+}
+
 const fn ioctl_number(direction: u64, number: u64, size: usize) -> u64 {
     direction << 30 | (size as u64) << 16 | 0xaa << 8 | number
 }
@@ -51,64 +61,22 @@ const IOC_NEW: u64 = ioctl_number(0, 0x00, 0);
 const IOC_API: u64 = ioctl_number(READ_WRITE, 0x3f, size_of::<ApiArgs>());
 const IOC_COPY: u64 = ioctl_number(READ_WRITE, 0x03, size_of::<CopyArgs>());
 const IOC_ZEROPAGE: u64 = ioctl_number(READ_WRITE, 0x04, size_of::<RangeArgs>());
+const IOC_WRITEPROTECT: u64 = ioctl_number(READ_WRITE, 0x06, size_of::<ProtectArgs>());
 const IOC_POISON: u64 = ioctl_number(READ_WRITE, 0x08, size_of::<RangeArgs>());
+const REGISTER_MISSING_WP: u64 = 3;
+const COPY_WRITE_PROTECTED: u64 = 2;
+const PROTECT: u64 = 1;
 
 const _: () = assert!(size_of::<ApiArgs>() == 24);
 const _: () = assert!(size_of::<CopyArgs>() == 40);
 const _: () = assert!(size_of::<RangeArgs>() == 32);
+const _: () = assert!(size_of::<ProtectArgs>() == 24);
+const _: () = assert!(IOC_WRITEPROTECT == 0xc018_aa06);
 const _: () = assert!(IOC_NEW == 0xaa00);
 const _: () = assert!(IOC_API == 0xc018_aa3f);
 const _: () = assert!(IOC_COPY == 0xc028_aa03);
 const _: () = assert!(IOC_ZEROPAGE == 0xc020_aa04);
 const _: () = assert!(IOC_POISON == 0xc020_aa08);
-
-/// Feature bits of `UFFDIO_API`, as the kernel reports them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UffdFeatures(u64);
-
-impl UffdFeatures {
-    const MOVE: u64 = 1 << 16;
-    const WP_ASYNC: u64 = 1 << 15;
-    const POISON: u64 = 1 << 14;
-    const EXACT_ADDRESS: u64 = 1 << 11;
-    const MINOR_SHMEM: u64 = 1 << 10;
-    const THREAD_ID: u64 = 1 << 8;
-
-    /// All bits.
-    pub fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// UFFDIO_POISON: an unreadable page raises SIGBUS.
-    pub fn poison(self) -> bool {
-        self.0 & Self::POISON != 0
-    }
-
-    /// UFFDIO_MOVE.
-    pub fn move_pages(self) -> bool {
-        self.0 & Self::MOVE != 0
-    }
-
-    /// Asynchronous write protection, to find written pages without messages.
-    pub fn wp_async(self) -> bool {
-        self.0 & Self::WP_ASYNC != 0
-    }
-
-    /// Minor faults on shared memory, for CONTINUE.
-    pub fn minor_shmem(self) -> bool {
-        self.0 & Self::MINOR_SHMEM != 0
-    }
-
-    /// Fault messages can carry the exact address.
-    pub fn exact_address(self) -> bool {
-        self.0 & Self::EXACT_ADDRESS != 0
-    }
-
-    /// Fault messages can carry the faulting thread.
-    pub fn thread_id(self) -> bool {
-        self.0 & Self::THREAD_ID != 0
-    }
-}
 
 /// How the kernel let this process have a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,10 +101,29 @@ pub(crate) fn probe() -> io::Result<(UffdAccess, UffdFeatures)> {
     Ok((access, handshake(&fd, 0)?))
 }
 
-/// A non-blocking, close-on-exec userfaultfd that sends no event but faults, and whether it can
-/// POISON. Non-blocking even for a ring: io_uring waits for the fd instead, and poll() on a
-/// blocking one gives POLLERR.
-pub(crate) fn open() -> io::Result<(Uffd, bool)> {
+/// A userfaultfd as this process gets it.
+#[derive(Debug)]
+pub(crate) struct Opened {
+    /// Non-blocking, close-on-exec, sends no event but faults. Non-blocking even for a ring:
+    /// io_uring waits for the fd instead, and poll() on a blocking one gives POLLERR.
+    pub(crate) uffd: Uffd,
+    /// Whether it can POISON.
+    pub(crate) poison: bool,
+    /// Whether writes to its memory can be tracked: asked for, and the kernel can.
+    pub(crate) tracks: bool,
+}
+
+/// Whether the kernel is to know which installed pages were written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tracking {
+    /// No.
+    Off,
+    /// Yes: pages are installed write-protected, and the kernel lifts that at the first write.
+    On,
+}
+
+/// Makes a userfaultfd with all that this kernel has of POISON and `tracking`.
+pub(crate) fn open(tracking: Tracking) -> io::Result<Opened> {
     let make = |features: u64| {
         UffdBuilder::new()
             .close_on_exec(true)
@@ -145,18 +132,27 @@ pub(crate) fn open() -> io::Result<(Uffd, bool)> {
             .require_features(FeatureFlags::from_bits_retain(features))
             .create()
     };
-    // The handshake refuses a feature that the kernel has not: asking for it is the probe.
-    if let Ok(uffd) = make(UffdFeatures::POISON) {
-        return Ok((uffd, true));
-    }
-    if let Ok(uffd) = make(0) {
-        return Ok((uffd, false));
+    let opened = |uffd, features: u64| Opened {
+        uffd,
+        poison: features & UffdFeatures::POISON != 0,
+        tracks: features & UffdFeatures::WP_ASYNC != 0,
+    };
+    let wanted = match tracking {
+        Tracking::Off => UffdFeatures::POISON,
+        Tracking::On => UffdFeatures::POISON | UffdFeatures::WP_ASYNC,
+    };
+    // The handshake refuses a feature that the kernel has not: asking for it is the probe. The
+    // kernels that can track writes can POISON.
+    for features in [wanted, UffdFeatures::POISON, 0] {
+        if let Ok(uffd) = make(features) {
+            return Ok(opened(uffd, features));
+        }
     }
     // The crate does not try the system call when the device exists and may not be opened.
-    let poison = probe()?.1.poison();
+    let features = probe()?.1.bits() & wanted;
     let (_, fd) = open_raw()?;
-    handshake(&fd, if poison { UffdFeatures::POISON } else { 0 })?;
-    Ok((uffd_from(fd), poison))
+    handshake(&fd, features)?;
+    Ok(opened(uffd_from(fd), features))
 }
 
 /// A second descriptor of the same userfaultfd.
@@ -164,28 +160,24 @@ pub(crate) fn duplicate(uffd: &Uffd) -> io::Result<OwnedFd> {
     uffd.as_fd().try_clone_to_owned()
 }
 
-/// Registers all of `mapping` for missing faults. The names of the ioctls that the pager needs
-/// and the kernel does not offer on it: none, or it cannot be served.
+/// Registers `pages` of `mapping` for missing faults, and for write protection if writes are to be
+/// tracked. The names of the ioctls that the pager needs and the kernel does not offer on it: none,
+/// or it cannot be served.
 pub(crate) fn register(
     uffd: &Uffd,
     mapping: &ServedMapping,
-) -> Result<Vec<&'static str>, userfaultfd::Error> {
-    let length = usize::try_from(mapping.bytes()).unwrap_or(usize::MAX);
-    let offered = uffd.register(mapping.address().cast(), length)?;
-    Ok(missing_ioctls(offered))
-}
-
-/// Registers a part of `mapping` in the same way.
-pub(crate) fn register_pages(
-    uffd: &Uffd,
-    mapping: &ServedMapping,
     pages: PageRange,
+    tracking: Tracking,
 ) -> io::Result<Vec<&'static str>> {
     let outside = || io::Error::from(io::ErrorKind::InvalidInput);
     let start = mapping.address_of(pages).ok_or_else(outside)?;
     let length = usize::try_from(pages.bytes()).map_err(|_| outside())?;
+    let mode = match tracking {
+        Tracking::Off => RegisterMode::MISSING,
+        Tracking::On => RegisterMode::from_bits_retain(REGISTER_MISSING_WP),
+    };
     let offered = uffd
-        .register(start as *mut _, length)
+        .register_with_mode(start as *mut _, length, mode)
         .map_err(io::Error::other)?;
     Ok(missing_ioctls(offered))
 }
@@ -200,7 +192,7 @@ fn missing_ioctls(offered: IoctlFlags) -> Vec<&'static str> {
     missing.map(|&(_, name)| name).collect()
 }
 
-fn uffd_from(fd: OwnedFd) -> Uffd {
+pub(super) fn uffd_from(fd: OwnedFd) -> Uffd {
     use std::os::fd::IntoRawFd;
     // SAFETY: the descriptor is a userfaultfd, owned, and given away here.
     unsafe { Uffd::from_raw_fd(fd.into_raw_fd()) }
@@ -254,11 +246,12 @@ const OUTSIDE: Answer = Answer {
 /// Copies `source` into missing `pages` and wakes who waits for them.
 pub(crate) fn copy(
     uffd: BorrowedFd<'_>,
-    mapping: &ServedMapping,
+    memory: &impl Addressed,
     pages: PageRange,
     source: &[u8],
+    tracking: Tracking,
 ) -> Answer {
-    let address = mapping.address_of(pages);
+    let address = memory.address_of(pages);
     let (Some(destination), true) = (address, source.len() as u64 == pages.bytes()) else {
         return OUTSIDE;
     };
@@ -267,33 +260,36 @@ pub(crate) fn copy(
         destination,
         source: source.as_ptr() as u64,
         bytes: pages.bytes(),
-        mode: 0,
+        mode: match tracking {
+            Tracking::Off => 0,
+            Tracking::On => COPY_WRITE_PROTECTED,
+        },
         copied: 0,
     };
     // SAFETY: `args` has the layout of `struct uffdio_copy` (asserted above). The kernel reads
-    // `source`, borrowed here with exactly that length, and fills only missing pages of the
-    // destination, which lies in `mapping`.
+    // `source`, borrowed here with exactly that length, and fills only missing pages that are
+    // registered with this userfaultfd: see the top of this file.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), IOC_COPY, &raw mut args) };
     answer(result, args.copied)
 }
 
 /// Maps the zero page at missing `pages` and wakes who waits for them.
-pub(crate) fn zero(uffd: BorrowedFd<'_>, mapping: &ServedMapping, pages: PageRange) -> Answer {
-    range_ioctl(uffd, mapping, pages, IOC_ZEROPAGE)
+pub(crate) fn zero(uffd: BorrowedFd<'_>, memory: &impl Addressed, pages: PageRange) -> Answer {
+    range_ioctl(uffd, memory, pages, IOC_ZEROPAGE)
 }
 
 /// Marks missing `pages` as unreadable and wakes who waits for them: SIGBUS.
-pub(crate) fn poison(uffd: BorrowedFd<'_>, mapping: &ServedMapping, pages: PageRange) -> Answer {
-    range_ioctl(uffd, mapping, pages, IOC_POISON)
+pub(crate) fn poison(uffd: BorrowedFd<'_>, memory: &impl Addressed, pages: PageRange) -> Answer {
+    range_ioctl(uffd, memory, pages, IOC_POISON)
 }
 
 fn range_ioctl(
     uffd: BorrowedFd<'_>,
-    mapping: &ServedMapping,
+    memory: &impl Addressed,
     pages: PageRange,
     number: u64,
 ) -> Answer {
-    let Some(start) = mapping.address_of(pages) else {
+    let Some(start) = memory.address_of(pages) else {
         return OUTSIDE;
     };
     let mut args = RangeArgs {
@@ -303,9 +299,32 @@ fn range_ioctl(
         done: 0,
     };
     // SAFETY: `args` has the layout of `struct uffdio_zeropage` and `struct uffdio_poison`
-    // (asserted above); both fill only missing pages of a range that lies in `mapping`.
+    // (asserted above); both fill only missing pages that are registered with this userfaultfd:
+    // see the top of this file.
     let result = unsafe { libc::ioctl(uffd.as_raw_fd(), number, &raw mut args) };
     answer(result, args.done)
+}
+
+/// Write-protects `pages` that are there, registered for tracking: the kernel knows when they are
+/// written from now on.
+pub(crate) fn protect(
+    uffd: BorrowedFd<'_>,
+    memory: &impl Addressed,
+    pages: PageRange,
+) -> io::Result<()> {
+    let outside = || io::Error::from(io::ErrorKind::InvalidInput);
+    let mut args = ProtectArgs {
+        start: memory.address_of(pages).ok_or_else(outside)?,
+        bytes: pages.bytes(),
+        mode: PROTECT,
+    };
+    // SAFETY: `args` has the layout of `struct uffdio_writeprotect` (asserted above). It changes no
+    // byte of memory; a write to it takes the protection off again.
+    let result = unsafe { libc::ioctl(uffd.as_raw_fd(), IOC_WRITEPROTECT, &raw mut args) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 fn answer(result: libc::c_int, done_bytes: i64) -> Answer {
@@ -317,8 +336,8 @@ fn answer(result: libc::c_int, done_bytes: i64) -> Answer {
 }
 
 /// Wakes who waits for `pages`; they look again.
-pub(crate) fn wake(uffd: &Uffd, mapping: &ServedMapping, pages: PageRange) {
-    let Some(start) = mapping.address_of(pages) else {
+pub(crate) fn wake(uffd: &Uffd, memory: &impl Addressed, pages: PageRange) {
+    let Some(start) = memory.address_of(pages) else {
         return;
     };
     let length = usize::try_from(pages.bytes()).unwrap_or(0);
@@ -341,8 +360,17 @@ mod tests {
         assert_eq!(missing_ioctls(huge), ["UFFDIO_ZEROPAGE"]);
         let none = ["UFFDIO_COPY", "UFFDIO_ZEROPAGE", "UFFDIO_WAKE"];
         assert_eq!(missing_ioctls(IoctlFlags::empty()), none);
-        let (uffd, _) = open().unwrap();
         let mapping = ServedMapping::new(4096).unwrap();
-        assert!(register(&uffd, &mapping).unwrap().is_empty());
+        let whole = PageRange::single(crate::page::PageIndex::default());
+        for tracking in [Tracking::Off, Tracking::On] {
+            let opened = open(tracking).unwrap();
+            let tracking = if opened.tracks {
+                tracking
+            } else {
+                Tracking::Off
+            };
+            let missing = register(&opened.uffd, &mapping, whole, tracking).unwrap();
+            assert!(missing.is_empty());
+        }
     }
 }

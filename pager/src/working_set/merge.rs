@@ -11,16 +11,21 @@
 //! r <- r + (16 p - r) / 4, towards zero, if the run touched it as its p-th page; 16 p at first
 //! ```
 //!
+//! A page that the clone had unasked, because it was brought ahead or inherited, tells only of
+//! writes: one that was written counts as touched and keeps its rank. Of one that was not, nobody
+//! knows whether it was touched, so its share of the runs stays what it was (`h <- floor(h W' / W)`
+//! with `W'` the new weight), and only `w` decays; neither does where not even writes are known.
+//! Such pages are put to the test by being held back now and then (`probe.rs`).
+//!
 //! so `w <= h <= W <= 8 * 65536 + 7`, and `h / W` is the share of runs that touch the page, the
 //! last one counting an eighth. A page with `16 h < W` falls out: one that all runs touched does
 //! after 21 runs without it, one that a single run touched after 6 once there were many, and
 //! nothing does within the first 8 runs.
 
-use std::collections::BTreeMap;
-
+use super::run::{Run, RunOf, Told};
 use super::set::{DECAY, HIT, KnownPage, MAX_PAGES, WorkingSet};
 use super::types::Trace;
-use crate::image::{Index, PageKind};
+use crate::image::Index;
 use crate::page::PageIndex;
 
 /// Touches of a trace that are looked at; what comes later is not learned.
@@ -72,42 +77,40 @@ pub struct Merged {
     pub forgotten: u64,
     /// Pages beyond the bound.
     pub over_bound: u64,
+    /// Known pages that were there unasked and not seen to be written: they keep their share.
+    pub unseen: u64,
     /// Touches of pages without data that were read only.
     pub zero_reads: u64,
     /// Touches that name no page of the template, or came behind [`MAX_TOUCHES`].
     pub ignored: u64,
 }
 
-/// A page in one run.
-#[derive(Clone, Copy, Debug)]
-struct Seen {
-    place: u32,
-    write: bool,
-}
-
-/// The pages of a run by backend, each with its place in the order.
-type Run = Vec<BTreeMap<PageIndex, Seen>>;
-
 impl WorkingSet {
     /// Learns from one run. A trace without any page that counts is no run and changes nothing.
     /// `index` is that of the template, which tells data from zero.
     pub fn merge(&mut self, trace: &Trace, index: &Index, rules: &MergeRules) -> Merged {
         let mut merged = Merged::default();
-        let run = self.run_of(trace, index, rules, &mut merged);
-        if run.iter().all(BTreeMap::is_empty) {
+        let run = Run::of(self, trace, index, rules, &mut merged);
+        if run.backends.iter().all(RunOf::is_empty) {
             return merged;
         }
         self.runs = self.runs.saturating_add(1);
         let is_cut = !trace.is_complete || trace.touches.len() > MAX_TOUCHES;
         self.cut_runs = self.cut_runs.saturating_add(u64::from(is_cut));
-        self.weight = decayed(self.weight) + HIT;
-        let weight = self.weight;
-        for (backend, mut seen) in self.backends.iter_mut().zip(run) {
+        let weights = Weights {
+            before: self.weight,
+            after: decayed(self.weight) + HIT,
+        };
+        let weight = weights.after;
+        self.weight = weight;
+        for (backend, mut told) in self.backends.iter_mut().zip(run.backends) {
             for known in &mut backend.pages {
-                known.age(seen.remove(&known.page), &mut merged);
+                known.age(told.take(known.page), weights, &mut merged);
             }
-            merged.new += seen.len() as u64;
-            backend.pages.extend(seen.into_iter().map(first_seen));
+            let new = told.rest();
+            merged.new += new.len() as u64;
+            let new = new.map(|(page, told)| first_seen(page, told, run.places));
+            backend.pages.extend(new);
             backend.pages.sort_unstable_by_key(|known| known.page);
             let before = backend.pages.len();
             backend
@@ -117,39 +120,6 @@ impl WorkingSet {
         }
         merged.over_bound = self.bound(rules.max_pages.min(MAX_PAGES));
         merged
-    }
-
-    fn run_of(&self, trace: &Trace, index: &Index, rules: &MergeRules, merged: &mut Merged) -> Run {
-        let mut run: Run = vec![BTreeMap::new(); self.backends.len()];
-        merged.ignored = trace.touches.len().saturating_sub(MAX_TOUCHES) as u64;
-        let mut place = 0;
-        for touch in trace.touches.iter().take(MAX_TOUCHES) {
-            let backend = usize::try_from(touch.image).unwrap_or(usize::MAX);
-            let (Some(seen), Some((_, kinds))) =
-                (run.get_mut(backend), index.backends().get(backend))
-            else {
-                merged.ignored += 1;
-                continue;
-            };
-            let pages = self.backends[backend].image_pages.min(kinds.pages());
-            if touch.page.get() >= pages.get() {
-                merged.ignored += 1;
-                continue;
-            }
-            if let Some(seen) = seen.get_mut(&touch.page) {
-                seen.write |= touch.write;
-                continue;
-            }
-            let has_data = kinds.kind(touch.page) == PageKind::Data;
-            if !has_data && !touch.write && rules.zero_reads == ZeroReads::Skip {
-                merged.zero_reads += 1;
-                continue;
-            }
-            let write = touch.write;
-            seen.insert(touch.page, Seen { place, write });
-            place += 1;
-        }
-        run
     }
 
     /// Keeps at most `max_pages` pages; how many went.
@@ -186,26 +156,57 @@ impl WorkingSet {
     }
 }
 
-impl KnownPage {
-    /// One more run, in which the page was seen or not.
-    fn age(&mut self, seen: Option<Seen>, merged: &mut Merged) {
-        self.hits = decayed(self.hits);
-        self.written = decayed(self.written);
-        let Some(Seen { place, write }) = seen else {
-            return;
-        };
-        merged.known += 1;
-        self.hits += HIT;
-        if write {
-            self.written += HIT;
-        }
-        let way = i64::from(place * RANK_UNIT) - i64::from(self.rank);
-        let moved = i64::from(self.rank) + way / RANK_INERTIA;
-        self.rank = u32::try_from(moved).unwrap_or(self.rank);
+/// The weight of all runs before and after one of them.
+#[derive(Clone, Copy)]
+struct Weights {
+    before: u32,
+    after: u32,
+}
+
+impl Weights {
+    /// Hits that stay the same share of all runs.
+    fn carried(self, hits: u32) -> u32 {
+        let carried = u64::from(hits) * u64::from(self.after) / u64::from(self.before.max(1));
+        u32::try_from(carried).map_or(self.after, |hits| hits.min(self.after))
     }
 }
 
-fn first_seen((page, Seen { place, write }): (PageIndex, Seen)) -> KnownPage {
+impl KnownPage {
+    /// One more run, and what it says of the page.
+    fn age(&mut self, told: Told, weights: Weights, merged: &mut Merged) {
+        let (hits, written) = (decayed(self.hits), decayed(self.written));
+        match told {
+            Told::Absent => (self.hits, self.written) = (hits, written),
+            Told::Unwritten | Told::Unknown => {
+                merged.unseen += 1;
+                self.hits = weights.carried(self.hits);
+                self.written = if told == Told::Unknown {
+                    weights.carried(self.written)
+                } else {
+                    written
+                };
+            }
+            Told::Written | Told::Touched { .. } => {
+                merged.known += 1;
+                self.hits = hits + HIT;
+                let is_written = !matches!(told, Told::Touched { write: false, .. });
+                self.written = if is_written { written + HIT } else { written };
+            }
+        }
+        if let Told::Touched { place, .. } = told {
+            let way = i64::from(place * RANK_UNIT) - i64::from(self.rank);
+            let moved = i64::from(self.rank) + way / RANK_INERTIA;
+            self.rank = u32::try_from(moved).unwrap_or(self.rank);
+        }
+    }
+}
+
+/// A page that no run before had. One that was written unasked comes behind all that have a place.
+fn first_seen(page: PageIndex, told: Told, places: u32) -> KnownPage {
+    let (place, write) = match told {
+        Told::Touched { place, write } => (place, write),
+        _ => (places, true),
+    };
     KnownPage {
         page,
         hits: HIT,

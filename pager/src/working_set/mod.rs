@@ -12,15 +12,20 @@
 
 mod format;
 mod merge;
+mod near;
 mod plan;
+mod probe;
+mod run;
 mod set;
 mod types;
+mod within;
 
 pub use format::WorkingSetError;
 pub use merge::{MAX_TOUCHES, MergeRules, Merged, ZeroReads};
 pub use plan::{HUGE_RANGE_PAGES, Plan, PlanRules, PlannedRun};
+pub use probe::PROBE_SHARE;
 pub use set::{BackendSet, HIT, KnownPage, MAX_PAGES, WorkingSet};
-pub use types::{Touch, Trace};
+pub use types::{Seen, Sight, Touch, Trace};
 
 #[cfg(test)]
 mod tests;

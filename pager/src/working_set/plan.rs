@@ -6,6 +6,7 @@
 //! | `private` | pages that clones write in at least half of the runs | each clone, before its first instruction |
 //! | `whole` | ranges of 2 MiB of which at least a quarter is wanted | the root, every page of them, to be collapsed |
 //! | `share` | the other pages with data that clones touch | the root, or, without one, each clone |
+//! | `zero` | pages without data near any of these (`near.rs`) | each clone, as the kernel's zero page |
 //!
 //! No page is in two lists. A page that clones write must stay a hole in the root, or it could not
 //! be installed in the clone; so a range that has one is never filled whole (each clone would
@@ -16,6 +17,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::merge::ZeroReads;
+use super::near::near;
 use super::set::{KnownPage, WorkingSet};
 use crate::image::{Index, PageKind};
 use crate::page::{PageCount, PageIndex, PageRange};
@@ -32,6 +34,8 @@ pub struct PlanRules {
     pub share_pages: u64,
     /// Most pages of `private`.
     pub private_pages: u64,
+    /// Most pages of `zero`: they take no memory but page tables, and little time.
+    pub zero_pages: u64,
     /// Whether ranges are filled whole; a clone without a root has no use for it.
     pub whole_ranges: bool,
     /// Whether pages without data that are mostly read are shared.
@@ -58,15 +62,17 @@ pub struct Plan {
     pub share: Vec<PlannedRun>,
     /// Runs of pages that each clone needs for itself.
     pub private: Vec<PlannedRun>,
+    /// Runs of pages without data, of which each clone gets the kernel's zero page.
+    pub zero: Vec<PlannedRun>,
     /// Pages that are worth it and have no room in the budgets.
     pub left_out: u64,
 }
 
 /// Backend and page.
-type Place = (u32, PageIndex);
+pub(super) type Place = (u32, PageIndex);
 
 /// Pages that were chosen, with their ranks.
-type Chosen = BTreeMap<Place, u32>;
+pub(super) type Chosen = BTreeMap<Place, u32>;
 
 impl Plan {
     /// The plan for a template with this `index`. Pages that the template does not have are left
@@ -99,12 +105,15 @@ impl Plan {
         let is_filled = |(backend, page): Place| filled.contains(&(backend, range_start(page)));
         let left_out = too_many.iter().chain(&nowhere);
         let left_out = left_out.filter(|(place, _)| !is_filled(*place)).count() as u64;
-        Self {
+        let mut plan = Self {
             share: runs(&shared),
             private: runs(&private),
             whole,
+            zero: Vec::new(),
             left_out,
-        }
+        };
+        plan.zero = near(set, index, &plan, rules.zero_pages);
+        plan
     }
 
     /// How many pages a list has.
@@ -113,7 +122,7 @@ impl Plan {
     }
 }
 
-fn kind(index: &Index, backend: u32, page: PageIndex) -> PageKind {
+pub(super) fn kind(index: &Index, backend: u32, page: PageIndex) -> PageKind {
     let backend = usize::try_from(backend).unwrap_or(usize::MAX);
     let backend = index.backends().get(backend);
     backend.map_or(PageKind::Hole, |(_, index)| index.kind(page))
@@ -204,7 +213,7 @@ fn take_whole_ranges(
 }
 
 /// Neighbours joined to runs, the first in rank first.
-fn runs(pages: &Chosen) -> Vec<PlannedRun> {
+pub(super) fn runs(pages: &Chosen) -> Vec<PlannedRun> {
     let mut runs: Vec<PlannedRun> = Vec::new();
     for (&(backend, page), &rank) in pages {
         match runs.last_mut() {

@@ -6,6 +6,7 @@
     reason = "each test file uses a part of this"
 )]
 
+pub(crate) mod shared;
 pub(crate) mod sys;
 
 use std::fs::File;

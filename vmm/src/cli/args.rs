@@ -1,6 +1,9 @@
 #![forbid(unsafe_code)]
 //! What can be typed. Pure: nothing here looks at the host or opens a file.
 
+mod pager;
+mod pool;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -8,9 +11,13 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
+pub use self::pool::WarmArg;
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
+use crate::clone::give_back::policy::Policy;
+use crate::clone::learn::Learn;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -49,6 +56,23 @@ pub enum Command {
     Clone(CloneArgs),
     /// Run one VM that is neither template nor clone
     Run(RunArgs),
+    /// The pager by itself, for other VMMs
+    Pager(PagerCommandArgs),
+    /// Run one VM by QEMU's options, with a QMP monitor: `pando qemu -help` lists them
+    ///
+    /// The options, messages and exit codes are those of qemu-system-x86_64, as far as VM templating
+    /// goes; what Pando does not have is refused by name. A link to pando with the name
+    /// qemu-system-x86_64 behaves the same.
+    #[command(disable_help_flag = true)]
+    Qemu {
+        /// QEMU's options
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "OPTIONS"
+        )]
+        words: Vec<String>,
+    },
     /// Print a completion script for a shell
     Completions {
         /// The shell
@@ -60,6 +84,9 @@ pub enum Command {
     /// The root process of a template; started by `pando clone --engine root`
     #[command(hide = true, name = "root-worker")]
     RootWorker,
+    /// The pager process of a supervisor; started by `pando clone --pager shared`
+    #[command(hide = true, name = "pager-worker")]
+    PagerWorker,
 }
 
 /// `pando demo`
@@ -81,6 +108,10 @@ pub struct DemoArgs {
     /// Keep the template in this directory, which must not exist [default: a temporary one]
     #[arg(long, value_name = "DIR")]
     pub template: Option<PathBuf>,
+    /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
+    /// clones) [default: shared for several clones, own for one]
+    #[arg(long = "pager", value_enum, value_name = "WHERE")]
+    pub pager_place: Option<PagerPlaceArg>,
     /// How the clones' pagers work.
     #[command(flatten)]
     pub pager: PagerArgs,
@@ -124,28 +155,28 @@ pub enum TemplateCommand {
     Warm(WarmArgs),
 }
 
-/// What a machine boots.
-#[derive(Debug, ClapArgs)]
+/// What a machine is and boots. What is given here counts more than the machine file.
+#[derive(Debug, Default, ClapArgs)]
 pub struct BootArgs {
+    /// Machine file, TOML or JSON: memory backends, NUMA nodes, memory modules and all that the other
+    /// flags say (docs/machine.md)
+    #[arg(long, value_name = "FILE")]
+    pub machine: Option<PathBuf>,
     /// A bzImage, or an ELF vmlinux (PVH or 64-bit entry); `embedded` is the built-in guest
     #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    pub kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
-    /// Kernel command line
-    #[arg(
-        long,
-        default_value = "console=ttyS0 panic=-1",
-        allow_hyphen_values = true
-    )]
-    pub append: String,
-    /// RAM of the machine, in whole pages, at least 64M
-    #[arg(long, default_value = "512M", value_name = "SIZE")]
-    pub memory: Size,
-    /// Number of vCPUs, 1 to 8
-    #[arg(long, default_value_t = 1)]
-    pub cpus: u32,
+    /// Kernel command line [default: console=ttyS0 panic=-1]
+    #[arg(long, allow_hyphen_values = true)]
+    pub append: Option<String>,
+    /// RAM of the machine, in whole pages, at least 4M [default: 512M]
+    #[arg(long, value_name = "SIZE")]
+    pub memory: Option<Size>,
+    /// Number of vCPUs, 1 to 8 [default: 1]
+    #[arg(long)]
+    pub cpus: Option<u32>,
 }
 
 /// `pando template create`
@@ -319,6 +350,10 @@ pub struct CloneArgs {
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]
     pub serial: Option<PathBuf>,
+    /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
+    /// clones) [default: shared for several clones, own for one]
+    #[arg(long = "pager", value_enum, value_name = "WHERE")]
+    pub pager_place: Option<PagerPlaceArg>,
     /// How the clones' pagers work.
     #[command(flatten)]
     pub pager: PagerArgs,
@@ -326,6 +361,19 @@ pub struct CloneArgs {
     /// brings the rest [default: half of what the host has free]
     #[arg(long, value_name = "SIZE")]
     pub root_memory: Option<Size>,
+    /// Engine root: have this many clones made ahead, but for their console (`4`); more of them
+    /// after many starts, up to a ceiling (`4:32`)
+    #[arg(long, value_name = "FLOOR[:CEILING]")]
+    pub warm: Option<WarmArg>,
+    /// Which clones teach the template's working set what they touch: the first two and then each N-th,
+    /// for their first 10 seconds; or off. Engine kernel teaches nothing
+    #[arg(long, value_name = "N|off", default_value = "16")]
+    pub learn: Learn,
+    /// Have clones that were idle for AGE (such as 5s) give guest memory that they did not write back to
+    /// the host, all but BUDGET (such as 1M) [default: all of it]; sooner, and all, when the host is
+    /// short of memory. It comes back when it is touched
+    #[arg(long, value_name = "AGE[:BUDGET]")]
+    pub give_back: Option<Policy>,
     /// Give each clone a cgroup (version 2) of its own, which also makes known what the kernel holds for
     /// it; a start takes longer
     #[arg(long)]
@@ -348,9 +396,12 @@ pub struct RunArgs {
     /// The machine.
     #[command(flatten)]
     pub boot: BootArgs,
-    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH
-    #[arg(long, default_value = "stdio", value_name = "TARGET")]
-    pub serial: String,
+    /// Where COM1 goes: stdio, null, file:PATH, pty or unix:PATH [default: stdio]
+    #[arg(long, value_name = "TARGET")]
+    pub serial: Option<String>,
+    /// Check the machine, print it as a machine file (TOML) and run nothing
+    #[arg(long)]
+    pub print_machine: bool,
 }
 
 /// When a template VM is frozen.

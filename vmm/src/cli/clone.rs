@@ -8,29 +8,42 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::args::{CloneArgs, PagerArgs};
+use super::args::{CloneArgs, PagerArgs, PagerPlaceArg};
 use super::fail::Failure;
 use super::lines::{LineWriter, Printed};
 use super::memory::{memory_document, print_memory};
 use super::out::{note, say};
-use super::size::human_us;
+use super::size::{human_bytes, human_us};
 use super::table::table;
 use crate::clone::Engine;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
 use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig};
+use crate::clone::give_back::policy::Policy;
+use crate::clone::learn::{Learn, Lessons};
+use crate::clone::pool::PoolLimits;
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
 use crate::host::{self, raise_descriptor_limit};
 use crate::observe::metrics;
 use crate::observe::stats::Durations;
 use crate::report::{chain, exit};
+use crate::template::working_set::WorkingSetFile;
 use crate::template::{Template, TemplateError, compat};
 
 /// Runs the clones.
 pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
-    let pager = pager_config(&args.pager)?;
+    let mut pager = PagerConfig {
+        place: PagerPlaceArg::place(args.pager_place, args.count),
+        ..pager_config(&args.pager)?
+    };
+    if args.warm.is_some() && args.engine != Engine::Root {
+        return Err(Failure::usage(format!(
+            "--warm is for clones that are forks: give --engine root instead of {}",
+            args.engine
+        )));
+    }
     // Opened here once, so that what is wrong with it is said once and before anything starts.
     let template = Template::open(&args.dir)?;
     let offer = host::offer().map_err(|error| Failure::new(exit::HOST, chain(&error)))?;
@@ -42,13 +55,15 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     raise_descriptor_limit();
     let limits = HostLimits::probe();
     let request = Request {
-        clones: args.count.into(),
+        clones: u64::from(args.count) + args.warm.map_or(0, |warm| warm.ceiling as u64),
         engine: args.engine,
         cpus: template.spec().cpus().get().into(),
         once_bytes: root_bytes(args, &limits, template.spec().layout().total_bytes()),
     };
     admit(&request, &limits, args.overcommit).map_err(|error| Failure::of(&error))?;
     require_engine(args.engine, &pager)?;
+    pager.learn = learn(args, &template);
+    pager.give_back = give_back(args);
     if let Some(dir) = &args.serial {
         fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
     }
@@ -57,6 +72,12 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         host_check: crate::machine::HostCheck::Done,
         root: RootOptions {
             budget_bytes: args.root_memory.map(|size| size.0),
+            shells: args
+                .warm
+                .map_or_else(PoolLimits::default, |warm| PoolLimits {
+                    floor: warm.floor,
+                    ceiling: warm.ceiling,
+                }),
             ..RootOptions::default()
         },
         program,
@@ -76,8 +97,42 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         }
     }
     drop(template);
+    if args.warm.is_some() {
+        supervisor.warm_up().map_err(|error| Failure::of(&error))?;
+    }
     let readable = supervise(args, &mut supervisor)?;
-    report(args, &supervisor, readable)
+    let lessons = supervisor.finish_lessons();
+    report(args, &supervisor, &lessons, readable)
+}
+
+/// Which clones teach; none where what they teach could not be kept.
+fn learn(args: &CloneArgs, template: &Template) -> Learn {
+    if args.learn == Learn::Off || args.engine == Engine::Kernel {
+        return Learn::Off;
+    }
+    match WorkingSetFile::of(template).check_writable() {
+        Ok(()) => args.learn,
+        Err(error) => {
+            note!("pando: note: clones teach nothing: {}", chain(&error));
+            Learn::Off
+        }
+    }
+}
+
+/// When clones give memory back; never where this kernel cannot tell what was written.
+fn give_back(args: &CloneArgs) -> Option<Policy> {
+    let policy = args.give_back?;
+    let able = match args.engine {
+        Engine::Kernel => Err("engine kernel has no pager that could bring memory back".to_owned()),
+        Engine::Copy | Engine::Root => host::require_write_tracking(),
+    };
+    match able {
+        Ok(()) => Some(policy),
+        Err(why) => {
+            note!("pando: note: give-back is off: {why}");
+            None
+        }
+    }
 }
 
 /// The most that a root takes for itself, which is needed once.
@@ -95,22 +150,22 @@ fn root_bytes(args: &CloneArgs, limits: &HostLimits, ram_bytes: u64) -> u64 {
 
 /// How pagers work, as the flags say.
 pub fn pager_config(args: &PagerArgs) -> Result<PagerConfig, Failure> {
-    let fault_deadline = Duration::try_from_secs_f64(args.fault_deadline)
-        .ok()
-        .filter(|deadline| !deadline.is_zero())
-        .ok_or_else(|| {
-            Failure::usage(format!(
-                "--fault-deadline {} is no time above zero",
-                args.fault_deadline
-            ))
-        })?;
     Ok(PagerConfig {
         io: args.io.into(),
         verify: !args.no_verify,
         keep_together: !args.no_pin,
         working_set: !args.no_working_set,
-        fault_deadline,
+        fault_deadline: fault_deadline(args.fault_deadline)?,
+        ..PagerConfig::default()
     })
+}
+
+/// How long a fault may take, as the flag says.
+pub fn fault_deadline(seconds: f64) -> Result<Duration, Failure> {
+    Duration::try_from_secs_f64(seconds)
+        .ok()
+        .filter(|deadline| !deadline.is_zero())
+        .ok_or_else(|| Failure::usage(format!("--fault-deadline {seconds} is no time above zero")))
 }
 
 /// Fails when this host refuses what an engine needs: said once, and not by each clone.
@@ -164,6 +219,8 @@ fn supervise(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<bool, Fail
     for clone in 0..supervisor.clones().len() {
         pass_on(supervisor, clone, &mut lines);
     }
+    // What clones had in common: its last figures belong to the report.
+    supervisor.stop_all(STOP_GRACE).map_err(failed)?;
     let Printed { dropped, stalled } = lines.finish();
     if dropped > 0 {
         note!("pando: {dropped} lines of clones were dropped: standard output was not read");
@@ -193,7 +250,12 @@ fn pass_on(supervisor: &mut Supervisor, number: usize, lines: &mut LineWriter) {
 }
 
 /// Says how the clones ended, on standard output only if it `is_read`.
-fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8, Failure> {
+fn report(
+    args: &CloneArgs,
+    supervisor: &Supervisor,
+    lessons: &Lessons,
+    is_read: bool,
+) -> Result<u8, Failure> {
     let failed: Vec<(usize, &str)> = supervisor
         .clones()
         .iter()
@@ -206,9 +268,9 @@ fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8
     if !is_read {
         note!("pando: the report is left out for the same reason");
     } else if args.json {
-        say!("{:#}", document(args, supervisor));
+        say!("{:#}", document(args, supervisor, lessons));
     } else if args.count > 1 {
-        print_table(supervisor);
+        print_table(supervisor, lessons);
     }
     for (number, message) in &failed {
         note!("pando: clone {number}: {message}");
@@ -226,7 +288,7 @@ fn report(args: &CloneArgs, supervisor: &Supervisor, is_read: bool) -> Result<u8
     }
 }
 
-fn print_table(supervisor: &Supervisor) {
+fn print_table(supervisor: &Supervisor, lessons: &Lessons) {
     let mut durations = Durations::default();
     supervisor
         .clones()
@@ -258,9 +320,20 @@ fn print_table(supervisor: &Supervisor) {
         say!("\n{faults}");
     }
     print_memory(supervisor.usage(), supervisor.kernel_accounting());
+    let given_back = supervisor.given_back();
+    if given_back.pauses > 0 {
+        say!(
+            "gave back {} while idle, in {} pauses",
+            human_bytes(given_back.bytes),
+            given_back.pauses
+        );
+    }
+    if lessons.learned > 0 {
+        say!("{} clones taught the working set", lessons.learned);
+    }
 }
 
-fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
+fn document(args: &CloneArgs, supervisor: &Supervisor, lessons: &Lessons) -> serde_json::Value {
     let clones: Vec<_> = supervisor
         .clones()
         .iter()
@@ -280,6 +353,7 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
                 "stages_us": stages,
                 "ending": clone.ending,
                 "memory": supervisor.usage().of(number),
+                "given_back": clone.given_back,
             })
         })
         .collect();
@@ -288,6 +362,8 @@ fn document(args: &CloneArgs, supervisor: &Supervisor) -> serde_json::Value {
         "engine": args.engine,
         "clones": clones,
         "memory": memory_document(supervisor.usage(), supervisor.kernel_accounting()),
+        "given_back": supervisor.given_back(),
+        "lessons": lessons,
         "pager": super::demo::pager_document(&supervisor.pager_stats),
     })
 }

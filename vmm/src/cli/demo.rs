@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use super::args::DemoArgs;
+use super::args::{DemoArgs, PagerPlaceArg};
 use super::clone::{pager_config, require_engine};
 use super::fail::Failure;
 use super::out::{note, say};
@@ -17,6 +17,7 @@ use super::table::table;
 use crate::clone::END_SIGNALS;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
+use crate::clone::control::PagerConfig;
 use crate::clone::supervise::{CloneOptions, Event};
 use crate::config::{self, EMBEDDED_KERNEL, MachineRequest};
 use crate::demo::drive::{Demo, Finished};
@@ -29,7 +30,10 @@ use crate::template::scratch::LockedDir;
 
 /// Runs the demonstration.
 pub fn run(args: &DemoArgs, verbosity: u8) -> Result<u8, Failure> {
-    let pager = pager_config(&args.pager)?;
+    let pager = PagerConfig {
+        place: PagerPlaceArg::place(args.pager_place, args.clones),
+        ..pager_config(&args.pager)?
+    };
     let request = MachineRequest {
         kernel: EMBEDDED_KERNEL.into(),
         initrd: None,

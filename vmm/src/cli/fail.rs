@@ -5,6 +5,7 @@ use std::error::Error;
 
 use crate::clone::instantiate::CloneError;
 use crate::host;
+use crate::launch::LaunchError;
 use crate::observe::metrics::MetricsError;
 use crate::report::{chain, exit};
 use crate::template::TemplateError;
@@ -71,6 +72,15 @@ impl From<CloneError> for Failure {
     fn from(error: CloneError) -> Self {
         match error {
             CloneError::Template(error) => error.into(),
+            other => Self::of(&other),
+        }
+    }
+}
+
+impl From<LaunchError> for Failure {
+    fn from(error: LaunchError) -> Self {
+        match error {
+            LaunchError::MemoryLost { .. } => Self::new(exit::MEMORY, chain(&error)),
             other => Self::of(&other),
         }
     }

@@ -10,9 +10,10 @@ pub mod inspect;
 pub mod lines;
 pub mod memory;
 mod out;
+pub mod pager;
 pub mod progress;
+pub mod qemu;
 pub mod run;
-pub mod size;
 pub mod table;
 pub mod template;
 pub mod warm;
@@ -20,12 +21,18 @@ pub mod warm;
 use clap::{CommandFactory, Parser};
 use out::{note, say};
 
+pub use crate::size;
+
 use crate::report::exit;
 use args::{Args, Command};
 use fail::Failure;
 
 /// Runs the program and returns its exit code.
 pub fn main() -> u8 {
+    // Before anything is parsed: QEMU's options have a form of their own.
+    if let Some(words) = qemu::words() {
+        return qemu::run(&words);
+    }
     let args = match Args::try_parse() {
         Ok(args) => args,
         Err(error) => {
@@ -39,7 +46,10 @@ pub fn main() -> u8 {
         }
     };
     // A clone's process learns from its orders how much to log.
-    if !matches!(args.command, Command::CloneWorker | Command::RootWorker) {
+    if !matches!(
+        args.command,
+        Command::CloneWorker | Command::RootWorker | Command::PagerWorker
+    ) {
         crate::observe::log::start(args.verbose);
     }
     match dispatch(args.command, args.verbose) {
@@ -64,6 +74,8 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
         Command::Template(args) => template::run(args, verbosity),
         Command::Clone(args) => clone::run(&args, verbosity),
         Command::Run(args) => run::run(&args),
+        Command::Pager(args) => pager::run(&args),
+        Command::Qemu { words } => Ok(qemu::run(&words)),
         Command::Completions { shell } => {
             // Into memory first: clap panics where a reader goes away.
             let mut script = Vec::new();
@@ -73,5 +85,6 @@ fn dispatch(command: Command, verbosity: u8) -> Result<u8, Failure> {
         }
         Command::CloneWorker => Ok(crate::clone::worker::run()),
         Command::RootWorker => Ok(crate::root::worker::run()),
+        Command::PagerWorker => Ok(crate::pager_process::worker::run()),
     }
 }

@@ -9,6 +9,7 @@ use super::out::{note, say};
 use super::{inspect, progress, run, warm};
 use crate::config;
 use crate::report::{chain, exit};
+use crate::spec::{BackendSpec, MachineSpec};
 use crate::template::Template;
 use crate::template::build::{Ready, TemplateVm};
 use crate::template::load::reseal;
@@ -28,8 +29,15 @@ pub fn run(args: TemplateArgs, verbosity: u8) -> Result<u8, Failure> {
 fn create(args: &CreateArgs) -> Result<u8, Failure> {
     let timeout = Duration::try_from_secs_f64(args.timeout)
         .map_err(|_| Failure::usage(format!("--timeout {} is no time", args.timeout)))?;
-    let (spec, boot) = config::resolve(&run::request(&args.boot))
-        .map_err(|error| Failure::usage(chain(&error)))?;
+    let file = run::machine_file(&args.boot)?;
+    if file.serial.is_some() {
+        return Err(Failure::usage(
+            "a template's machine has no serial: its COM1 is what --ready watches; take it out of the \
+             machine file",
+        ));
+    }
+    let (spec, boot) =
+        config::resolve_file(&file).map_err(|error| Failure::usage(chain(&error)))?;
     let ready = match &args.ready {
         ReadyArg::Serial(text) => Ready::Serial(text.clone()),
         ReadyArg::After(delay) => Ready::After(*delay),
@@ -42,7 +50,8 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
     spinner.finish_and_clear();
     let total = spec.layout().total_bytes();
     let bar = progress::byte_bar(total).with_prefix("seal");
-    let template = vm.freeze(&mut |_, offset| bar.set_position(offset))?;
+    let before = starts(&spec);
+    let template = vm.freeze(&mut |backend, offset| bar.set_position(before[backend] + offset))?;
     bar.finish_and_clear();
     let facts = Summary::of(&template, &WorkingSetFile::of(&template).read());
     if args.json {
@@ -53,15 +62,25 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
     Ok(exit::OK)
 }
 
+/// For each backend, the bytes of all before it.
+fn starts(spec: &MachineSpec) -> Vec<u64> {
+    let sum = |before: &mut u64, backend: &BackendSpec| {
+        let start = *before;
+        *before += backend.bytes();
+        Some(start)
+    };
+    spec.backends().iter().scan(0, sum).collect()
+}
+
 fn verify(args: &VerifyArgs) -> Result<u8, Failure> {
     let bar = progress::byte_bar(0).with_prefix("verify");
-    let progress = &mut |_, offset| bar.set_position(offset);
     if args.reseal {
-        reseal(&args.dir, progress)?;
+        reseal(&args.dir, &mut |_, offset| bar.set_position(offset))?;
     } else {
         let template = Template::open(&args.dir)?;
         bar.set_length(template.spec().layout().total_bytes());
-        template.verify(progress)?;
+        let before = starts(template.spec());
+        template.verify(&mut |backend, offset| bar.set_position(before[backend] + offset))?;
     }
     bar.finish_and_clear();
     let seal = if args.reseal { ", sealed again" } else { "" };

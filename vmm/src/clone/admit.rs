@@ -10,8 +10,8 @@ use super::Engine;
 use limits::{HostLimits, MemoryLimit, ProcessLimit};
 
 /// Descriptors that the supervisor holds for each clone at most: its control socket, its pidfd, its
-/// console, and one more while it is being started.
-const DESCRIPTORS_PER_CLONE: u64 = 4;
+/// console, its userfaultfd where a pager process serves it, and one more while it is being started.
+const DESCRIPTORS_PER_CLONE: u64 = 5;
 /// Descriptors that the supervisor holds for itself, with a reserve for the metrics' clients.
 const DESCRIPTORS_OF_OWN: u64 = 64;
 /// Threads of a clone beside its vCPUs: main, attend, machine, console, and KVM's own (of this process
@@ -254,10 +254,10 @@ mod tests {
 
     #[test]
     fn the_limit_of_descriptors_is_met_exactly() {
-        assert_eq!(admit_descriptors(20, Some(144)), Ok(()));
+        assert_eq!(admit_descriptors(20, Some(164)), Ok(()));
         assert_eq!(admit_descriptors(u64::MAX, None), Ok(()));
-        let error = admit_descriptors(20, Some(143)).unwrap_err().to_string();
-        assert!(error.contains("4 x 20 + 64 = 144 open files"), "{error}");
+        let error = admit_descriptors(20, Some(163)).unwrap_err().to_string();
+        assert!(error.contains("5 x 20 + 64 = 164 open files"), "{error}");
         assert!(error.contains("at most 19 clones"), "{error}");
         admit_descriptors(u64::MAX, Some(40)).unwrap_err();
     }

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! A clone from its resumption to its end: metrics out, orders and signals in.
 
+use std::cell::Cell;
 use std::io::Read;
 use std::os::unix::net::UnixStream;
 use std::thread;
@@ -12,10 +13,14 @@ use rustix::event::{PollFd, PollFlags};
 
 use super::END_SIGNALS;
 use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
-use super::instantiate::CloneError;
-use super::placement::Placement;
-use super::record::Recorded;
-use crate::machine::{Failure, Machine, MachineHandle, Outcome, Paused};
+use super::give_back::keeper::Keeper;
+use super::give_back::running::Running;
+use super::instantiate::{CloneError, Paging};
+use super::placement::{Placement, resident_pages};
+use super::record::{self, Recorded};
+use crate::machine::{self, Failure, Machine, MachineHandle, Outcome, Paused};
+use crate::memory::guest::GuestRam;
+use crate::observe::metrics::Judged;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
 
@@ -28,16 +33,18 @@ const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 const NO_THREAD: &str =
     "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?";
 
-/// A clone that is ready to run.
-pub(super) struct Ready<'a> {
+/// A clone that is ready to run, or runs.
+pub(super) struct Ready<'a, State> {
     pub(super) channel: &'a Channel,
     pub(super) relay: Option<&'a Relay>,
-    pub(super) machine: Machine<Paused>,
-    /// Where it has one of its own.
-    pub(super) pager: Option<Pager<Serving>>,
+    pub(super) machine: Machine<State>,
+    /// Who brings missing pages.
+    pub(super) paging: Paging,
     pub(super) placement: Option<Placement>,
-    /// Where what it touches is recorded; it has a pager then.
+    /// Where what it touches is recorded.
     pub(super) record: Option<Recorded<'a>>,
+    /// Who has it give memory back when it is idle.
+    pub(super) keeper: Option<Keeper>,
     /// When this process's own code began, on the monotonic clock.
     pub(super) began: Duration,
     /// How long each step took so far.
@@ -55,37 +62,69 @@ pub(super) fn watch_signals() -> anyhow::Result<UnixStream> {
     Ok(signals)
 }
 
-/// Lets the guest run until it ends or is stopped.
-pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
-    let Ready {
-        channel,
-        relay,
-        machine,
-        pager,
-        mut placement,
-        record,
-        began,
-        mut stages,
-        signals,
-    } = ready;
-    let health = pager.as_ref().map(Pager::<Serving>::health);
-    let io = pager
-        .as_ref()
-        .map_or("none", |pager| pager.io().name())
-        .to_owned();
-    let handle = machine.handle();
-    if let Some(health) = &health {
-        // Before a vCPU can touch a page that cannot be had.
+/// Has the machine end when its pager cannot go on: before a vCPU can touch a page that cannot be
+/// had.
+pub(super) fn stop_with(pager: Option<&Pager<Serving>>, handle: &MachineHandle) {
+    if let Some(health) = pager.map(Pager::<Serving>::health) {
         let (on_poison, on_failure) = (handle.clone(), handle.clone());
         health.set_on_poison(Box::new(move |page| on_poison.stop(page.to_string())));
         health.set_on_failure(Box::new(move |why| on_failure.stop(why)));
     }
-    let places = machine.ram().places().collect();
-    // Kept beyond the machine's end, to see what was written.
-    let recorded_ram = record.as_ref().map(|_| machine.shared_ram());
+}
+
+/// Lets the guest run until it ends or is stopped.
+pub(super) fn run_to_end(ready: Ready<'_, Paused>) -> anyhow::Result<Ending> {
+    let Ready {
+        channel,
+        relay,
+        machine,
+        paging,
+        placement,
+        record,
+        keeper,
+        began,
+        mut stages,
+        signals,
+    } = ready;
+    stop_with(paging.own(), &machine.handle());
     let resume_start = Instant::now();
     let machine = machine.resume().map_err(CloneError::from)?;
     stages.push(("resume".to_owned(), resume_start.elapsed()));
+    watch_to_end(Ready {
+        channel,
+        relay,
+        machine,
+        paging,
+        placement,
+        record,
+        keeper,
+        began,
+        stages,
+        signals,
+    })
+}
+
+/// Watches over a guest that runs until it ends or is stopped.
+pub(super) fn watch_to_end(ready: Ready<'_, machine::Running>) -> anyhow::Result<Ending> {
+    let Ready {
+        channel,
+        relay,
+        machine,
+        paging,
+        mut placement,
+        record,
+        mut keeper,
+        began,
+        stages,
+        signals,
+    } = ready;
+    let health = paging.own().map(Pager::<Serving>::health);
+    let io = paging.io().to_owned();
+    let handle = machine.handle();
+    let places = machine.ram().places().collect();
+    // Kept beyond the machine's end, to see what was written.
+    let ram = machine.shared_ram();
+    let resumed = Instant::now();
     let started = FromWorker::Started {
         began,
         stages,
@@ -98,9 +137,28 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
     let outcome = thread::scope(|scope| {
         let handle = &handle;
         let mut review = || {
-            if let (Some(placement), Some(pager)) = (&mut placement, &pager) {
-                placement.review(pager.counts().faults);
+            match (&mut placement, &paging) {
+                (Some(placement), Paging::Own(pager)) => placement.review(pager.counts().faults),
+                (Some(placement), Paging::Shared) => placement.review_pages(),
+                (_, Paging::None) | (None, _) => (),
             }
+            if let Some(record) = &record
+                && record.is_due(resumed.elapsed())
+            {
+                tell(channel, record, paging.own(), &ram);
+            }
+            let is_stopped = Cell::new(false);
+            if let Some(keeper) = &mut keeper {
+                let mut clone = Running {
+                    handle,
+                    paging: &paging,
+                    ram: &ram,
+                    channel,
+                    is_stopped: &is_stopped,
+                };
+                give_back(keeper, &mut clone);
+            }
+            is_stopped.get()
         };
         thread::Builder::new()
             .name("attend".to_owned())
@@ -108,8 +166,9 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
                 attend(channel, relay, handle, signals, ended, &mut review)
             })
             .context(NO_THREAD)?;
-        if let (Some(record), Some(pager)) = (&record, &pager) {
-            let watch = move || record.watch(pager, handle, ended);
+        let run = record.as_ref().and_then(Recorded::run);
+        if let (Some(recording), Some(pager)) = (run, paging.own()) {
+            let watch = move || record::watch(recording, pager, handle, ended);
             let thread = thread::Builder::new().name("record".to_owned());
             thread.spawn_scoped(scope, watch).context(NO_THREAD)?;
         }
@@ -118,28 +177,57 @@ pub(super) fn run_to_end(ready: Ready<'_>) -> anyhow::Result<Ending> {
         anyhow::Ok(outcome)
     })?;
     let ending = ending(outcome, health.as_ref());
-    if let (Some(record), Some(ram), Some(pager)) = (&record, &recorded_ram, &pager)
+    if let Some(record) = &record
         && ending.exit_code() == exit::OK
     {
-        for piece in record.pieces(pager, ram) {
-            send(channel, &FromWorker::Touched(piece));
-        }
+        tell(channel, record, paging.own(), &ram);
     }
-    if let Some(pager) = pager {
+    if let Paging::Own(pager) = paging {
         pager.stop().map_err(CloneError::from)?;
     }
     Ok(ending)
 }
 
+/// Has the clone give memory back if it is idle.
+fn give_back(keeper: &mut Keeper, clone: &mut Running<'_>) {
+    let faults = match clone.paging {
+        Paging::Own(pager) => pager.counts().faults,
+        // Its own process does not see them; but pages that come in show.
+        Paging::Shared => resident_pages().unwrap_or(0),
+        Paging::None => return,
+    };
+    let given = keeper.review(faults, clone);
+    if given.given_bytes > 0 {
+        let gave = FromWorker::GaveBack {
+            bytes: given.given_bytes,
+            pauses: given.pauses,
+        };
+        send(clone.channel, &gave);
+    }
+}
+
+/// Sends what a recorded clone touched, the first time.
+fn tell(channel: &Channel, record: &Recorded<'_>, pager: Option<&Pager<Serving>>, ram: &GuestRam) {
+    let Some(lesson) = record.tell(pager, ram) else {
+        return;
+    };
+    for piece in lesson.pieces {
+        send(channel, &FromWorker::Touched(piece));
+    }
+    if lesson.judged != Judged::default() {
+        send(channel, &FromWorker::Judged(lesson.judged));
+    }
+}
+
 /// Sends metrics and reviews the clone's placement each second, and stops the machine when the supervisor says so, dies, or a signal
-/// comes; returns when the other end of `ended` is closed.
+/// comes; returns when the other end of `ended` is closed. `review` says whether an order to stop came meanwhile.
 fn attend(
     channel: &Channel,
     relay: Option<&Relay>,
     handle: &MachineHandle,
     signals: &UnixStream,
     ended: &UnixStream,
-    review: &mut dyn FnMut(),
+    review: &mut dyn FnMut() -> bool,
 ) {
     let mut stopping = false;
     loop {
@@ -158,10 +246,12 @@ fn attend(
             return;
         }
         send_metrics(channel, relay);
-        review();
-        if ready.get(1) == Some(&true) {
-            // Whatever it says or fails to say: there is no other order than to stop.
-            let _ = channel.receive::<ToWorker>();
+        let is_told = ready.get(1) == Some(&true) && {
+            // Whatever else it says or fails to say is an order to stop.
+            let message = channel.receive::<ToWorker>();
+            !matches!(message, Ok(Some((ToWorker::Forgotten { .. }, _))))
+        };
+        if is_told || (!stopping && review()) {
             handle.stop("the supervisor asked for it");
             stopping = true;
         }

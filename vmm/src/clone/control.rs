@@ -2,58 +2,19 @@
 //! What a supervisor and its workers say to each other: typed messages on a seqpacket socket, each
 //! with a version and a bound, descriptors beside the first.
 
-use std::io;
-use std::io::{IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
-    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use thiserror::Error;
 
 use super::Engine;
-use super::record::{Recording, TracePiece};
+pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
+use super::give_back::policy::Policy;
+use super::learn::Learn;
+use super::record::{Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
+use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
-
-/// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 4;
-/// The longest message in bytes.
-pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
-/// The most descriptors beside a message.
-const MAX_DESCRIPTORS: usize = 4;
-
-/// Why a message could not be sent or believed.
-#[derive(Debug, Error)]
-pub enum ControlError {
-    /// A system call failed.
-    #[error("cannot {action} the control socket")]
-    Socket {
-        /// What was tried.
-        action: &'static str,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// A message that is too long to send or came cut off.
-    #[error("control message of {bytes} bytes exceeds the limit of {MAX_MESSAGE_BYTES}")]
-    TooLong {
-        /// Its length.
-        bytes: usize,
-    },
-    /// A message that is none of ours.
-    #[error("control message is damaged: {reason}")]
-    Damaged {
-        /// What is wrong with it.
-        reason: String,
-    },
-}
 
 /// From the supervisor to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -62,6 +23,11 @@ pub enum ToWorker {
     Start(WorkerConfig),
     /// Stop the machine and end.
     Stop,
+    /// The answer to [`FromWorker::Forget`].
+    Forgotten {
+        /// Whether the pager process brings the pages again; else they must stay.
+        is_done: bool,
+    },
 }
 
 /// What a worker is to run.
@@ -84,8 +50,8 @@ pub struct WorkerConfig {
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
     pub verbosity: u8,
-    /// When its run ends, if what it touches is to be recorded: nothing is read ahead then.
-    pub record: Option<Recording>,
+    /// What of it is to be recorded, if anything.
+    pub record: Option<Record>,
 }
 
 /// How a clone's pager works.
@@ -101,6 +67,23 @@ pub struct PagerConfig {
     pub working_set: bool,
     /// Whether a clone of one vCPU is kept on one CPU with its pager while pages come in.
     pub keep_together: bool,
+    /// Which clones teach the template what they touch.
+    pub learn: Learn,
+    /// When an idle clone gives memory that it did not write back to the host.
+    pub give_back: Option<Policy>,
+    /// Where it runs.
+    pub place: PagerPlace,
+}
+
+/// Where the pager of a clone runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PagerPlace {
+    /// As a thread of the clone's process.
+    #[default]
+    Own,
+    /// In one process for all clones of a supervisor.
+    Shared,
 }
 
 impl Default for PagerConfig {
@@ -111,6 +94,9 @@ impl Default for PagerConfig {
             fault_deadline: Duration::from_secs(10),
             working_set: true,
             keep_together: true,
+            learn: Learn::Off,
+            give_back: None,
+            place: PagerPlace::Own,
         }
     }
 }
@@ -156,9 +142,52 @@ pub(crate) mod path_bytes {
     }
 }
 
+/// What a worker says of how pages are read that the pager process reads.
+pub const IO_SHARED: &str = "shared";
+
+/// Memory that a pager elsewhere is to serve, as a clone says; not proven.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClientMemory {
+    /// What lies where.
+    pub regions: Vec<RawRegion>,
+    /// The CPU that its one vCPU is kept on while pages come in.
+    pub cpu: Option<u32>,
+    /// Whether pages are to be installed so that the kernel knows which were written.
+    pub track_writes: bool,
+}
+
+/// A run of pages of an image in the address space of a client, as the client says; not proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawRegion {
+    /// Which image, counted from 0.
+    pub image: u32,
+    /// Address of the first page.
+    pub address: u64,
+    /// Which page of the image lies there.
+    pub first_page: u64,
+    /// How many pages lie there, one after the other.
+    pub pages: u64,
+}
+
+/// Pages of an image; not proven.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RawRun {
+    /// Which image.
+    pub image: u32,
+    /// The first page.
+    pub first_page: u64,
+    /// How many.
+    pub pages: u64,
+}
+
 /// From a worker to its supervisor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromWorker {
+    /// Where its memory is, for the pager process to serve; its userfaultfd comes beside this. At
+    /// most once, before anything can have touched the memory.
+    Memory(ClientMemory),
     /// A fork has made its machine and waits for [`ToWorker::Start`].
     Warm,
     /// The guest runs; how long each stage took, in order.
@@ -167,15 +196,28 @@ pub enum FromWorker {
         began: Duration,
         /// Name and duration of each stage.
         stages: Vec<(String, Duration)>,
-        /// How template pages are read (`pando_pager::IoPath`), or `none` without a pager.
+        /// How template pages are read (`pando_pager::IoPath`), [`IO_SHARED`] where the pager process
+        /// knows, or `none` without a pager.
         io: String,
         /// Where each backend's memory lies in the worker.
         places: Vec<MemoryPlace>,
     },
     /// What was recorded since the last time.
     Metrics(Delta),
-    /// A part of what a recorded run touched; all parts come before the last message.
+    /// A part of what a recorded clone touched; all parts come before the last message.
     Touched(TracePiece),
+    /// What bringing pages ahead of a recorded clone was good for.
+    Judged(Judged),
+    /// Have the pager process bring these pages again when they are touched the next time. The guest
+    /// stands until [`ToWorker::Forgotten`] comes.
+    Forget(Vec<RawRun>),
+    /// It gave memory back since the last time it said so.
+    GaveBack {
+        /// How much.
+        bytes: u64,
+        /// How often its guest was paused for that.
+        pauses: u64,
+    },
     /// The last message: how the machine ended.
     Ended(Ending),
 }
@@ -227,129 +269,11 @@ impl Ending {
     }
 }
 
-/// One end of a control socket.
-#[derive(Debug)]
-pub struct Channel(OwnedFd);
-
-impl Channel {
-    /// Both ends of a new socket.
-    pub fn pair() -> Result<(Self, OwnedFd), ControlError> {
-        let (ours, theirs) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(socket_error("make"))?;
-        Ok((Self(ours), theirs))
-    }
-
-    /// An end that another process gave us.
-    pub fn new(socket: OwnedFd) -> Self {
-        Self(socket)
-    }
-
-    /// Sends a message, with descriptors beside it. Blocks while the other end has too much unread.
-    pub fn send<T: Serialize>(
-        &self,
-        message: &T,
-        descriptors: &[BorrowedFd<'_>],
-    ) -> Result<(), ControlError> {
-        let mut bytes = VERSION.to_le_bytes().to_vec();
-        bytes = postcard::to_extend(message, bytes).map_err(|error| ControlError::Damaged {
-            reason: error.to_string(),
-        })?;
-        if bytes.len() > MAX_MESSAGE_BYTES {
-            return Err(ControlError::TooLong { bytes: bytes.len() });
-        }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-        let mut ancillary = SendAncillaryBuffer::new(&mut space);
-        if !descriptors.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(descriptors))
-        {
-            return Err(ControlError::Damaged {
-                reason: format!("{} descriptors do not fit beside it", descriptors.len()),
-            });
-        }
-        rustix::io::retry_on_intr(|| {
-            rustix::net::sendmsg(
-                &self.0,
-                &[IoSlice::new(&bytes)],
-                &mut ancillary,
-                SendFlags::NOSIGNAL,
-            )
-        })
-        .map(|_| ())
-        .map_err(socket_error("write to"))
-    }
-
-    /// Receives the next message and its descriptors; `None` when the other end is closed.
-    pub fn receive<T: DeserializeOwned>(&self) -> Result<Option<(T, Vec<OwnedFd>)>, ControlError> {
-        let mut buffer = vec![0; MAX_MESSAGE_BYTES];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let received = loop {
-            let slices = &mut [IoSliceMut::new(&mut buffer)];
-            match rustix::net::recvmsg(&self.0, slices, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-                Err(rustix::io::Errno::INTR) => (),
-                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
-                other => break other.map_err(socket_error("read from"))?,
-            }
-        };
-        let descriptors: Vec<OwnedFd> = ancillary
-            .drain()
-            .filter_map(|message| match message {
-                RecvAncillaryMessage::ScmRights(rights) => Some(rights),
-                _ => None,
-            })
-            .flatten()
-            .collect();
-        if received.bytes == 0 {
-            return Ok(None);
-        }
-        if received
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-        {
-            return Err(ControlError::TooLong {
-                bytes: received.bytes,
-            });
-        }
-        decode(&buffer[..received.bytes]).map(|message| Some((message, descriptors)))
-    }
-}
-
-impl AsFd for Channel {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
-    }
-}
-
-fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, ControlError> {
-    let damaged = |reason: String| ControlError::Damaged { reason };
-    let Some((version, body)) = bytes.split_first_chunk() else {
-        return Err(damaged(format!("{} bytes are no message", bytes.len())));
-    };
-    let version = u32::from_le_bytes(*version);
-    if version != VERSION {
-        return Err(damaged(format!(
-            "version {version}, this end speaks {VERSION}"
-        )));
-    }
-    postcard::from_bytes(body).map_err(|error| damaged(error.to_string()))
-}
-
-fn socket_error(action: &'static str) -> impl FnOnce(rustix::io::Errno) -> ControlError {
-    move |errno| ControlError::Socket {
-        action,
-        source: errno.into(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
     use std::io::{Read, Write};
+    use std::os::fd::AsFd;
     use std::os::unix::ffi::OsStringExt;
 
     fn config() -> WorkerConfig {
@@ -362,10 +286,7 @@ mod tests {
             host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
-            record: Some(Recording {
-                idle: Duration::from_secs(1),
-                limit: Duration::from_secs(10),
-            }),
+            record: Some(Record::Beginning(Duration::from_secs(1))),
         }
     }
 
@@ -402,39 +323,6 @@ mod tests {
             ours.send(&FromWorker::Ended(ending.clone()), &[]).unwrap();
             let (message, _) = theirs.receive::<FromWorker>().unwrap().unwrap();
             assert_eq!(message, FromWorker::Ended(ending));
-        }
-    }
-
-    #[test]
-    fn a_message_over_the_bound_is_refused_by_the_sender() {
-        let (ours, _theirs) = Channel::pair().unwrap();
-        let ending = Ending::Failed {
-            code: 1,
-            message: "x".repeat(MAX_MESSAGE_BYTES),
-        };
-        let error = ours
-            .send(&FromWorker::Ended(ending), &[])
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("exceeds the limit of 131072"), "{error}");
-    }
-
-    #[test]
-    fn another_version_is_refused() {
-        let mut bytes = 7_u32.to_le_bytes().to_vec();
-        bytes.push(1);
-        let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
-        assert!(
-            error.contains(&format!("version 7, this end speaks {VERSION}")),
-            "{error}"
-        );
-    }
-
-    proptest! {
-        #[test]
-        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
-            let _ = decode::<FromWorker>(&bytes);
-            let _ = decode::<ToWorker>(&bytes);
         }
     }
 }

@@ -2,25 +2,33 @@
 //! A clone that is a fork of its root: a shell with memory and machine made, which waits for its
 //! orders, and then runs.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use pando_pager::RootMemory;
-use pando_pager::working_set::PlannedRun;
+use pando_pager::working_set::Plan;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
-use super::control::{Channel, Ending, FromWorker, PagerConfig, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, inherited};
+use super::attend::{
+    Ready, run_to_end, send, send_metrics, stop_with, watch_signals, watch_to_end,
+};
+use super::control::{
+    Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
+};
+use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
 use super::placement::Placement;
+use super::record::{Record, Recorded};
+use super::sight;
 use super::worker::{die_with, exit_code, serial_target};
 use crate::device::legacy::console::SerialTarget;
-use crate::machine::{HostCheck, Machine, Paused};
+use crate::machine::{HostCheck, Machine, Paused, Stages};
 use crate::memory::guest::GuestRam;
 use crate::observe::log;
+use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::relay::Relay;
 use crate::report::chain;
 use crate::spec::CpuCount;
+use crate::sys::pagemap::Pagemap;
 use crate::template::Template;
 
 /// What a fork has of its root.
@@ -28,12 +36,16 @@ use crate::template::Template;
 pub struct Inheritance {
     /// What the supervisor calls this process.
     pub id: u64,
+    /// Whether its orders are on their way: it is a clone at once, and never a shell.
+    pub is_wanted: bool,
     /// The template, open and proven.
     pub template: Template,
     /// Its memory, one per backend, in the machine's order. Holes are not registered yet.
     pub memories: Vec<RootMemory>,
-    /// Pages that it is known to write.
-    pub private: Vec<PlannedRun>,
+    /// What clones are known to need.
+    pub plan: Plan,
+    /// What of it is to be recorded, if anything.
+    pub record: Option<Record>,
     /// How its pager works, where it needs one.
     pub pager: PagerConfig,
     /// Whether this host was compared with the template.
@@ -45,9 +57,11 @@ pub struct Inheritance {
 /// Runs the clone. Returns the process's exit code.
 pub fn run(channel: &Channel, inheritance: Inheritance) -> u8 {
     log::become_shell(inheritance.id);
-    // Only a pager records anything here.
+    // Only a pager of its own records anything here.
     let is_complete = inheritance.memories.iter().all(RootMemory::is_complete);
-    let relay = if is_complete { None } else { Relay::install() };
+    let is_shared = inheritance.pager.place == PagerPlace::Shared && inheritance.record.is_none();
+    let is_quiet = is_complete || is_shared;
+    let relay = if is_quiet { None } else { Relay::install() };
     let ending =
         work(channel, relay.as_ref(), inheritance).unwrap_or_else(|error| Ending::Failed {
             code: exit_code(&error),
@@ -65,9 +79,11 @@ fn work(
     inheritance: Inheritance,
 ) -> anyhow::Result<Ending> {
     let Inheritance {
+        is_wanted,
         template,
         memories,
-        private,
+        plan,
+        record,
         pager: config,
         host_check,
         supervisor_pid,
@@ -76,14 +92,51 @@ fn work(
     let mut began = monotonic();
     let start = Instant::now();
     die_with(supervisor_pid)?;
-    let signals = watch_signals()?;
-    let needs_pager = !memories.iter().all(RootMemory::is_complete);
-    let is_together =
-        needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
-    let placement = is_together.then(Placement::together).flatten();
-    let (backings, pager) = inherited(&template, memories, &config, &private)?;
+    let placement = placement(&memories, &config, &template);
+    let keeper = keeper(&config);
+    let mut brought = to_bring(plan, &config, record);
+    if record.is_some() {
+        brought.unasked.extend(of_root(&memories)?);
+    }
+    let handover = Handover {
+        channel,
+        cpu: placement.as_ref().and_then(Placement::cpu),
+    };
+    let (backings, paging) = inherited(&template, memories, &config, record, &brought, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
     let mut stages = vec![("memory".to_owned(), start.elapsed())];
+    let record = record.map(|record| Recorded::new(record, &template, brought));
+    if is_wanted {
+        let Some((config, descriptors)) = receive_orders(channel)? else {
+            return Ok(Ending::Stopped);
+        };
+        log::become_clone(config.clone);
+        let machine = Machine::restore_and_run(
+            template.spec(),
+            ram,
+            template.state(),
+            serial_target(&config.serial, descriptors)?,
+            host_check,
+            |handle| stop_with(paging.own(), handle),
+        )
+        .map_err(CloneError::from)?;
+        add_stages(&mut stages, machine.stages());
+        // Nobody knows of this process before it says that it has started.
+        let signals = watch_signals()?;
+        return watch_to_end(Ready {
+            channel,
+            relay,
+            machine,
+            paging,
+            placement,
+            record,
+            keeper,
+            began,
+            stages,
+            signals: &signals,
+        });
+    }
+    let signals = watch_signals()?;
     let machine = Machine::restore(
         template.spec(),
         ram,
@@ -92,12 +145,7 @@ fn work(
         host_check,
     )
     .map_err(CloneError::from)?;
-    stages.extend(
-        machine
-            .stages()
-            .iter()
-            .map(|(name, took)| (name.to_owned(), took)),
-    );
+    add_stages(&mut stages, machine.stages());
     let is_warm = !has_orders(channel);
     if is_warm {
         send(channel, &FromWorker::Warm);
@@ -115,13 +163,42 @@ fn work(
         channel,
         relay,
         machine,
-        pager,
+        paging,
         placement,
-        record: None,
+        record,
+        keeper,
         began,
         stages,
         signals: &signals,
     })
+}
+
+/// Keeps the clone on one CPU, where that is of use: one vCPU, and a pager that it waits for.
+fn placement(
+    memories: &[RootMemory],
+    config: &PagerConfig,
+    template: &Template,
+) -> Option<Placement> {
+    let needs_pager = !memories.iter().all(RootMemory::is_complete);
+    let is_useful = needs_pager && config.keep_together && template.spec().cpus() == CpuCount::ONE;
+    is_useful.then(Placement::together).flatten()
+}
+
+fn add_stages(stages: &mut Vec<(String, Duration)>, made: &Stages) {
+    stages.extend(made.iter().map(|(name, took)| (name.to_owned(), took)));
+}
+
+/// What a fork has of its root, before anything is installed in it.
+fn of_root(memories: &[RootMemory]) -> anyhow::Result<Vec<sight::Unasked>> {
+    let map = Pagemap::of_self().context("cannot see what is inherited")?;
+    sight::present(&map, &places(memories)).context("cannot see what is inherited")
+}
+
+fn places(memories: &[RootMemory]) -> Vec<MemoryPlace> {
+    let places = memories.iter().map(RootMemory::place);
+    places
+        .map(|(address, bytes)| MemoryPlace { address, bytes })
+        .collect()
 }
 
 type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
@@ -130,7 +207,7 @@ type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
 fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     match channel.receive::<ToWorker>()? {
         Some((ToWorker::Start(config), descriptors)) => Ok(Some((config, descriptors))),
-        Some((ToWorker::Stop, _)) | None => Ok(None),
+        Some((ToWorker::Stop | ToWorker::Forgotten { .. }, _)) | None => Ok(None),
     }
 }
 
@@ -138,7 +215,7 @@ fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
 fn connect(
     machine: &Machine<Paused>,
     (config, descriptors): Orders,
-    stages: &mut Vec<(String, std::time::Duration)>,
+    stages: &mut Vec<(String, Duration)>,
 ) -> anyhow::Result<()> {
     let start = Instant::now();
     log::become_clone(config.clone);

@@ -11,6 +11,11 @@
 //!              +------ the root died -------------+
 //! ```
 
+mod failed;
+mod rooms;
+mod shells;
+mod strays;
+
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -18,8 +23,11 @@ use std::time::{Duration, Instant};
 use super::cgroup::CloneGroup;
 use super::control::{Channel, Ending, FromWorker};
 use super::member::{Clone, Event};
+use super::paging::Owner;
 use super::pool::Demand;
-use super::process::{ChildProcess, CloneProcess, Orders, SerialPlan, SpawnError, give_orders};
+use super::process::{ChildProcess, CloneProcess, SerialPlan, SpawnError, give_orders};
+use super::root_care::{HoleFaults, Refill};
+use super::silence::Silence;
 use super::supervise::{Supervisor, saved_terminal};
 use super::token::{self, Kind};
 use crate::console::GuestConsole;
@@ -40,7 +48,7 @@ const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
 /// Who a fork is for.
 #[derive(Debug)]
-enum Purpose {
+pub(super) enum Purpose {
     Clone {
         number: usize,
         serial: SerialPlan,
@@ -52,20 +60,20 @@ enum Purpose {
 
 /// A fork that was asked for.
 #[derive(Debug)]
-struct Flight {
+pub(super) struct Flight {
     purpose: Purpose,
     channel: Channel,
     console: Option<GuestConsole>,
-    asked: Instant,
+    pub(super) asked: Instant,
     group: Option<CloneGroup>,
 }
 
 /// A fork that waits for its orders, or will in a moment.
 #[derive(Debug)]
-struct Shell {
-    id: u64,
-    process: ChildProcess,
-    channel: Channel,
+pub(super) struct Shell {
+    pub(super) id: u64,
+    pub(super) process: ChildProcess,
+    pub(super) channel: Channel,
     is_warm: bool,
 }
 
@@ -73,19 +81,31 @@ struct Shell {
 /// for, or of a pool that has a ceiling.
 #[derive(Debug, Default)]
 pub struct Forks {
-    root: Option<RootProcess>,
-    is_ready: bool,
-    waiting: VecDeque<Purpose>,
-    flying: HashMap<u64, Flight>,
-    shells: Vec<Shell>,
-    demand: Demand,
+    pub(super) root: Option<RootProcess>,
+    pub(super) is_ready: bool,
+    /// How long the root has said nothing though it owed an answer.
+    pub(super) silence: Silence,
+    pub(super) hole_faults: HoleFaults,
+    pub(super) waiting: VecDeque<Purpose>,
+    pub(super) flying: HashMap<u64, Flight>,
+    /// One for each fork under way: room for the descriptor of its process. Without room the kernel
+    /// drops that descriptor, and a process that nobody can wait for is left.
+    rooms: Vec<OwnedFd>,
+    strays: strays::Strays,
+    pub(super) shells: Vec<Shell>,
+    pub(super) demand: Demand,
+    pub(super) refill: Refill,
+    /// The pool is too small and waits for a calm moment.
+    pub(super) is_short: bool,
+    /// Shells that were killed and have not ended.
+    pub(super) dying: Vec<ChildProcess>,
     next_id: u64,
     restarts: VecDeque<Instant>,
     /// Bytes that the root holds for all clones, and bytes of its holes.
     pub filled: Option<(u64, u64)>,
     /// Roots that were started.
     pub roots_started: u64,
-    is_ended: bool,
+    pub(super) is_ended: bool,
 }
 
 impl Forks {
@@ -94,12 +114,17 @@ impl Forks {
         self.shells.iter().filter(|shell| shell.is_warm).count()
     }
 
+    /// How often a root has looked at what clones asked pagers for, and filled what is worth it.
+    pub fn hole_faults_answered(&self) -> u64 {
+        self.hole_faults.answers()
+    }
+
     /// The process number of the root, if there is one.
     pub fn root_pid(&self) -> Option<u32> {
         self.root.as_ref().map(RootProcess::pid)
     }
 
-    fn take_warm(&mut self) -> Option<Shell> {
+    pub(super) fn take_warm(&mut self) -> Option<Shell> {
         let warm = self.shells.iter().position(|shell| shell.is_warm)?;
         Some(self.shells.swap_remove(warm))
     }
@@ -127,6 +152,7 @@ impl Supervisor {
         let requested = Instant::now();
         self.clones.push(Clone::new(serial, saved_terminal(serial)));
         self.forks.demand.note(self.options.root.shells, requested);
+        self.forks.refill.starting.insert(number);
         while let Some(shell) = self.forks.take_warm() {
             match self.activate(shell, number, serial, input, requested) {
                 Ok(()) => return,
@@ -154,6 +180,8 @@ impl Supervisor {
         let console = give_orders(&shell.channel, self.config(number), serial, input)?;
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         let process = CloneProcess::adopt(shell.process, shell.channel, requested);
+        self.paging
+            .give(Owner::Shell(shell.id), Owner::Clone(number));
         self.install(number, process, console)
     }
 
@@ -173,7 +201,7 @@ impl Supervisor {
     }
 
     /// Asks the root for as many forks as may be under way; starts one if there is none.
-    fn send_forks(&mut self) {
+    pub(super) fn send_forks(&mut self) {
         if self.forks.is_ended || self.forks.waiting.is_empty() {
             return;
         }
@@ -192,35 +220,21 @@ impl Supervisor {
     }
 
     fn send_fork(&mut self, purpose: Purpose) {
-        let orders = match &purpose {
-            Purpose::Clone {
-                number,
-                serial,
-                input,
-                ..
-            } => Orders::new(self.config(*number), serial, input),
-            Purpose::Shell => Channel::pair()
-                .map(|(channel, theirs)| Orders {
-                    channel,
-                    theirs,
-                    console: None,
-                })
-                .map_err(SpawnError::from),
-        };
-        let Orders {
-            channel,
-            theirs,
-            console,
-        } = match orders {
-            Ok(orders) => orders,
+        let (channel, theirs) = match Channel::pair() {
+            Ok(pair) => pair,
             Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
+        };
+        let room = match self.room_for_a_process() {
+            Ok(room) => room,
+            Err(message) => return self.fail_purpose(&purpose, exit::FAILED, &message),
         };
         let id = self.forks.next_id;
         self.forks.next_id += 1;
         let group = self.new_group();
+        let is_clone = matches!(purpose, Purpose::Clone { .. });
         let cgroup = group.as_ref().map(CloneGroup::descriptor);
         let sent = match &self.forks.root {
-            Some(root) => root.fork(id, theirs.as_fd(), cgroup),
+            Some(root) => root.fork(id, is_clone, theirs.as_fd(), cgroup),
             None => return self.forks.waiting.push_front(purpose),
         };
         if let Err(error) = sent {
@@ -230,6 +244,21 @@ impl Supervisor {
             self.forks.is_ready = false;
             return;
         }
+        // While the root forks.
+        let console = match &purpose {
+            Purpose::Clone {
+                number,
+                serial,
+                input,
+                ..
+            } => give_orders(&channel, self.config(*number), serial, input),
+            Purpose::Shell => Ok(None),
+        };
+        let console = match console {
+            Ok(console) => console,
+            // The fork ends when its control socket closes, and is not known when it is told of.
+            Err(error) => return self.fail_purpose(&purpose, exit::FAILED, &chain(&error)),
+        };
         let flight = Flight {
             purpose,
             channel,
@@ -238,6 +267,7 @@ impl Supervisor {
             group,
         };
         self.forks.flying.insert(id, flight);
+        self.forks.rooms.push(room);
     }
 
     fn start_root(&mut self) -> Result<(), String> {
@@ -276,7 +306,9 @@ impl Supervisor {
         self.watch(root.channel(), token::ROOT)
             .map_err(|error| format!("cannot watch the root process: {error}"))?;
         self.forks.root = Some(root);
+        self.forks.silence.heard();
         self.forks.is_ready = false;
+        self.forks.hole_faults.root_is_new();
         self.forks.roots_started += 1;
         Ok(())
     }
@@ -286,14 +318,20 @@ impl Supervisor {
         let Some(root) = &self.forks.root else {
             return;
         };
+        // What comes may be the descriptor of a process.
+        drop(self.forks.rooms.pop());
         match root.receive() {
-            Ok(Some((message, descriptors))) => self.obey_root(message, descriptors),
+            Ok(Some((message, descriptors))) => {
+                self.keep_room(&message);
+                self.obey_root(message, descriptors);
+            }
             Ok(None) => self.lose_root("it ended"),
             Err(error) => self.lose_root(&chain(&error)),
         }
     }
 
     fn obey_root(&mut self, message: FromRoot, descriptors: Vec<OwnedFd>) {
+        self.forks.silence.heard();
         match message {
             FromRoot::Ready {
                 filled_bytes,
@@ -305,6 +343,18 @@ impl Supervisor {
                 self.forks.is_ready = true;
                 metrics::set_root_memory(&self.options.name, filled_bytes);
                 metrics::record_start(&self.options.name, "root", "root", took);
+            }
+            FromRoot::Filling { filled_bytes } => {
+                tracing::debug!(filled_bytes, "the root fills its memory");
+            }
+            FromRoot::Filled {
+                filled_bytes,
+                hole_bytes,
+            } => {
+                tracing::info!(filled_bytes, hole_bytes, "the root holds other ranges");
+                self.forks.filled = Some((filled_bytes, hole_bytes));
+                self.forks.hole_faults.answered();
+                metrics::set_root_memory(&self.options.name, filled_bytes);
             }
             FromRoot::Forked { id, pid } => match descriptors.into_iter().next() {
                 Some(pidfd) => self.forked(id, ChildProcess::new(pid, pidfd)),
@@ -380,12 +430,16 @@ impl Supervisor {
                 self.publish_counts();
                 return;
             }
+            Ok(Some((FromWorker::Memory(memory), descriptors))) => {
+                return self.take_memory(Owner::Shell(id), memory, descriptors);
+            }
             Ok(Some((FromWorker::Ended(Ending::Failed { message, .. }), _))) => message,
             Ok(Some(_)) => return,
             Ok(None) => "it ended without a word".to_owned(),
             Err(error) => chain(&error),
         };
         tracing::warn!(shell = id, "a shell is lost: {ended}");
+        self.paging.forget(Owner::Shell(id));
         let shell = self.forks.shells.swap_remove(at);
         self.usage.unmade();
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
@@ -393,11 +447,14 @@ impl Supervisor {
     }
 
     /// The root is gone; its clones are not. What was being forked is asked of the next one.
-    fn lose_root(&mut self, why: &str) {
+    pub(super) fn lose_root(&mut self, why: &str) {
         if !self.forks.is_ended {
             tracing::warn!("the root process is lost: {why}");
         }
         self.drop_root();
+        if !self.forks.flying.is_empty() {
+            self.forks.strays.expect();
+        }
         self.land_flights();
         self.send_forks();
     }
@@ -413,30 +470,11 @@ impl Supervisor {
 
     /// A fork whose making was not confirmed ends when its control socket closes.
     fn land_flights(&mut self) {
+        self.forks.rooms.clear();
         let mut flights: Vec<_> = self.forks.flying.drain().collect();
         flights.sort_by_key(|(id, _)| std::cmp::Reverse(*id));
         for (_, flight) in flights {
             self.forks.waiting.push_front(flight.purpose);
-        }
-    }
-
-    /// Keeps the pool at its level, when nothing more urgent is to be done.
-    pub(super) fn tend_forks(&mut self) {
-        let limits = self.options.root.shells;
-        let forks = &mut self.forks;
-        if forks.is_ended || limits.ceiling == 0 || !forks.waiting.is_empty() {
-            return;
-        }
-        let target = forks.demand.target(limits, Instant::now());
-        let coming = forks.shells.len() + forks.flying.len();
-        if coming < target {
-            forks.waiting.push_back(Purpose::Shell);
-            self.send_forks();
-        } else if self.forks.warm() > target
-            && let Some(shell) = self.forks.take_warm()
-        {
-            self.usage.unmade();
-            let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         }
     }
 
@@ -453,34 +491,9 @@ impl Supervisor {
                 self.pending.push(Event::Ended(number));
             }
         }
-        self.forks.shells.clear();
+        for shell in self.forks.shells.drain(..) {
+            self.paging.forget(Owner::Shell(shell.id));
+        }
         self.drop_root();
-    }
-
-    fn fail_waiting(&mut self, code: u8, message: &str) {
-        let waiting: Vec<Purpose> = self.forks.waiting.drain(..).collect();
-        for purpose in waiting {
-            self.fail_purpose(&purpose, code, message);
-        }
-    }
-
-    fn fail_purpose(&mut self, purpose: &Purpose, code: u8, message: &str) {
-        match purpose {
-            Purpose::Clone { number, .. } => self.fail_clone(*number, code, message),
-            Purpose::Shell => tracing::warn!("a shell could not be made: {message}"),
-        }
-    }
-
-    fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
-        metrics::count_failure(&self.options.name);
-        if let Some(clone) = self.clones.get_mut(number) {
-            if clone.process.take().is_some() {
-                self.usage.unmade();
-            }
-            let message = message.to_owned();
-            clone.ending = Some(Ending::Failed { code, message });
-            self.pending.push(Event::Ended(number));
-        }
-        self.publish_counts();
     }
 }

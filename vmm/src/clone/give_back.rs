@@ -14,7 +14,9 @@
 //! write-protected, and the kernel lifts that by itself at the first write. Between the second scan and
 //! MADV_DONTNEED nothing that could write may run; that is what the pause is for.
 
+pub mod keeper;
 pub mod policy;
+pub mod running;
 
 use std::io;
 use std::ops::Range;

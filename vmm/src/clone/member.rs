@@ -5,10 +5,13 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use serde::Serialize;
+
 use super::Engine;
 use super::control::{Ending, PagerConfig};
 use super::pool::PoolLimits;
 use super::process::{CloneProcess, SerialPlan};
+use super::supervise::Supervisor;
 use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::machine::HostCheck;
@@ -46,6 +49,9 @@ pub struct RootOptions {
     pub budget_bytes: Option<u64>,
     /// How many shells wait for clones to be asked for.
     pub shells: PoolLimits,
+    /// How long the root may owe an answer before it is replaced; `None` for
+    /// [`FORK_DEADLINE`](super::root_care::FORK_DEADLINE).
+    pub fork_deadline: Option<Duration>,
 }
 
 /// What happened to a clone.
@@ -59,6 +65,27 @@ pub enum Event {
     Ended(usize),
     /// One of [`END_SIGNALS`](super::END_SIGNALS) came.
     Signal,
+}
+
+/// What a clone gave back to the host in all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct GivenBack {
+    /// Guest memory, counted each time that it went.
+    pub bytes: u64,
+    /// How often its guest was paused for that.
+    pub pauses: u64,
+}
+
+impl Supervisor {
+    /// What all clones gave back to the host while they were idle.
+    pub fn given_back(&self) -> GivenBack {
+        let mut all = GivenBack::default();
+        for clone in &self.clones {
+            all.bytes += clone.given_back.bytes;
+            all.pauses += clone.given_back.pauses;
+        }
+        all
+    }
 }
 
 /// One clone.
@@ -80,9 +107,13 @@ pub struct Clone {
     pub io: String,
     /// How it ended.
     pub ending: Option<Ending>,
+    /// What it gave back to the host while it was idle.
+    pub given_back: GivenBack,
     pub(super) gauges: HashMap<Series, f64>,
     /// Gives the terminal back when the clone has ended, however it did.
     pub(super) terminal: Option<SavedTerminal>,
+    /// Whether the supervisor ended it for its [`Self::ending`].
+    pub(super) is_condemned: bool,
     /// Its socket, if COM1 goes to one: a worker that is killed cannot remove it.
     pub(super) socket: Option<PathBuf>,
 }
@@ -99,8 +130,10 @@ impl Clone {
             stages: Vec::new(),
             io: String::new(),
             ending: None,
+            given_back: GivenBack::default(),
             gauges: HashMap::new(),
             terminal,
+            is_condemned: false,
             socket: match serial {
                 SerialPlan::Unix(path) => Some(path.clone()),
                 SerialPlan::Null | SerialPlan::Supervisor | SerialPlan::Terminal => None,

@@ -14,18 +14,26 @@
 
 pub mod admit;
 mod attend;
+pub mod brought;
+mod bury;
 pub mod cgroup;
+pub mod channel;
 pub mod control;
 pub mod forked;
 mod forks;
 pub mod give_back;
 pub mod instantiate;
+pub mod learn;
 pub mod member;
+pub mod paging;
 pub mod placement;
 pub mod pool;
 pub mod process;
 pub mod record;
 mod resources;
+pub mod root_care;
+pub mod sight;
+mod silence;
 pub mod supervise;
 mod token;
 pub mod usage;

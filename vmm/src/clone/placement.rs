@@ -22,6 +22,7 @@ const FEW_FAULTS: u64 = 100;
 pub struct Placement {
     /// What it was given by whoever started it.
     allowed: CpuSet,
+    cpu: usize,
     is_together: bool,
     faults: u64,
 }
@@ -31,16 +32,36 @@ impl Placement {
     /// it. `None` where that is refused: then nothing is changed.
     pub fn together() -> Option<Self> {
         let allowed = sched_getaffinity(None).ok()?;
-        sched_setaffinity(None, &one_cpu(sched_getcpu())).ok()?;
+        let cpu = sched_getcpu();
+        sched_setaffinity(None, &one_cpu(cpu)).ok()?;
         Some(Self {
             allowed,
+            cpu,
             is_together: true,
             faults: 0,
         })
     }
 
+    /// The CPU on which the clone began: a pager process serves it there.
+    pub fn cpu(&self) -> Option<u32> {
+        u32::try_from(self.cpu).ok()
+    }
+
+    /// The same with a pager process, whose faults this one does not see: by how many pages have
+    /// come to be resident.
+    pub fn review_pages(&mut self) {
+        if let Some(pages) = resident_pages() {
+            let cpu = self.cpu;
+            self.decide(pages, || cpu);
+        }
+    }
+
     /// Looks at how many faults the pager has had in all, once a period.
     pub fn review(&mut self, faults: u64) {
+        self.decide(faults, sched_getcpu);
+    }
+
+    fn decide(&mut self, faults: u64, cpu: impl FnOnce() -> usize) {
         let recent = faults.saturating_sub(self.faults);
         self.faults = faults;
         if self.is_together && recent < FEW_FAULTS {
@@ -48,9 +69,15 @@ impl Placement {
             move_all_threads(&self.allowed);
         } else if !self.is_together && recent >= MANY_FAULTS {
             self.is_together = true;
-            move_all_threads(&one_cpu(sched_getcpu()));
+            move_all_threads(&one_cpu(cpu()));
         }
     }
+}
+
+/// Pages of this process that are in memory (proc(5), `statm`).
+pub(super) fn resident_pages() -> Option<u64> {
+    let text = fs::read_to_string("/proc/self/statm").ok()?;
+    text.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn one_cpu(cpu: usize) -> CpuSet {

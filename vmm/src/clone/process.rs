@@ -64,9 +64,14 @@ pub struct ChildProcess {
 impl ChildProcess {
     /// Starts a program.
     pub fn spawn(command: &mut Command) -> Result<Self, SpawnError> {
-        let child = command.spawn().map_err(SpawnError::Spawn)?;
-        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty())
-            .map_err(|errno| SpawnError::Spawn(errno.into()))?;
+        let mut child = command.spawn().map_err(SpawnError::Spawn)?;
+        let pidfd = rustix::process::pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+        if pidfd.is_err() {
+            // Nobody would hear of its end, nor take it.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+        let pidfd = pidfd.map_err(|errno| SpawnError::Spawn(errno.into()))?;
         // Dropping a `Child` neither ends nor awaits it.
         Ok(Self::new(child.id(), pidfd))
     }
@@ -101,6 +106,14 @@ impl ChildProcess {
     /// Ends it at once.
     pub fn kill(&self) {
         let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+
+    /// Takes its exit status if it has ended; whether it has.
+    pub(super) fn has_ended(&mut self) -> bool {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended = waitid(WaitId::PidFd(self.pidfd.as_fd()), options);
+        self.is_reaped = !matches!(ended, Ok(None) | Err(rustix::io::Errno::INTR));
+        self.is_reaped
     }
 
     /// Waits for its end and takes its exit status.

@@ -2,18 +2,20 @@
 //! A clone that records what it touches: when its run is over, what it wrote, and how its trace
 //! gets to the supervisor, in pieces that fit a message.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pando_pager::working_set::{MAX_TOUCHES, Touch, Trace};
-use pando_pager::{PageIndex, Pager, Serving};
+use pando_pager::working_set::{MAX_TOUCHES, Seen, Sight, Touch, Trace};
+use pando_pager::{PageCount, PageIndex, PageRange, Pager, Serving};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use serde::{Deserialize, Serialize};
 
+use super::brought::Brought;
+use super::sight::{MAX_SEEN, Sights, look};
 use crate::machine::MachineHandle;
 use crate::memory::guest::GuestRam;
+use crate::observe::metrics::Judged;
 use crate::template::Template;
 
 /// How often is looked whether the guest has become quiet.
@@ -21,10 +23,31 @@ const LOOK_PERIOD: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 20_000_000,
 };
-/// Size of a page in bytes.
-const PAGE: usize = 4096;
-/// Most touches of one piece: 26 bytes each at most, as postcard writes them.
+/// Most touches, or runs of pages, of one piece: 26 bytes each at most, as postcard writes them.
 const MAX_PIECE_TOUCHES: usize = 4096;
+/// Most touches of a clone that is recorded in passing: 256 MiB of guest memory.
+pub const MAX_LESSON_TOUCHES: usize = 1 << 16;
+/// How long a clone is recorded in passing.
+pub const LESSON_WINDOW: Duration = Duration::from_secs(10);
+
+/// What of a clone is recorded, and for how long.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Record {
+    /// A run that has no other purpose: nothing is brought ahead, and the machine ends with it.
+    Run(Recording),
+    /// The beginning of a clone's life, for so long at most; the clone goes on.
+    Beginning(Duration),
+}
+
+impl Record {
+    /// The most touches that are kept.
+    pub fn max_touches(self) -> usize {
+        match self {
+            Self::Run(_) => MAX_TOUCHES,
+            Self::Beginning(_) => MAX_LESSON_TOUCHES,
+        }
+    }
+}
 
 /// When a run that is recorded ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,78 +63,164 @@ pub struct Recording {
 pub struct TracePiece {
     /// Backend, page, whether it was written, and microseconds since the start, in order.
     touches: Vec<(u32, u64, bool, u64)>,
+    /// Backend, first page, pages, and what was seen of them.
+    seen: Vec<(u32, u64, u64, SeenAs)>,
     /// Whether all touches were recorded.
     is_complete: bool,
     /// Whether this is the end.
     is_last: bool,
 }
 
-/// A clone whose run is recorded.
-#[derive(Debug)]
-pub struct Recorded<'a> {
-    /// When its run ends.
-    pub recording: Recording,
-    /// What it is a clone of.
-    pub template: &'a Template,
+/// [`Sight`] in a message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+enum SeenAs {
+    Written,
+    Unwritten,
+    Unknown,
 }
 
-impl Recorded<'_> {
-    /// Stops the machine when it has become quiet or its time is over; returns when it ends, which
-    /// closes the other end of `ended`.
-    pub fn watch(&self, pager: &Pager<Serving>, handle: &MachineHandle, ended: &UnixStream) {
-        let began = Instant::now();
-        let (mut faults, mut since) = (pager.counts().faults, began);
-        loop {
-            let mut fds = [PollFd::new(ended, PollFlags::IN)];
-            let _ = rustix::event::poll(&mut fds, Some(&LOOK_PERIOD));
-            if !fds[0].revents().is_empty() {
-                return;
-            }
-            let now = pager.counts().faults;
-            if now != faults {
-                (faults, since) = (now, Instant::now());
-            }
-            let Recording { idle, limit } = self.recording;
-            if since.elapsed() >= idle || began.elapsed() >= limit {
-                handle.stop("its run was recorded");
-                return;
-            }
+impl From<Sight> for SeenAs {
+    fn from(sight: Sight) -> Self {
+        match sight {
+            Sight::Written => Self::Written,
+            Sight::Unwritten => Self::Unwritten,
+            Sight::Unknown => Self::Unknown,
+        }
+    }
+}
+
+impl From<SeenAs> for Sight {
+    fn from(seen: SeenAs) -> Self {
+        match seen {
+            SeenAs::Written => Self::Written,
+            SeenAs::Unwritten => Self::Unwritten,
+            SeenAs::Unknown => Self::Unknown,
+        }
+    }
+}
+
+/// A clone that is recorded.
+#[derive(Debug)]
+pub struct Recorded<'a> {
+    record: Record,
+    /// What it is a clone of.
+    template: &'a Template,
+    brought: Brought,
+    is_told: AtomicBool,
+}
+
+/// What a recorded clone tells of itself.
+#[derive(Debug)]
+pub struct Lesson {
+    /// What it touched, in pieces that fit a message.
+    pub pieces: Vec<TracePiece>,
+    /// What bringing pages ahead was good for.
+    pub judged: Judged,
+}
+
+impl<'a> Recorded<'a> {
+    /// A clone of `template`.
+    pub fn new(record: Record, template: &'a Template, brought: Brought) -> Self {
+        Self {
+            record,
+            template,
+            brought,
+            is_told: AtomicBool::new(false),
         }
     }
 
-    /// What it touched, to be sent, when its machine has ended while its pager still serves.
-    pub fn pieces(&self, pager: &Pager<Serving>, ram: &GuestRam) -> Vec<TracePiece> {
-        let Some(mut trace) = pager.trace() else {
-            return Vec::new();
-        };
-        mark_written(&mut trace, ram, self.template.ram_files());
-        pieces(&trace)
+    /// When its run ends and the machine with it, if that is so.
+    pub fn run(&self) -> Option<Recording> {
+        match self.record {
+            Record::Run(recording) => Some(recording),
+            Record::Beginning(_) => None,
+        }
+    }
+
+    /// Whether a clone that has run for so long has been recorded for long enough.
+    pub fn is_due(&self, age: Duration) -> bool {
+        matches!(self.record, Record::Beginning(window) if age >= window)
+    }
+
+    /// What it touched, once: when its time is over or its machine has ended, while its pager
+    /// still serves.
+    pub fn tell(&self, pager: Option<&Pager<Serving>>, ram: &GuestRam) -> Option<Lesson> {
+        if self.is_told.swap(true, Ordering::Relaxed) {
+            return None;
+        }
+        let mut trace = pager.and_then(Pager::<Serving>::trace).unwrap_or(Trace {
+            is_complete: true,
+            ..Trace::default()
+        });
+        let files = self.template.ram_files();
+        let most = self.record.max_touches();
+        match look(ram, files, &self.brought.unasked, most) {
+            Ok(Sights { seen, is_complete }) => {
+                trace.seen = seen;
+                trace.is_complete &= is_complete;
+            }
+            // Without it the touches still say something of pages that were not brought.
+            Err(error) if self.brought.unasked.is_empty() => {
+                tracing::debug!(%error, "cannot see what was written");
+            }
+            Err(error) => {
+                tracing::debug!(%error, "cannot see what was written: nothing is learned");
+                return None;
+            }
+        }
+        mark_written(&mut trace);
+        Some(Lesson {
+            judged: self.brought.judge(&trace),
+            pieces: pieces(&trace),
+        })
     }
 }
 
-/// Marks the pages that were read first and written later, which no fault tells: they differ from
-/// the template by now. For a machine that runs no more and whose pages are all there.
-fn mark_written(trace: &mut Trace, ram: &GuestRam, template: &[File]) {
-    let (mut own, mut original) = ([0; PAGE], [0; PAGE]);
-    for touch in trace.touches.iter_mut().filter(|touch| !touch.write) {
-        let backend = usize::try_from(touch.image).unwrap_or(usize::MAX);
-        let offset = touch.page.offset().get();
-        let (Some(file), Some(address)) = (
-            template.get(backend),
-            ram.layout().guest_address(backend, offset),
-        ) else {
-            continue;
-        };
-        // What cannot be compared counts as read: it is a hint.
-        touch.write = file.read_exact_at(&mut original, offset).is_ok()
-            && ram.read(address, &mut own).is_ok()
-            && own != original;
+/// Stops the machine when it has become quiet or its time is over; returns when it ends, which
+/// closes the other end of `ended`.
+pub fn watch(
+    recording: Recording,
+    pager: &Pager<Serving>,
+    handle: &MachineHandle,
+    ended: &UnixStream,
+) {
+    let began = Instant::now();
+    let (mut faults, mut since) = (pager.counts().faults, began);
+    loop {
+        let mut fds = [PollFd::new(ended, PollFlags::IN)];
+        let _ = rustix::event::poll(&mut fds, Some(&LOOK_PERIOD));
+        if !fds[0].revents().is_empty() {
+            return;
+        }
+        let now = pager.counts().faults;
+        if now != faults {
+            (faults, since) = (now, Instant::now());
+        }
+        let Recording { idle, limit } = recording;
+        if since.elapsed() >= idle || began.elapsed() >= limit {
+            handle.stop("its run was recorded");
+            return;
+        }
+    }
+}
+
+/// Marks the touches of pages that were read first and written later, which no fault tells.
+fn mark_written(trace: &mut Trace) {
+    let is_written = |seen: &&Seen| seen.sight == Sight::Written;
+    // In ascending order and apart, as `look` finds them.
+    let written: Vec<Seen> = trace.seen.iter().filter(is_written).copied().collect();
+    for touch in &mut trace.touches {
+        let key = (touch.image, touch.page);
+        let next = written.partition_point(|seen| (seen.image, seen.pages.start()) <= key);
+        let run = next.checked_sub(1).and_then(|at| written.get(at));
+        touch.write |=
+            run.is_some_and(|seen| seen.image == touch.image && seen.pages.contains(touch.page));
     }
 }
 
 /// A trace as it is sent.
 fn pieces(trace: &Trace) -> Vec<TracePiece> {
-    let piece = |touches: &[Touch]| TracePiece {
+    let piece = |touches: &[Touch], seen: &[Seen]| TracePiece {
         touches: touches
             .iter()
             .map(|touch| {
@@ -119,12 +228,24 @@ fn pieces(trace: &Trace) -> Vec<TracePiece> {
                 (touch.image, touch.page.get(), touch.write, at_us)
             })
             .collect(),
+        seen: seen
+            .iter()
+            .map(|seen| {
+                let (start, count) = (seen.pages.start().get(), seen.pages.count().get());
+                (seen.image, start, count, seen.sight.into())
+            })
+            .collect(),
         is_complete: trace.is_complete,
         is_last: false,
     };
-    let mut pieces: Vec<TracePiece> = trace.touches.chunks(MAX_PIECE_TOUCHES).map(piece).collect();
+    let touches = trace.touches.chunks(MAX_PIECE_TOUCHES);
+    let seen = trace.seen.chunks(MAX_PIECE_TOUCHES);
+    let mut pieces: Vec<TracePiece> = touches
+        .map(|touches| piece(touches, &[]))
+        .chain(seen.map(|seen| piece(&[], seen)))
+        .collect();
     if pieces.is_empty() {
-        pieces.push(piece(&[]));
+        pieces.push(piece(&[], &[]));
     }
     if let Some(last) = pieces.last_mut() {
         last.is_last = true;
@@ -157,8 +278,23 @@ impl Arriving {
                 write,
                 at: Duration::from_micros(at_us),
             }));
+        let room = MAX_SEEN - self.trace.seen.len().min(MAX_SEEN);
+        let fits = fits && piece.seen.len() <= room;
+        let seen = piece.seen.into_iter().take(room);
+        self.trace
+            .seen
+            .extend(seen.map(|(image, start, count, sight)| Seen {
+                image,
+                pages: PageRange::new(PageIndex::new(start), PageCount::new(count)),
+                sight: sight.into(),
+            }));
         self.trace.is_complete = piece.is_complete && fits;
         self.is_whole = piece.is_last || !fits;
+    }
+
+    /// Whether nothing more is to come.
+    pub fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     /// The trace of clone number `client`, if all of it has come.
@@ -174,8 +310,6 @@ impl Arriving {
 mod tests {
     use super::*;
     use crate::clone::control::{Channel, FromWorker};
-    use crate::memory::guest::RamBacking;
-    use crate::memory::layout::RamLayout;
 
     fn trace(touches: u64) -> Trace {
         Trace {
@@ -186,6 +320,14 @@ mod tests {
                     page: PageIndex::new(u64::MAX - page),
                     write: page % 2 == 0,
                     at: Duration::from_micros(u64::MAX - page),
+                })
+                .collect(),
+            seen: (0..touches / 3)
+                .map(|page| Seen {
+                    image: u32::MAX,
+                    pages: PageRange::new(PageIndex::new(page << 40), PageCount::new(1 << 40)),
+                    sight: [Sight::Written, Sight::Unwritten, Sight::Unknown]
+                        [usize::try_from(page % 3).unwrap()],
                 })
                 .collect(),
             is_complete: true,
@@ -229,32 +371,28 @@ mod tests {
     }
 
     #[test]
-    fn what_differs_from_the_template_was_written() {
-        let file = tempfile::tempfile().unwrap();
-        file.write_all_at(&[7; 3 * 4096], 0).unwrap();
-        let layout = RamLayout::new(&[4 * 4096]).unwrap();
-        let ram = GuestRam::new(layout, vec![RamBacking::private(&file, 4 * 4096).unwrap()]);
-        file.set_len(4 * 4096).unwrap();
-        let ram = ram.unwrap();
-        ram.write(4096 + 9, b"x").unwrap();
-        ram.write(3 * 4096, b"y").unwrap();
+    fn pages_that_were_read_first_and_written_later_are_marked() {
+        let mut trace = trace(0);
         let touch = |image, page| Touch {
             image,
             page: PageIndex::new(page),
             write: false,
             at: Duration::ZERO,
         };
-        let mut trace = Trace {
-            touches: vec![
-                touch(0, 0),
-                touch(0, 1),
-                touch(0, 3),
-                touch(0, 4),
-                touch(1, 0),
-            ],
-            ..Trace::default()
+        trace.touches = [(0, 0), (0, 1), (0, 3), (0, 4), (1, 0)]
+            .map(|(image, page)| touch(image, page))
+            .to_vec();
+        let seen = |start, count, sight| Seen {
+            image: 0,
+            pages: PageRange::new(PageIndex::new(start), PageCount::new(count)),
+            sight,
         };
-        mark_written(&mut trace, &ram, &[file]);
+        trace.seen = vec![
+            seen(1, 1, Sight::Written),
+            seen(3, 1, Sight::Written),
+            seen(0, 9, Sight::Unwritten),
+        ];
+        mark_written(&mut trace);
         let written: Vec<bool> = trace.touches.iter().map(|touch| touch.write).collect();
         assert_eq!(written, [false, true, true, false, false]);
     }

@@ -1,10 +1,8 @@
 #![forbid(unsafe_code)]
 //! The supervisor: starts clones, hears what they report, ends them in order.
 
-use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,7 +13,9 @@ use thiserror::Error;
 use super::cgroup::CloneGroups;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
-pub use super::member::{Clone, CloneOptions, Event, RootOptions};
+use super::learn::Learner;
+pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
+use super::paging::{Owner, SharedPaging};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
@@ -24,12 +24,14 @@ use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::machine::HostCheck;
 use crate::observe::metrics;
-use crate::observe::relay::{Change, Delta, replay};
+use crate::observe::relay::replay;
 use crate::observe::stats::PagerStats;
 use crate::report::{chain, exit};
 
 /// How long clones that were asked to stop may take before they are killed.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
+/// Longest wait for something to happen.
+const LOOK_PERIOD: Duration = Duration::from_secs(1);
 /// Events taken from the kernel at once.
 const EVENTS: usize = 64;
 
@@ -56,11 +58,17 @@ pub struct Supervisor {
     pub(super) clones: Vec<Clone>,
     /// Engine `root`: the root, its shells, and the clones that are being forked.
     pub(super) forks: Forks,
+    /// The pager process, where clones share one.
+    pub(super) paging: SharedPaging,
     pub(super) usage: Usage,
+    /// Numbers of clones have changed since they were published.
+    counts_changed: bool,
     /// What happened outside of [`Self::wait`].
     pub(super) pending: Vec<Event>,
     /// What all pagers did.
     pub pager_stats: PagerStats,
+    /// What clones touch, on its way to the template's working set.
+    pub(super) learner: Learner,
     /// Cgroups of clones, if they have some. Behind what holds their processes: it removes them.
     pub(super) groups: Option<CloneGroups>,
 }
@@ -77,13 +85,17 @@ impl Supervisor {
                 .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
                 .map_err(system("watch for signals"))?;
         }
+        let learner = Learner::new(options.pager.learn, &options.template, &options.name);
         let supervisor = Self {
+            learner,
             options,
             epoll,
             signals,
             clones: Vec::new(),
             forks: Forks::default(),
+            paging: SharedPaging::default(),
             usage: Usage::default(),
+            counts_changed: false,
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
             groups: None,
@@ -92,7 +104,7 @@ impl Supervisor {
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
             .map_err(system("watch for signals"))?;
         metrics::register(&supervisor.options.name);
-        supervisor.publish_counts();
+        supervisor.publish();
         Ok(supervisor)
     }
 
@@ -121,6 +133,9 @@ impl Supervisor {
         } else if self.options.engine == Engine::Root {
             self.start_fork(number, serial, input);
         } else {
+            if self.options.engine == Engine::Copy {
+                self.prepare_paging();
+            }
             let clone = self.spawn(number, serial, input).unwrap_or_else(|error| {
                 metrics::count_failure(&self.options.name);
                 self.pending.push(Event::Ended(number));
@@ -148,7 +163,7 @@ impl Supervisor {
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
-            record: None,
+            record: self.options.pager.learn.record(number as u64),
         }
     }
 
@@ -195,7 +210,7 @@ impl Supervisor {
     pub fn wait(&mut self, timeout: Duration) -> Result<Vec<Event>, SuperviseError> {
         let mut events = std::mem::take(&mut self.pending);
         let timeout = if events.is_empty() {
-            timeout
+            self.wait_at_most(timeout.min(LOOK_PERIOD))
         } else {
             Duration::ZERO
         };
@@ -225,11 +240,16 @@ impl Supervisor {
                 events.push(Event::Signal);
             } else if data == token::ROOT {
                 self.hear_root();
+            } else if data == token::PAGER {
+                self.hear_pager();
             } else if let Some((clone, kind)) = parse_token(data) {
                 events.extend(self.attend(clone, kind));
             }
         }
+        self.tend_paging();
         self.tend_forks();
+        self.usage.sample_if_due();
+        self.publish_if_changed();
         events.append(&mut self.pending);
         if self.options.measure_memory {
             let clones = &self.clones;
@@ -271,6 +291,7 @@ impl Supervisor {
                 killed = true;
             }
         }
+        self.end_paging();
         Ok(())
     }
 
@@ -329,6 +350,10 @@ impl Supervisor {
         match kind {
             Kind::Console | Kind::Shell => None,
             Kind::Control => match process.channel.receive::<FromWorker>() {
+                Ok(Some((FromWorker::Memory(memory), descriptors))) => {
+                    self.take_memory(Owner::Clone(number), memory, descriptors);
+                    None
+                }
                 Ok(Some((message, _))) => self.hear(number, message),
                 Ok(None) => {
                     // The process is ending; its pidfd will say so.
@@ -345,7 +370,7 @@ impl Supervisor {
         }
     }
 
-    fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
+    pub(super) fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
         let clone = self.clones.get_mut(number)?;
         match message {
             FromWorker::Started {
@@ -354,7 +379,8 @@ impl Supervisor {
                 io,
                 places,
             } => {
-                clone.io = io;
+                clone.io = self.paging.known_io(io);
+                self.forks.refill.has_started(number);
                 if let Some(process) = &clone.process {
                     clone.running = Some(process.requested.elapsed());
                     if self.options.engine != Engine::Root {
@@ -385,51 +411,46 @@ impl Supervisor {
             }
             // A shell that was asked for while it said so.
             FromWorker::Warm => None,
-            // Only runs that ask for it are recorded, and these are not.
-            FromWorker::Touched(_) => None,
+            FromWorker::Touched(piece) => {
+                self.learner.hear(number, piece);
+                None
+            }
+            FromWorker::Judged(judged) => {
+                metrics::count_judgement(&self.options.name, &judged);
+                None
+            }
+            FromWorker::Forget(runs) => {
+                self.forget_pages(number, runs);
+                None
+            }
+            FromWorker::GaveBack { bytes, pauses } => {
+                clone.given_back.bytes += bytes;
+                clone.given_back.pauses += pauses;
+                metrics::count_given_back(&self.options.name, bytes, pauses);
+                None
+            }
+            // Too late to be served: its process has ended.
+            FromWorker::Memory(_) => None,
             FromWorker::Ended(ending) => {
-                clone.ending = Some(ending);
+                clone.ending.get_or_insert(ending);
                 None
             }
         }
     }
 
-    /// Takes leave of a clone whose process ended: what it said last, its exit, its gauges.
-    fn bury(&mut self, number: usize) -> Event {
-        while let Some(process) = self.clones[number].process.as_ref()
-            && let Ok(Some((message, _))) = process.channel.receive::<FromWorker>()
-        {
-            self.hear(number, message);
-        }
-        let clone = &mut self.clones[number];
-        if let Some(mut process) = clone.process.take() {
-            let unsaid = process.reap();
-            if clone.ending.is_none()
-                && let Some(path) = &clone.socket
-            {
-                remove_dead_socket(path);
-            }
-            drop(clone.terminal.take());
-            let ending = clone.ending.get_or_insert(unsaid);
-            if ending.exit_code() != 0 {
-                metrics::count_failure(&self.options.name);
-            }
-        }
-        let zeros: Delta = clone
-            .gauges
-            .keys()
-            .map(|series| (series.clone(), Change::Gauge(0.0)))
-            .collect();
-        replay(&zeros, |series, _| {
-            clone.gauges.get(series).copied().unwrap_or(0.0)
-        });
-        clone.gauges.clear();
-        self.usage.ended(&self.options.name, number);
-        self.publish_counts();
-        Event::Ended(number)
+    /// Has the numbers of clones looked at again at the end of the next [`Self::wait`]: once for all
+    /// that happened meanwhile.
+    pub(super) fn publish_counts(&mut self) {
+        self.counts_changed = true;
     }
 
-    pub(super) fn publish_counts(&self) {
+    fn publish_if_changed(&mut self) {
+        if std::mem::take(&mut self.counts_changed) {
+            self.publish();
+        }
+    }
+
+    fn publish(&self) {
         let count = |state: fn(&Clone) -> bool| self.clones.iter().filter(|c| state(c)).count();
         let name = &self.options.name;
         metrics::set_clones(
@@ -462,16 +483,5 @@ pub(super) fn saved_terminal(serial: &SerialPlan) -> Option<SavedTerminal> {
     match serial {
         SerialPlan::Terminal => SavedTerminal::save(std::io::stdin()),
         SerialPlan::Null | SerialPlan::Unix(_) | SerialPlan::Supervisor => None,
-    }
-}
-
-/// Removes the socket of a worker that was killed, unless somebody else listens there by now.
-fn remove_dead_socket(path: &Path) {
-    let is_socket = fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
-    let refuses = UnixStream::connect(path)
-        .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    if is_socket && refuses {
-        // Whatever keeps it there: the next clone takes its place.
-        let _ = fs::remove_file(path);
     }
 }

@@ -7,6 +7,9 @@ pub(super) const SIGNAL: u64 = u64::MAX;
 /// Not of a clone: the root process has something to say.
 pub(super) const ROOT: u64 = u64::MAX - 1;
 
+/// Not of a clone: the pager process has something to say.
+pub(super) const PAGER: u64 = u64::MAX - 2;
+
 /// Which descriptor of a clone has something to say.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -41,6 +44,6 @@ mod tests {
                 assert_eq!(parse_token(token(clone, kind)), Some((clone, kind)));
             }
         }
-        assert!(![SIGNAL, ROOT].contains(&token(1 << 40, Kind::Shell)));
+        assert!(![SIGNAL, ROOT, PAGER].contains(&token(1 << 40, Kind::Shell)));
     }
 }

@@ -17,6 +17,9 @@ use crate::observe::metrics;
 
 /// How often clones are measured.
 const PERIOD: Duration = Duration::from_secs(1);
+/// How long after a start the host's memory is looked at: that takes as long as a part of a start,
+/// so one look serves all starts of a burst.
+const SAMPLE_DELAY: Duration = Duration::from_millis(2);
 /// Most clones that are measured at a time; the others have their turn later.
 const CLONES_AT_ONCE: usize = 64;
 /// How long measuring may take at a time. The kernel walks the page tables of each process, which
@@ -53,6 +56,8 @@ pub struct Usage {
     /// Processes that are alive, and those of them that run.
     made: u64,
     running: u64,
+    /// When the host's memory is looked at next.
+    sample_at: Option<Instant>,
     /// Where this process is limited; found out with the first clone.
     membership: OnceCell<Membership>,
     most: MemoryTotal,
@@ -89,7 +94,21 @@ impl Usage {
     /// A process for a clone has been made.
     pub(super) fn made(&mut self) {
         self.made += 1;
-        self.sample();
+        self.ask_sample();
+    }
+
+    fn ask_sample(&mut self) {
+        self.sample_at
+            .get_or_insert_with(|| Instant::now() + SAMPLE_DELAY);
+    }
+
+    /// Looks at the host's memory, if clones came or started since and none is about to.
+    pub(super) fn sample_if_due(&mut self) {
+        let is_due = self.sample_at.is_some_and(|at| Instant::now() >= at);
+        if is_due {
+            self.sample_at = None;
+            self.sample();
+        }
     }
 
     fn sample(&mut self) {
@@ -134,7 +153,7 @@ impl Usage {
             memory: None,
         };
         self.running += 1;
-        self.sample();
+        self.ask_sample();
         if let Some(cost) = self.marginal.cost() {
             metrics::set_marginal(template, cost.bytes);
             self.cost = Some(cost);
@@ -170,6 +189,14 @@ impl Usage {
         }
         self.publish(template);
         self.not_before = Some(Instant::now() + PERIOD.max(start.elapsed() * REST));
+    }
+
+    /// Measures one clone now, whoever's turn it is; `None` when it does not run or cannot be looked at.
+    pub(super) fn measure_one(&mut self, clone: usize, pid: u32) -> Option<CloneMemory> {
+        let known = self.clones.get_mut(clone).filter(|known| known.is_alive)?;
+        let cgroup = known.cgroup.as_deref();
+        known.memory = CloneMemory::of(pid, &known.places, known.is_paged, cgroup).ok();
+        known.memory
     }
 
     /// A clone's process has ended and takes nothing any more.

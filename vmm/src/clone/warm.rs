@@ -14,7 +14,7 @@ use thiserror::Error;
 
 use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
-use super::record::{Arriving, Recording};
+use super::record::{Arriving, Record, Recording};
 use super::supervise::STOP_GRACE;
 use super::{END_SIGNALS, Engine};
 use crate::console::GuestConsole;
@@ -200,7 +200,7 @@ impl Warmer {
             host_check_is_due: false,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
-            record: Some(self.options.recording),
+            record: Some(Record::Run(self.options.recording)),
         };
         let (process, console) = CloneProcess::spawn(
             &self.options.program,
@@ -277,7 +277,14 @@ impl Underway {
             Ok(Some((FromWorker::Touched(piece), _))) => self.arriving.add(piece),
             Ok(Some((FromWorker::Ended(ending), _))) => self.ending = Some(ending),
             Ok(Some((
-                FromWorker::Started { .. } | FromWorker::Metrics(_) | FromWorker::Warm,
+                FromWorker::Started { .. }
+                | FromWorker::Metrics(_)
+                | FromWorker::Warm
+                | FromWorker::Judged(_)
+                | FromWorker::GaveBack { .. }
+                | FromWorker::Forget(_)
+                // A recorded clone has a pager of its own.
+                | FromWorker::Memory(_),
                 _,
             ))) => (),
             Ok(None) => self.is_heard = false,

@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::Engine;
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
 use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, Instance, instantiate};
+use super::instantiate::{CloneError, Handover, Instance, instantiate, keeper};
 use super::placement::Placement;
 use super::record::Recorded;
 use crate::device::legacy::console::SerialTarget;
@@ -49,7 +49,9 @@ pub fn run() -> u8 {
 fn work(channel: &Channel, relay: Option<&Relay>, began: Duration) -> anyhow::Result<Ending> {
     let (config, descriptors) = match channel.receive::<ToWorker>()? {
         Some((ToWorker::Start(config), descriptors)) => (config, descriptors),
-        Some((ToWorker::Stop, _)) | None => return Ok(Ending::Stopped),
+        Some((ToWorker::Stop | ToWorker::Forgotten { .. }, _)) | None => {
+            return Ok(Ending::Stopped);
+        }
     };
     log::start_clone(config.verbosity, config.clone);
     die_with(config.supervisor_pid)?;
@@ -86,30 +88,37 @@ fn run_instance(
         HostCheck::Done
     };
     let placement = placement(config, template);
+    let handover = Handover {
+        channel,
+        cpu: placement.as_ref().and_then(Placement::cpu),
+    };
     let Instance {
         machine,
-        pager,
+        paging,
+        brought,
         stages: more,
     } = instantiate(
         template,
         config.engine,
         &config.pager,
-        config.record.is_some(),
+        config.record,
         serial,
         host_check,
+        handover,
     )?;
+    let keeper = keeper(&config.pager);
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);
     run_to_end(Ready {
         channel,
         relay,
         machine,
-        pager,
+        paging,
         placement,
-        record: config.record.map(|recording| Recorded {
-            recording,
-            template,
-        }),
+        record: config
+            .record
+            .map(|record| Recorded::new(record, template, brought)),
+        keeper,
         began,
         stages,
         signals,

@@ -61,6 +61,17 @@ impl Demo {
         spec: &MachineSpec,
         cancel: Arc<AtomicBool>,
     ) -> anyhow::Result<Template> {
+        let plan = Plan::new(spec.layout().total_bytes());
+        Self::make_template_of(dir, spec, cancel, &plan.template)
+    }
+
+    /// The same, of a VM that has done `steps` before it was frozen.
+    pub fn make_template_of(
+        dir: &Path,
+        spec: &MachineSpec,
+        cancel: Arc<AtomicBool>,
+        steps: &[Step],
+    ) -> anyhow::Result<Template> {
         let boot = BootSource {
             kernel: config::embedded_kernel(),
             initrd: None,
@@ -75,10 +86,10 @@ impl Demo {
         )?;
         // What is left of the ready line.
         vm.console.line(ANSWER_TIMEOUT)?;
-        for step in Plan::new(spec.layout().total_bytes()).template {
+        for step in steps {
             vm.console.send(&step.0.encode())?;
             let line = vm.console.line(ANSWER_TIMEOUT)?;
-            check(&step, &line).context("the template VM answered wrongly")?;
+            check(step, &line).context("the template VM answered wrongly")?;
         }
         Ok(vm.freeze(&mut |_, _| ())?)
     }

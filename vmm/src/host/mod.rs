@@ -14,7 +14,7 @@ use crate::kvm::{self, KvmError};
 use crate::template::compat::HostOffer;
 
 pub use limits::{raise_descriptor_limit, report_file_size_limit};
-pub use paging::require_paging;
+pub use paging::{require_paging, require_write_tracking};
 
 /// What this host's KVM offers to a template.
 pub fn offer() -> Result<HostOffer, KvmError> {

@@ -7,9 +7,13 @@ use pando_pager::{
 
 use super::doctor::{Finding, Grade};
 use crate::clone::control::Io;
+use crate::clone::give_back::{self, GiveBackError};
+use crate::report::chain;
+use crate::sys::pagemap::Pagemap;
 
 const UFFD: &str = "userfaultfd";
 const UFFD_FEATURES: &str = "uffd features";
+const GIVE_BACK: &str = "give-back";
 const IO_URING: &str = "io_uring";
 
 /// Fails when this host refuses what clones with a pager need that is told to read in this way.
@@ -25,6 +29,31 @@ pub fn require_paging(io: Io) -> Result<(), PagerError> {
     }
 }
 
+/// Why this host cannot tell which pages a clone wrote, if it cannot: give-back is off then.
+pub fn require_write_tracking() -> Result<(), String> {
+    let wp_async = probe()
+        .userfaultfd
+        .is_ok_and(|facts| facts.features.wp_async());
+    let map = Pagemap::of_self().map_err(GiveBackError::Scan);
+    match map.and_then(|map| give_back::require(wp_async, &map)) {
+        Ok(()) => Ok(()),
+        Err(GiveBackError::Off { lack }) => Err(lack.to_owned()),
+        Err(error) => Err(chain(&error)),
+    }
+}
+
+fn write_tracking() -> Finding {
+    match require_write_tracking() {
+        Ok(()) => Finding::ok(GIVE_BACK, "written pages are told from others"),
+        Err(why) => Finding::bad(
+            Grade::Warn,
+            GIVE_BACK,
+            format!("off: {why}"),
+            "Linux 6.7 or later; here idle clones keep what they have",
+        ),
+    }
+}
+
 /// Examines userfaultfd and io_uring.
 pub(super) fn examine() -> Vec<Finding> {
     let HostFacts {
@@ -36,7 +65,7 @@ pub(super) fn examine() -> Vec<Finding> {
         Err(refusal) => vec![refused_userfaultfd(refusal)],
     };
     if userfaultfd.is_ok() {
-        findings.push(io(&io_uring));
+        findings.extend([write_tracking(), io(&io_uring)]);
     }
     findings
 }

@@ -28,8 +28,31 @@ const REQUIRED: &[(Cap, &str)] = &[
     (Cap::AdjustClock, "KVM_CAP_ADJUST_CLOCK"),
 ];
 
+/// `/dev/kvm`, opened and checked once per process. A VM belongs to the memory of the process that
+/// makes it, this descriptor does not: forks of a process that has it use it for VMs of their own.
+pub(super) fn shared() -> Result<&'static Kvm, KvmError> {
+    static KVM: OnceLock<Kvm> = OnceLock::new();
+    if let Some(kvm) = KVM.get() {
+        return Ok(kvm);
+    }
+    let opened = open()?;
+    Ok(KVM.get_or_init(|| opened))
+}
+
+/// Has all that this process will ask of KVM as a whole answered now, for the forks to come. No VM
+/// is left.
+pub fn learn() -> Result<(), KvmError> {
+    let kvm = shared()?;
+    msr_list(kvm)?;
+    let vm = super::vm::Vm::create()?;
+    vm.create_chips()?;
+    vm.create_vcpu(0)?.host_tsc_khz();
+    vm.clock_follows_realtime();
+    Ok(())
+}
+
 /// Opens `/dev/kvm` and checks that it can do what every machine needs.
-pub(super) fn open() -> Result<Kvm, KvmError> {
+fn open() -> Result<Kvm, KvmError> {
     let kvm = Kvm::new().map_err(|e| KvmError::Open(io::Error::from_raw_os_error(e.errno())))?;
     let version = kvm.get_api_version();
     if u32::try_from(version) != Ok(KVM_API_VERSION) {
@@ -48,13 +71,13 @@ pub(super) fn open() -> Result<Kvm, KvmError> {
 
 /// The CPUID leaves that this host's KVM can give a guest.
 pub fn host_cpuid() -> Result<Vec<CpuidEntry>, KvmError> {
-    supported_cpuid(&open()?)
+    supported_cpuid(shared()?)
 }
 
 /// The numbers of the model specific registers that this host's KVM can save and restore, those
 /// included that every KVM has and older ones do not list.
 pub fn host_msrs() -> Result<Vec<u32>, KvmError> {
-    Ok(msr::to_save(&msr_list(&open()?)?))
+    Ok(msr::to_save(msr_list(shared()?)?))
 }
 
 /// `KVM_GET_SUPPORTED_CPUID`, asked once per process: the host does not change, and where the host
@@ -74,12 +97,16 @@ pub(super) fn supported_cpuid(kvm: &Kvm) -> Result<Vec<CpuidEntry>, KvmError> {
     Ok(SUPPORTED.get_or_init(|| leaves).clone())
 }
 
-/// `KVM_GET_MSR_INDEX_LIST`.
-pub(super) fn msr_list(kvm: &Kvm) -> Result<Vec<u32>, KvmError> {
+/// `KVM_GET_MSR_INDEX_LIST`, asked once per process.
+pub(super) fn msr_list(kvm: &Kvm) -> Result<&'static [u32], KvmError> {
+    static LISTED: OnceLock<Vec<u32>> = OnceLock::new();
+    if let Some(known) = LISTED.get() {
+        return Ok(known);
+    }
     let list = kvm
         .get_msr_index_list()
         .map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
-    Ok(list.as_slice().to_vec())
+    Ok(LISTED.get_or_init(|| list.as_slice().to_vec()))
 }
 
 fn entry_from_kvm(entry: &kvm_cpuid_entry2) -> CpuidEntry {

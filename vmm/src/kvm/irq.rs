@@ -2,6 +2,7 @@
 //! Interrupt chips, timer and clock of a VM: their saved form, and interrupt lines into them.
 
 use std::mem::offset_of;
+use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use kvm_bindings::{
@@ -159,9 +160,12 @@ impl Vm {
     }
 
     /// Whether `KVM_SET_CLOCK` can add the wall-clock time that has passed (Linux 5.16).
-    fn clock_follows_realtime(&self) -> bool {
-        let flags = self.fd.check_extension_int(Cap::AdjustClock);
-        u32::try_from(flags).is_ok_and(|flags| flags & KVM_CLOCK_REALTIME != 0)
+    pub(super) fn clock_follows_realtime(&self) -> bool {
+        static FOLLOWS: OnceLock<bool> = OnceLock::new();
+        *FOLLOWS.get_or_init(|| {
+            let flags = self.fd.check_extension_int(Cap::AdjustClock);
+            u32::try_from(flags).is_ok_and(|flags| flags & KVM_CLOCK_REALTIME != 0)
+        })
     }
 }
 

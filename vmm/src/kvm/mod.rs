@@ -19,7 +19,7 @@ use thiserror::Error;
 
 use crate::vcpu::state::Section;
 
-pub use host::{host_cpuid, host_msrs};
+pub use host::{host_cpuid, host_msrs, learn};
 
 /// Why KVM could not do something.
 #[derive(Debug, Error)]

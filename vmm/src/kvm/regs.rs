@@ -4,9 +4,11 @@
 //! The state of one vCPU as the kernel's structures.
 
 use std::io;
+use std::sync::OnceLock;
 
 use kvm_bindings::{
-    CpuId, Msrs, Xsave, kvm_dtable, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment, kvm_xsave,
+    CpuId, KVM_MP_STATE_RUNNABLE, Msrs, Xsave, kvm_debugregs, kvm_dtable, kvm_mp_state,
+    kvm_msr_entry, kvm_regs, kvm_segment, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 
 use super::vcpu::Vcpu;
@@ -38,12 +40,23 @@ impl Vcpu {
         self.fd.get_tsc_khz().ok().filter(|&khz| khz > 0)
     }
 
+    /// Rate of the guest's TSC in kHz after [`Self::set_tsc_khz`] with `khz`, without asking again.
+    pub fn tsc_khz_after(&self, khz: Option<u32>) -> Option<u32> {
+        self.host_tsc_khz().map(|host_khz| khz.unwrap_or(host_khz))
+    }
+
+    /// Rate in kHz with which a new vCPU of this host begins, asked once per process.
+    pub(super) fn host_tsc_khz(&self) -> Option<u32> {
+        static HOST_KHZ: OnceLock<Option<u32>> = OnceLock::new();
+        *HOST_KHZ.get_or_init(|| self.tsc_khz())
+    }
+
     /// Makes the guest's TSC run at `khz` kHz. Before the TSC itself.
     ///
     /// Where KVM cannot scale the TSC only the host's own rate is possible, or one so near that KVM
     /// takes it for the same.
     pub fn set_tsc_khz(&self, khz: u32) -> Result<(), KvmError> {
-        let Some(host_khz) = self.tsc_khz() else {
+        let Some(host_khz) = self.host_tsc_khz() else {
             return Ok(());
         };
         if host_khz == khz {
@@ -106,6 +119,42 @@ impl Vcpu {
             Section::Lapic => abi::to_bytes(&fd.get_lapic().map_err(ioctl("KVM_GET_LAPIC"))?),
             Section::Events => {
                 abi::to_bytes(&fd.get_vcpu_events().map_err(ioctl("KVM_GET_VCPU_EVENTS"))?)
+            }
+        })
+    }
+
+    /// Whether `bytes` say what a new vCPU has there anyway. Each call into a vCPU has KVM load it
+    /// into the processor first, which reads a register of the host: much where the host is itself
+    /// a guest. General and system registers, XSAVE area and local APIC are not looked at: a vCPU
+    /// that ran never has those of a reset.
+    pub fn has_from_reset(&self, section: Section, bytes: &[u8]) -> Result<bool, KvmError> {
+        Ok(match section {
+            Section::MpState => {
+                let state: kvm_mp_state = abi::from_bytes("run state", bytes)?;
+                // The others wait for their start-up interrupt.
+                self.number == 0 && state.mp_state == KVM_MP_STATE_RUNNABLE
+            }
+            Section::Xcrs => {
+                let xcrs: kvm_xcrs = abi::from_bytes("extended control registers", bytes)?;
+                let [first, ..] = xcrs.xcrs;
+                xcrs.nr_xcrs == 1 && xcrs.flags == 0 && (first.xcr, first.value) == (0, 1)
+            }
+            Section::DebugRegisters => {
+                let debug: kvm_debugregs = abi::from_bytes("debug registers", bytes)?;
+                // Intel SDM, volume 3, "Debug Registers": what reset leaves.
+                debug.db == [0; 4] && (debug.dr6, debug.dr7, debug.flags) == (0xffff_0ff0, 0x400, 0)
+            }
+            Section::Events => {
+                let events: kvm_vcpu_events = abi::from_bytes("events", bytes)?;
+                // The flags only say which fields are meant.
+                let nothing = kvm_vcpu_events {
+                    flags: events.flags,
+                    ..Default::default()
+                };
+                events == nothing
+            }
+            Section::Registers | Section::SystemRegisters | Section::Xsave | Section::Lapic => {
+                false
             }
         })
     }

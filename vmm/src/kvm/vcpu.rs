@@ -28,6 +28,7 @@ const MAX_RUN_AGAIN: u32 = 64;
 /// One vCPU of the kernel.
 #[derive(Debug)]
 pub struct Vcpu {
+    pub(super) number: u8,
     pub(super) fd: VcpuFd,
     pub(super) xsave_bytes: usize,
     pub(super) can_scale_tsc: bool,
@@ -69,6 +70,7 @@ impl ExitFlag {
 
 impl Vcpu {
     pub(super) fn new(
+        number: u8,
         fd: VcpuFd,
         xsave_bytes: usize,
         can_scale_tsc: bool,
@@ -78,6 +80,7 @@ impl Vcpu {
             .map_raw(&fd)
             .map_err(KvmError::MapRun)?;
         Ok(Self {
+            number,
             fd,
             xsave_bytes,
             can_scale_tsc,

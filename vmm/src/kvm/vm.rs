@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::vcpu::Vcpu;
@@ -24,7 +26,7 @@ const XSAVE_BYTES: usize = 4096;
 #[derive(Debug)]
 pub struct Vm {
     pub(super) fd: VmFd,
-    kvm: Kvm,
+    kvm: &'static Kvm,
     xsave_bytes: usize,
     // Last, so that the memory which the slots name outlives the VM.
     _ram: Option<Arc<GuestRam>>,
@@ -33,8 +35,8 @@ pub struct Vm {
 impl Vm {
     /// Opens KVM and makes an empty VM.
     pub fn create() -> Result<Self, KvmError> {
-        let kvm = host::open()?;
-        let fd = create_vm(&kvm)?;
+        let kvm = host::shared()?;
+        let fd = create_vm(kvm)?;
         let xsave_bytes = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             fd,
@@ -50,12 +52,13 @@ impl Vm {
         for slot in ram.slots().iter() {
             let region = kvm_userspace_memory_region {
                 slot: slot.number,
-                flags: 0,
+                flags: if slot.is_rom { KVM_MEM_READONLY } else { 0 },
                 guest_phys_addr: slot.guest_address,
                 memory_size: slot.bytes,
                 userspace_addr: slot.host_address,
             };
-            // SAFETY: the region is a segment of `ram`, mapped readable and writable, and `self`
+            // SAFETY: the region is a segment of `ram`, mapped readable and writable (also one
+            // that the guest may only read), and `self`
             // keeps `ram` alive until its own descriptor is closed.
             unsafe { self.fd.set_user_memory_region(region) }
                 .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
@@ -92,17 +95,17 @@ impl Vm {
             .create_vcpu(number.into())
             .map_err(ioctl("KVM_CREATE_VCPU"))?;
         let can_scale_tsc = self.kvm.check_extension(Cap::TscControl);
-        Vcpu::new(fd, self.xsave_bytes, can_scale_tsc)
+        Vcpu::new(number, fd, self.xsave_bytes, can_scale_tsc)
     }
 
     /// The CPUID leaves that KVM can give a guest here.
     pub fn supported_cpuid(&self) -> Result<Vec<CpuidEntry>, KvmError> {
-        host::supported_cpuid(&self.kvm)
+        host::supported_cpuid(self.kvm)
     }
 
     /// The model specific registers that KVM can save and restore here.
-    pub fn msr_list(&self) -> Result<Vec<u32>, KvmError> {
-        host::msr_list(&self.kvm)
+    pub fn msr_list(&self) -> Result<&'static [u32], KvmError> {
+        host::msr_list(self.kvm)
     }
 }
 

@@ -5,7 +5,9 @@ use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::arch::x86_64::ports::{COM1_GSI, COM1_PORTS, I8042_PORTS, POWER_PORTS};
+use crate::arch::x86_64::ports::{
+    COM1_GSI, COM1_PORTS, I8042_PORTS, POWER_BUTTON_GSI, POWER_PORTS,
+};
 use crate::device::bus::{BusError, MmioBus, PioBus};
 use crate::device::irq::IrqLine;
 use crate::device::legacy::console::{Console, SerialTarget};
@@ -27,6 +29,7 @@ pub(super) struct Devices {
     mmio: Arc<MmioBus>,
     com1: Arc<Mutex<Serial>>,
     com1_irq: IrqLine,
+    power_button: IrqLine,
     console: Console,
 }
 
@@ -78,18 +81,28 @@ impl Devices {
             mmio: Arc::new(MmioBus::new()),
             com1,
             com1_irq,
+            power_button: IrqLine::new().map_err(|e| device_error("power button", e))?,
             console,
         })
     }
 
     /// Connects the devices to the VM's interrupt lines.
     pub(super) fn connect_irqs(&self, vm: &Vm) -> Result<(), KvmError> {
-        vm.connect_irq(self.com1_irq.event(), COM1_GSI)
+        vm.connect_irq(self.com1_irq.event(), COM1_GSI)?;
+        vm.connect_irq(self.power_button.event(), POWER_BUTTON_GSI)
     }
 
     /// Waits until every interrupt that a device has raised has reached the VM's chips.
     pub(super) fn flush_irqs(&self, vm: &Vm) -> Result<(), KvmError> {
-        vm.flush_irq(self.com1_irq.event(), COM1_GSI)
+        vm.flush_irq(self.com1_irq.event(), COM1_GSI)?;
+        vm.flush_irq(self.power_button.event(), POWER_BUTTON_GSI)
+    }
+
+    /// Presses the power button: whether the guest cares is up to it.
+    pub(super) fn press_power_button(&self) {
+        if let Err(error) = self.power_button.trigger() {
+            tracing::warn!("the power button cannot be pressed: {error}");
+        }
     }
 
     /// Says where COM1 goes, for a machine that was made before that was known.
@@ -99,10 +112,17 @@ impl Devices {
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 
-    /// Lets input in from outside. `on_quit` is called when somebody at a terminal asks to quit.
+    /// Lets in what input waits outside. `on_quit` is called when somebody at a terminal asks to quit.
     pub(super) fn attach(&mut self, on_quit: Box<dyn Fn() + Send>) -> Result<(), MachineError> {
         self.console
             .attach(Arc::clone(&self.com1), on_quit)
+            .map_err(|e| device_error(SERIAL_KIND, e))
+    }
+
+    /// Lets input in from now on.
+    pub(super) fn feed(&mut self) -> Result<(), MachineError> {
+        self.console
+            .feed()
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 

@@ -16,7 +16,7 @@ use crate::kvm::KvmError;
 use crate::kvm::irq::Chip;
 use crate::kvm::vm::Vm;
 use crate::vcpu::run::Stop;
-use crate::vcpu::thread::{Report, VcpuThread};
+use crate::vcpu::thread::{FirstOrder, Report, VcpuThread};
 
 use super::devices::Devices;
 use super::error::MachineError;
@@ -35,6 +35,8 @@ pub(super) enum Message {
     Save(Sender<Result<MachineState, MachineError>>),
     /// COM1 goes there from now on; it was to be said later.
     BindSerial(SerialTarget, Sender<Result<(), MachineError>>),
+    /// Press the power button.
+    PressPowerButton,
     /// End the machine.
     Stop { reason: String },
     /// A vCPU has something to say.
@@ -77,9 +79,12 @@ impl Doing {
 }
 
 impl Driver {
-    /// The body of the thread: from paused until the machine ends.
-    pub(super) fn run(mut self, inbox: &Receiver<Message>) -> Outcome {
-        let mut doing = Doing::Paused;
+    /// The body of the thread: from what the vCPUs were told first until the machine ends.
+    pub(super) fn run(mut self, inbox: &Receiver<Message>, first_order: FirstOrder) -> Outcome {
+        let mut doing = match first_order {
+            FirstOrder::Wait => Doing::Paused,
+            FirstOrder::Run => Doing::Running,
+        };
         let outcome = loop {
             // Every handle is gone: nobody can ever ask for anything again.
             let Ok(message) = inbox.recv() else {
@@ -110,6 +115,10 @@ impl Driver {
                 let _ = reply.send(self.bind_serial(target));
                 Ok(doing)
             }
+            Message::PressPowerButton => {
+                self.devices.press_power_button();
+                Ok(doing)
+            }
             Message::Stop { reason } => {
                 tracing::info!(reason, "stopping the machine");
                 Err(Outcome::Stopped)
@@ -130,7 +139,8 @@ impl Driver {
         self.devices.bind_serial(target)?;
         let on_quit = self.handle.clone();
         self.devices
-            .attach(Box::new(move || on_quit.stop("asked to at its terminal")))
+            .attach(Box::new(move || on_quit.stop("asked to at its terminal")))?;
+        self.devices.feed()
     }
 
     fn resume(&self, doing: Doing, reply: &Sender<Result<(), Refusal>>) -> Doing {

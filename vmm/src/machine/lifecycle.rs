@@ -86,10 +86,23 @@ impl MachineHandle {
         let _ = self.requests.send(Message::Stop { reason });
     }
 
+    /// Presses the power button. What comes of it is the guest's decision, once it runs.
+    pub fn press_power_button(&self) {
+        let _ = self.requests.send(Message::PressPowerButton);
+    }
+
     /// Stops the vCPUs at a consistent point and waits for that. Whoever owns the machine still
     /// has a `Machine<Running>`; its `pause` then has nothing left to do.
     pub fn pause(&self) -> Result<(), MachineError> {
         ask(&self.requests, Message::Pause)
+    }
+
+    /// Reads everything that is not RAM, after [`Self::pause`]. RAM must be taken before
+    /// [`Self::resume`].
+    pub fn save(&self) -> Result<MachineState, MachineError> {
+        let (reply, answer) = bounded(1);
+        let _ = self.requests.send(Message::Save(reply));
+        answer.recv().map_err(|_| MachineError::Gone)?
     }
 
     /// Lets the vCPUs run again after [`Self::pause`].
@@ -98,7 +111,7 @@ impl MachineHandle {
     }
 }
 
-impl Machine<Paused> {
+impl<State> Machine<State> {
     pub(super) fn new(
         driver: DriverThread,
         ram: Arc<GuestRam>,
@@ -113,7 +126,9 @@ impl Machine<Paused> {
             state: PhantomData,
         }
     }
+}
 
+impl Machine<Paused> {
     /// Says where COM1 goes, for a machine that was made with [`SerialTarget::Later`].
     pub fn bind_serial(&self, target: SerialTarget) -> Result<(), MachineError> {
         let (reply, answer) = bounded(1);
@@ -134,22 +149,11 @@ impl Machine<Paused> {
         answer.recv().map_err(|_| MachineError::Gone)?
     }
 
-    /// The machine's RAM, which does not change while the machine is paused.
-    pub fn ram(&self) -> &GuestRam {
-        &self.ram
-    }
-
     /// Ends the machine and gives its RAM back.
     pub fn into_ram(self) -> Result<GuestRam, MachineError> {
         let Self { driver, ram, .. } = self;
         drop(driver);
         Arc::try_unwrap(ram).map_err(|_| MachineError::RamInUse)
-    }
-
-    /// How long the stages of making this machine took: `load` (of a kernel), `devices`,
-    /// `vm`, `slots+irqchip`, `vcpus`, `state`, `threads`.
-    pub fn stages(&self) -> &Stages {
-        &self.stages
     }
 }
 
@@ -173,10 +177,21 @@ impl Machine<Running> {
 }
 
 impl<State> Machine<State> {
+    /// The machine's RAM, which does not change while the machine is paused.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
     /// The machine's RAM, for those who look at it when the machine has ended. While the vCPUs run
     /// its content changes at any time.
     pub fn shared_ram(&self) -> Arc<GuestRam> {
         Arc::clone(&self.ram)
+    }
+
+    /// How long the stages of making this machine took: `load` (of a kernel), `devices`,
+    /// `vm`, `slots+irqchip`, `vcpus`, `state`, `threads`.
+    pub fn stages(&self) -> &Stages {
+        &self.stages
     }
 
     /// A way to this machine for other threads.

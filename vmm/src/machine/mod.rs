@@ -14,7 +14,7 @@ mod stages;
 pub mod state;
 
 pub use crate::vcpu::run::Failure;
-pub use build::HostCheck;
+pub use build::{HostCheck, prepare_for_forks};
 pub use error::MachineError;
 pub use lifecycle::{Machine, MachineHandle, Outcome, Paused, Running};
 pub use request::{Phase, Refusal, Request, Verdict, decide};

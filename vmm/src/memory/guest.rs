@@ -13,12 +13,13 @@ use std::io;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use pando_pager::CloneMemory;
+use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::layout::RamLayout;
-use super::slots::Slots;
+use super::slots::{HostMemory, Slots};
 use crate::observe::memory::ram::MemoryPlace;
 
 /// Why guest memory could not be made or touched.
@@ -70,6 +71,8 @@ pub enum GuestMemoryError {
 pub enum RamBacking {
     /// A template being made: the file, mapped shared; guest writes go to the file.
     Shared(MmapRaw),
+    /// Memory that the guest can only read: a private mapping of a file that is open read-only.
+    Rom(MmapMut),
     /// Engine `kernel`: a private mapping of a file that is open read-only.
     Private(MmapMut),
     /// Anonymous memory of a VM that is no clone.
@@ -81,9 +84,19 @@ pub enum RamBacking {
 impl RamBacking {
     /// Maps the first `bytes` of a template's RAM file shared and writable.
     pub fn shared(file: &File, bytes: u64) -> Result<Self, GuestMemoryError> {
+        Self::shared_from(file, 0, bytes)
+    }
+
+    /// Maps `bytes` of a file shared and writable, from `offset_bytes` on.
+    pub fn shared_from(
+        file: &File,
+        offset_bytes: u64,
+        bytes: u64,
+    ) -> Result<Self, GuestMemoryError> {
         let length = usize::try_from(bytes).unwrap_or(usize::MAX);
         MmapOptions::new()
             .len(length)
+            .offset(offset_bytes)
             .map_raw(file)
             .map(Self::Shared)
             .map_err(|source| GuestMemoryError::Map { bytes, source })
@@ -91,17 +104,13 @@ impl RamBacking {
 
     /// Maps the first `bytes` of `file`, which may be open read-only, privately: writes stay here.
     pub fn private(file: &File, bytes: u64) -> Result<Self, GuestMemoryError> {
-        let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-        // SAFETY: the mapping is never turned into a reference: only its address is used, and all
-        // access is by volatile copy. A file that changes underneath is a refused template.
-        unsafe {
-            MmapOptions::new()
-                .len(length)
-                .no_reserve_swap()
-                .map_copy(file)
-        }
-        .map(Self::Private)
-        .map_err(|source| GuestMemoryError::Map { bytes, source })
+        private_mapping(file, 0, bytes).map(Self::Private)
+    }
+
+    /// Maps `bytes` of `file`, which may be open read-only, from `offset_bytes` on, as memory that the
+    /// guest can only read. The mapping itself is private: whatever went wrong, the file stays as it is.
+    pub fn rom(file: &File, offset_bytes: u64, bytes: u64) -> Result<Self, GuestMemoryError> {
+        private_mapping(file, offset_bytes, bytes).map(Self::Rom)
     }
 
     /// Fresh zeroed memory.
@@ -115,10 +124,30 @@ impl RamBacking {
             .map_err(|source| GuestMemoryError::Map { bytes, source })
     }
 
+    /// Lets the kernel merge equal pages of this memory, or leaves it out of core dumps, or brings and
+    /// makes writable every page now; the pager must serve already where there is one.
+    pub fn advise(&self, advice: MemoryAdvice) -> io::Result<()> {
+        let length = usize::try_from(self.bytes()).unwrap_or(usize::MAX);
+        let advice = match advice {
+            MemoryAdvice::Merge => Advice::LinuxMergeable,
+            MemoryAdvice::LeaveOutOfDumps => Advice::LinuxDontDump,
+            MemoryAdvice::Populate => Advice::LinuxPopulateWrite,
+        };
+        // SAFETY: the range is all of this backing's mapping, and none of these changes what the
+        // memory holds.
+        unsafe { rustix::mm::madvise(self.host_address().cast(), length, advice) }?;
+        Ok(())
+    }
+
+    /// Whether the guest can only read it.
+    pub fn is_rom(&self) -> bool {
+        matches!(self, Self::Rom(_))
+    }
+
     fn host_address(&self) -> *mut u8 {
         match self {
             Self::Shared(mapping) | Self::Anonymous(mapping) => mapping.as_mut_ptr(),
-            Self::Private(mapping) => mapping.as_ptr().cast_mut(),
+            Self::Private(mapping) | Self::Rom(mapping) => mapping.as_ptr().cast_mut(),
             Self::Paged(memory) => memory.host_address(),
         }
     }
@@ -126,10 +155,39 @@ impl RamBacking {
     fn bytes(&self) -> u64 {
         match self {
             Self::Shared(mapping) | Self::Anonymous(mapping) => mapping.len() as u64,
-            Self::Private(mapping) => mapping.len() as u64,
+            Self::Private(mapping) | Self::Rom(mapping) => mapping.len() as u64,
             Self::Paged(memory) => memory.bytes(),
         }
     }
+}
+
+/// What the kernel can be told of a backing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MemoryAdvice {
+    /// Equal pages may become one (KSM).
+    Merge,
+    /// A core dump does not have it.
+    LeaveOutOfDumps,
+    /// Every page is there before anybody asks.
+    Populate,
+}
+
+fn private_mapping(
+    file: &File,
+    offset_bytes: u64,
+    bytes: u64,
+) -> Result<MmapMut, GuestMemoryError> {
+    let length = usize::try_from(bytes).unwrap_or(usize::MAX);
+    // SAFETY: the mapping is never turned into a reference: only its address is used, and all access
+    // is by volatile copy. A file that changes underneath is a refused template.
+    unsafe {
+        MmapOptions::new()
+            .len(length)
+            .offset(offset_bytes)
+            .no_reserve_swap()
+            .map_copy(file)
+    }
+    .map_err(|source| GuestMemoryError::Map { bytes, source })
 }
 
 /// All RAM of one machine: the backings, where the guest sees them, and copies in and out.
@@ -155,11 +213,14 @@ impl GuestRam {
                 });
             }
         }
-        let bases: Vec<u64> = backings
+        let hosts: Vec<HostMemory> = backings
             .iter()
-            .map(|backing| backing.host_address() as u64)
+            .map(|backing| HostMemory {
+                address: backing.host_address() as u64,
+                is_rom: backing.is_rom(),
+            })
             .collect();
-        let slots = Slots::new(&layout, &bases).ok_or(GuestMemoryError::BackingSize {
+        let slots = Slots::new(&layout, &hosts).ok_or(GuestMemoryError::BackingSize {
             backend: backings.len(),
             expected: layout.total_bytes(),
             actual: backings.iter().map(RamBacking::bytes).sum(),
@@ -229,8 +290,12 @@ impl GuestRam {
         &self.regions
     }
 
-    /// Copies `bytes` into RAM; may fault pages in.
+    /// Copies `bytes` into RAM; may fault pages in. What goes to read-only memory is lost, as it is for
+    /// the guest.
     pub fn write(&self, guest_address: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
+        if self.slots.is_rom_at(guest_address) {
+            return Ok(());
+        }
         self.regions
             .write_slice(bytes, GuestAddress(guest_address))
             .map_err(|source| GuestMemoryError::Access {
@@ -288,6 +353,31 @@ mod tests {
                 .iter()
                 .all(|&byte| byte == 0)
         );
+    }
+
+    #[test]
+    fn read_only_memory_is_the_file_and_takes_no_writes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [[7; 4096], [8; 4096]].concat()).unwrap();
+        let read_only = File::open(file.path()).unwrap();
+        let backing = RamBacking::rom(&read_only, 4096, 4096).unwrap();
+        let ram = GuestRam::new(RamLayout::new(&[4096]).unwrap(), vec![backing]).unwrap();
+        ram.write(0, b"lost").unwrap();
+        let mut back = [0; 4];
+        ram.read(0, &mut back).unwrap();
+        assert_eq!(back, [8; 4]);
+    }
+
+    #[test]
+    fn every_advice_is_taken() {
+        let backing = RamBacking::anonymous(1 << 20).unwrap();
+        for advice in [MemoryAdvice::LeaveOutOfDumps, MemoryAdvice::Populate] {
+            backing.advise(advice).unwrap();
+        }
+        // A kernel without KSM knows no merging.
+        if let Err(error) = backing.advise(MemoryAdvice::Merge) {
+            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        }
     }
 
     #[test]

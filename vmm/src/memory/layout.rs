@@ -15,6 +15,8 @@ pub const LOCAL_APIC_BASE: u64 = 0xfee0_0000;
 pub const KVM_TSS_ADDRESS: u64 = 0xfffb_d000;
 /// One page that KVM needs on Intel for real mode (`KVM_SET_IDENTITY_MAP_ADDR`).
 pub const KVM_IDENTITY_MAP_ADDRESS: u64 = 0xfffb_c000;
+/// Memory modules begin at the first multiple of this behind RAM.
+const MODULE_AREA_ALIGN_BYTES: u64 = 1 << 30;
 /// Size of a guest page in bytes.
 pub const PAGE_BYTES: u64 = 4096;
 
@@ -37,6 +39,21 @@ pub enum LayoutError {
     /// The sum of all backends does not fit into 64 bits.
     #[error("memory backends add up to more than 2^64 bytes")]
     TooLarge,
+    /// A module at an address of other memory, or of none.
+    #[error("memory module at {guest_address:#x} lies in other memory or outside 2^64 bytes")]
+    Module {
+        /// Where it was to be.
+        guest_address: u64,
+    },
+}
+
+/// Where a memory module is to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placed {
+    /// First guest physical address.
+    pub guest_address: u64,
+    /// Length in bytes.
+    pub bytes: u64,
 }
 
 /// A run of guest physical addresses that one backend provides.
@@ -57,6 +74,8 @@ pub struct RamSegment {
 pub struct RamLayout {
     segments: Vec<RamSegment>,
     backends: Vec<u64>,
+    /// How many of the last backends are modules.
+    modules: usize,
 }
 
 impl RamLayout {
@@ -99,7 +118,67 @@ impl RamLayout {
         Ok(Self {
             segments,
             backends: backend_bytes.to_vec(),
+            modules: 0,
         })
+    }
+
+    /// Adds memory modules, each of them a backend behind those that there are.
+    pub fn with_modules(mut self, modules: &[Placed]) -> Result<Self, LayoutError> {
+        for &Placed {
+            guest_address,
+            bytes,
+        } in modules
+        {
+            let backend = self.backends.len();
+            if bytes == 0 || bytes % PAGE_BYTES != 0 {
+                return Err(LayoutError::BadSize { backend, bytes });
+            }
+            let fault = LayoutError::Module { guest_address };
+            let Some(end) = guest_address.checked_add(bytes) else {
+                return Err(fault);
+            };
+            let meets = |other: &RamSegment| {
+                guest_address < other.guest_address + other.bytes && other.guest_address < end
+            };
+            if guest_address < HIGH_RAM_START
+                || guest_address % PAGE_BYTES != 0
+                || self.segments.iter().any(meets)
+            {
+                return Err(fault);
+            }
+            self.segments.push(RamSegment {
+                guest_address,
+                bytes,
+                backend,
+                backend_offset_bytes: 0,
+            });
+            self.backends.push(bytes);
+            self.modules += 1;
+        }
+        self.segments.sort_by_key(|segment| segment.guest_address);
+        Ok(self)
+    }
+
+    /// Where memory modules may begin: behind all RAM, above 4 GiB.
+    pub fn module_area_start(&self) -> u64 {
+        let end = self.ram_segments().map(|s| s.guest_address + s.bytes).max();
+        let end = end.unwrap_or(0).max(HIGH_RAM_START);
+        end.checked_next_multiple_of(MODULE_AREA_ALIGN_BYTES)
+            .unwrap_or(u64::MAX)
+    }
+
+    /// Segments of RAM without modules, lowest guest address first.
+    pub fn ram_segments(&self) -> impl Iterator<Item = &RamSegment> {
+        let modules = self.backends.len() - self.modules;
+        let is_ram = move |segment: &&RamSegment| segment.backend < modules;
+        self.segments.iter().filter(is_ram)
+    }
+
+    /// Segments of memory modules, lowest guest address first.
+    pub fn module_segments(&self) -> impl Iterator<Item = &RamSegment> {
+        let modules = self.backends.len() - self.modules;
+        let is_module = move |segment: &&RamSegment| segment.backend >= modules;
+        self.segments.iter().filter(is_module)
     }
 
     /// All segments, lowest guest address first.
@@ -123,7 +202,7 @@ impl RamLayout {
             })
     }
 
-    /// All RAM in bytes.
+    /// All RAM in bytes, modules included.
     pub fn total_bytes(&self) -> u64 {
         self.backends.iter().sum()
     }
@@ -138,10 +217,9 @@ impl RamLayout {
             .unwrap_or(0)
     }
 
-    /// First address behind the RAM above the gap, if there is any.
+    /// First address behind the RAM above the gap, if there is any; modules do not count.
     pub fn high_ram_end(&self) -> Option<u64> {
-        self.segments
-            .iter()
+        self.ram_segments()
             .filter(|segment| segment.guest_address >= HIGH_RAM_START)
             .map(|segment| segment.guest_address + segment.bytes)
             .max()
@@ -194,6 +272,35 @@ mod tests {
                 bytes: 0
             })
         );
+    }
+
+    #[test]
+    fn modules_lie_behind_ram_and_never_in_it() {
+        let layout = RamLayout::new(&[5 * GIB]).unwrap();
+        assert_eq!(layout.module_area_start(), 6 * GIB);
+        assert_eq!(layout.high_ram_end(), Some(6 * GIB));
+        let small = RamLayout::new(&[64 << 20]).unwrap();
+        assert_eq!(small.module_area_start(), 4 * GIB);
+        let at = |guest_address, bytes| Placed {
+            guest_address,
+            bytes,
+        };
+        let both = [at(7 * GIB, GIB), at(4 * GIB, GIB)];
+        let layout = small.clone().with_modules(&both).unwrap();
+        assert_eq!(layout.backend_bytes(), [64 << 20, GIB, GIB]);
+        let addresses: Vec<u64> = layout.segments().iter().map(|s| s.guest_address).collect();
+        assert_eq!(addresses, [0, 4 * GIB, 7 * GIB]);
+        assert_eq!(layout.ram_segments().count(), 1);
+        assert_eq!(layout.module_segments().count(), 2);
+        assert_eq!(layout.high_ram_end(), None);
+        assert_eq!(layout.guest_address(2, 4096), Some(4 * GIB + 4096));
+        for wrong in [
+            [at(4 * GIB, GIB), at(5 * GIB - 4096, 8192)],
+            [at(0, 4096), at(4 * GIB, 4096)],
+            [at(4 * GIB, 4096), at(u64::MAX - 4095, 8192)],
+        ] {
+            assert!(small.clone().with_modules(&wrong).is_err(), "{wrong:?}");
+        }
     }
 
     proptest! {

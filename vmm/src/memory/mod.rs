@@ -2,8 +2,11 @@
 //!
 //! [`layout`] places backends in the guest's address space, [`slots`] is the one place where guest
 //! addresses and pages of an image meet, and [`guest`] is the only code that reads or writes guest
-//! RAM (by copy, never by reference).
+//! RAM (by copy, never by reference). [`open`] opens the file of a backend, and [`provide`] makes all
+//! memory of a machine that is neither template directory nor clone of one.
 
 pub mod guest;
 pub mod layout;
+pub mod open;
+pub mod provide;
 pub mod slots;

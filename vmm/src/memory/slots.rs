@@ -22,6 +22,17 @@ pub struct Slot {
     pub backend: usize,
     /// First page of that backend's image.
     pub first_page: u64,
+    /// Whether the guest can only read it.
+    pub is_rom: bool,
+}
+
+/// The memory of one backend in this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostMemory {
+    /// First address.
+    pub address: u64,
+    /// Whether the guest can only read it.
+    pub is_rom: bool,
 }
 
 /// All slots of a machine, in ascending guest address order.
@@ -31,22 +42,22 @@ pub struct Slots {
 }
 
 impl Slots {
-    /// Pairs each segment of `layout` with host memory; `host_base` has the first host address of
-    /// each backend, in the machine's order.
+    /// Pairs each segment of `layout` with host memory; `hosts` has each backend, in the machine's
+    /// order.
     ///
     /// Returns `None` when a backend has no host address or there are more segments than slots.
-    pub fn new(layout: &RamLayout, host_base: &[u64]) -> Option<Self> {
+    pub fn new(layout: &RamLayout, hosts: &[HostMemory]) -> Option<Self> {
         let slots = layout
             .segments()
             .iter()
             .enumerate()
             .map(|(number, segment)| {
+                let host = hosts.get(segment.backend)?;
                 Some(Slot {
                     number: u32::try_from(number).ok()?,
                     guest_address: segment.guest_address,
-                    host_address: host_base
-                        .get(segment.backend)?
-                        .checked_add(segment.backend_offset_bytes)?,
+                    host_address: host.address.checked_add(segment.backend_offset_bytes)?,
+                    is_rom: host.is_rom,
                     bytes: segment.bytes,
                     backend: segment.backend,
                     first_page: segment.backend_offset_bytes / PAGE_BYTES,
@@ -76,6 +87,14 @@ impl Slots {
             })
     }
 
+    /// Whether a guest address is of memory that the guest can only read.
+    pub fn is_rom_at(&self, guest_address: u64) -> bool {
+        self.slots.iter().any(|slot| {
+            slot.is_rom
+                && (slot.guest_address..slot.guest_address + slot.bytes).contains(&guest_address)
+        })
+    }
+
     /// The guest address at which a page of a backend's image is seen; `None` past its end.
     pub fn guest_address_of(&self, backend: usize, page: u64) -> Option<u64> {
         self.slots
@@ -91,12 +110,19 @@ impl Slots {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::layout::HIGH_RAM_START;
+    use crate::memory::layout::{HIGH_RAM_START, Placed};
+
+    fn host(address: u64) -> HostMemory {
+        HostMemory {
+            address,
+            is_rom: false,
+        }
+    }
 
     #[test]
     fn pages_and_addresses_convert_both_ways_around_the_gap() {
         let layout = RamLayout::new(&[5 << 30]).unwrap();
-        let slots = Slots::new(&layout, &[0x7f00_0000_0000]).unwrap();
+        let slots = Slots::new(&layout, &[host(0x7f00_0000_0000)]).unwrap();
         let above_gap = HIGH_RAM_START + 3 * PAGE_BYTES + 5;
         let (backend, page) = slots.page_at(above_gap).unwrap();
         assert_eq!((backend, page), (0, (3 << 30) / PAGE_BYTES + 3));
@@ -109,6 +135,24 @@ mod tests {
     #[test]
     fn a_backend_without_memory_gives_no_slots() {
         let layout = RamLayout::new(&[1 << 20, 1 << 20]).unwrap();
-        assert_eq!(Slots::new(&layout, &[0x1000]), None);
+        assert_eq!(Slots::new(&layout, &[host(0x1000)]), None);
+    }
+
+    #[test]
+    fn read_only_memory_is_known_by_its_addresses() {
+        let module = Placed {
+            guest_address: HIGH_RAM_START,
+            bytes: PAGE_BYTES,
+        };
+        let layout = RamLayout::new(&[1 << 20]).unwrap();
+        let layout = layout.with_modules(&[module]).unwrap();
+        let rom = HostMemory {
+            address: 0x20_0000,
+            is_rom: true,
+        };
+        let slots = Slots::new(&layout, &[host(0x10_0000), rom]).unwrap();
+        assert!(slots.is_rom_at(HIGH_RAM_START + 4095));
+        assert!(!slots.is_rom_at(0) && !slots.is_rom_at(HIGH_RAM_START + 4096));
+        assert_eq!(slots.page_at(HIGH_RAM_START), Some((1, 0)));
     }
 }

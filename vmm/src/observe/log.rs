@@ -2,8 +2,10 @@
 //! Where logs go: standard error, so that output stays a program's.
 
 use std::fmt;
-use std::io::IsTerminal;
-use std::sync::{PoisonError, RwLock};
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError, RwLock};
 
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -20,6 +22,27 @@ pub fn start(verbosity: u8) {
     start_with(verbosity, "");
 }
 
+/// Starts logging to a file, or to standard error where there is none; `filter` adds to warnings, in
+/// the form of `PANDO_LOG`.
+pub fn start_to(path: Option<&Path>, filter: &str) -> io::Result<()> {
+    let asked = std::env::var("PANDO_LOG").unwrap_or_default();
+    let all = format!("warn,metrics_exporter_prometheus=error,{filter},{asked}");
+    let filter = EnvFilter::builder().parse_lossy(all.trim_end_matches(','));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(false)
+        .log_internal_errors(false)
+        .event_format(Marked);
+    // A second call, as in tests, finds a subscriber in place: logs already go somewhere.
+    let _ = match path {
+        Some(path) => builder
+            .with_writer(Mutex::new(File::create(path)?))
+            .try_init(),
+        None => builder.with_writer(io::stderr).try_init(),
+    };
+    Ok(())
+}
+
 /// Starts logging in the process of a clone: each line begins with the clone's number, whichever
 /// thread wrote it, because all clones share the supervisor's standard error.
 pub fn start_clone(verbosity: u8, clone: u64) {
@@ -29,6 +52,11 @@ pub fn start_clone(verbosity: u8, clone: u64) {
 /// Starts logging in the root process of a template.
 pub fn start_root(verbosity: u8) {
     start_with(verbosity, "root ");
+}
+
+/// Starts logging in the pager process of a supervisor.
+pub fn start_pager(verbosity: u8) {
+    start_with(verbosity, "pager ");
 }
 
 /// Logs from now on as a fork that is no clone yet.

@@ -8,6 +8,7 @@ use metrics::{
     Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::memory::ram::RamMemory;
@@ -85,6 +86,27 @@ fn describe() {
         "pando_clone_failures_total",
         "Clones that ended otherwise than asked"
     );
+    describe_counter!(
+        "pando_clone_given_back_bytes_total",
+        Unit::Bytes,
+        "Guest memory that idle clones gave back to the host because it equals the template"
+    );
+    describe_counter!(
+        "pando_clone_give_back_pauses_total",
+        "How often a clone's guest was paused to give memory back"
+    );
+    describe_counter!(
+        "pando_clone_lessons_total",
+        "Clones that were recorded in passing, by what became of what they touched"
+    );
+    describe_counter!(
+        "pando_clone_probe_pages_total",
+        "Pages of the working set that were held back from recorded clones, by whether they asked for them"
+    );
+    describe_counter!(
+        "pando_pager_restarts_total",
+        "Pager processes that were lost, and replaced as often as that is allowed"
+    );
 }
 
 /// Makes the series of a template's clones and pagers visible before anything has happened: a rate
@@ -92,6 +114,7 @@ fn describe() {
 pub fn register(template: &str) {
     pando_pager::metrics::register(template);
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
+    pager_restarts(template).increment(0);
     set_root_memory(template, 0);
     for (class, bytes) in RamMemory::default().classes() {
         set_memory(template, class, bytes);
@@ -102,6 +125,11 @@ pub fn register(template: &str) {
     for reason in ["error", "places"] {
         unmeasured(template, reason).increment(0);
     }
+    for result in ["learned", "empty", "dropped", "refused"] {
+        lessons(template, result).increment(0);
+    }
+    count_given_back(template, 0, 0);
+    count_judgement(template, &Judged::default());
 }
 
 /// Says how many clones of a template are in a state.
@@ -147,7 +175,58 @@ fn unmeasured(template: &str, reason: &'static str) -> metrics::Counter {
     counter!("pando_clone_memory_errors_total", "template" => template.to_owned(), "reason" => reason)
 }
 
+/// Counts a pager process that was lost.
+pub fn count_pager_restart(template: &str) {
+    pager_restarts(template).increment(1);
+}
+
+fn pager_restarts(template: &str) -> metrics::Counter {
+    counter!("pando_pager_restarts_total", "template" => template.to_owned())
+}
+
 /// Counts a clone that ended otherwise than asked.
 pub fn count_failure(template: &str) {
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(1);
+}
+
+fn lessons(template: &str, result: &'static str) -> metrics::Counter {
+    counter!("pando_clone_lessons_total", "template" => template.to_owned(), "result" => result)
+}
+
+/// Counts a clone that was recorded in passing, by what became of it.
+pub fn count_lesson(template: &str, result: &'static str) {
+    lessons(template, result).increment(1);
+}
+
+/// Counts memory that a clone gave back.
+pub fn count_given_back(template: &str, bytes: u64, pauses: u64) {
+    counter!("pando_clone_given_back_bytes_total", "template" => template.to_owned())
+        .increment(bytes);
+    counter!("pando_clone_give_back_pauses_total", "template" => template.to_owned())
+        .increment(pauses);
+}
+
+/// What bringing pages ahead of a recorded clone was good for, in pages.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Judged {
+    /// Brought and written.
+    pub useful: u64,
+    /// Brought to be written, and not written.
+    pub wasted: u64,
+    /// Held back, and asked for.
+    pub probes_touched: u64,
+    /// Held back, and not asked for.
+    pub probes_untouched: u64,
+}
+
+/// Counts what bringing pages ahead of a recorded clone was good for.
+pub fn count_judgement(template: &str, judged: &Judged) {
+    pando_pager::metrics::count_prefetched(template, judged.useful, judged.wasted);
+    for (result, pages) in [
+        ("touched", judged.probes_touched),
+        ("untouched", judged.probes_untouched),
+    ] {
+        counter!("pando_clone_probe_pages_total", "template" => template.to_owned(), "result" => result)
+            .increment(pages);
+    }
 }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use super::protocol::{FromRoot, RootConfig, ToRoot};
+use super::protocol::{FromRoot, RangeFaults, RootConfig, ToRoot};
 use crate::clone::control::{Channel, ControlError};
 use crate::clone::process::{ChildProcess, SpawnError};
 
@@ -27,6 +27,9 @@ impl RootProcess {
         let mut command = Command::new(program);
         command
             .arg(ROOT_COMMAND)
+            // One heap for all threads of a clone: each more would be mapped, cut to size and faulted
+            // in on the way to the guest's first instruction. Its threads hardly allocate.
+            .env("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null());
         let process = ChildProcess::spawn(&mut command)?;
@@ -34,15 +37,23 @@ impl RootProcess {
     }
 
     /// Asks for a fork whose control socket is `theirs`, and which begins in `cgroup`, the directory of
-    /// one.
+    /// one. With `is_wanted` its orders are given as soon as this returns: it makes nothing ahead of
+    /// them.
     pub fn fork(
         &self,
         id: u64,
+        is_wanted: bool,
         theirs: BorrowedFd<'_>,
         cgroup: Option<BorrowedFd<'_>>,
     ) -> Result<(), ControlError> {
         let descriptors: Vec<_> = [Some(theirs), cgroup].into_iter().flatten().collect();
-        self.channel.send(&ToRoot::Fork { id }, &descriptors)
+        self.channel
+            .send(&ToRoot::Fork { id, is_wanted }, &descriptors)
+    }
+
+    /// Says what clones asked pagers for.
+    pub fn note_hole_faults(&self, faults: Vec<RangeFaults>) -> Result<(), ControlError> {
+        self.channel.send(&ToRoot::HoleFaults(faults), &[])
     }
 
     /// The next message; `None` when the root is ending.

@@ -18,7 +18,22 @@ pub enum ToRoot {
     Fork {
         /// What the supervisor calls the new process.
         id: u64,
+        /// Whether its orders are on their way, and not for later.
+        is_wanted: bool,
     },
+    /// All that clones asked pagers for so far; to be answered with [`FromRoot::Filled`].
+    HoleFaults(Vec<RangeFaults>),
+}
+
+/// Pages of one range that clones asked their pagers for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RangeFaults {
+    /// Which backend, in the template's order.
+    pub backend: u32,
+    /// Which range of 2 MiB of it, from 0.
+    pub unit: u64,
+    /// How many, of all clones together.
+    pub faults: u64,
 }
 
 /// What a root is to be.
@@ -50,6 +65,18 @@ pub enum FromRoot {
         hole_bytes: u64,
         /// How long it took.
         took: Duration,
+    },
+    /// It is on its way to be ready.
+    Filling {
+        /// Bytes of guest memory that it holds.
+        filled_bytes: u64,
+    },
+    /// What it was told of holes is done.
+    Filled {
+        /// Bytes of guest memory that it holds for all clones to come.
+        filled_bytes: u64,
+        /// Bytes of ranges with data that it does not hold.
+        hole_bytes: u64,
     },
     /// A process was made; its pidfd comes beside this.
     Forked {

@@ -1,26 +1,28 @@
 #![forbid(unsafe_code)]
 //! The root process: fills its memory once, then forks clones as it is told. One thread, no ring,
-//! no KVM: a fork must find nothing of another thread's half done.
+//! no VM: a fork must find nothing of another thread's half done.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use pando_pager::working_set::PlannedRun;
-use pando_pager::{PAGE_BYTES, Root};
+use pando_pager::working_set::Plan;
+use pando_pager::{PAGE_BYTES, Root, RootPlan, RootRange};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::protocol::{FromRoot, RootConfig, ToRoot};
+use super::protocol::{FromRoot, RangeFaults, RootConfig, ToRoot};
 use crate::clone::END_SIGNALS;
 use crate::clone::control::Channel;
 use crate::clone::forked::{self, Inheritance};
-use crate::clone::instantiate::{CloneError, plan_for_root};
+use crate::clone::instantiate::{CloneError, first_ranges, plan};
 use crate::clone::worker::{die_with, exit_code, take_channel};
-use crate::machine::HostCheck;
+use crate::machine::{self, HostCheck};
 use crate::observe::log;
 use crate::report::{chain, exit};
 use crate::sys::fork::{Forked, OneThread, fork_sibling};
+use crate::sys::text::map_for_forks;
 use crate::template::Template;
 
 /// Runs a root whose control socket is standard input, or the clone that a fork of it became.
@@ -50,8 +52,8 @@ pub fn run() -> u8 {
 struct Ready {
     template: Template,
     root: Root,
-    /// Pages that its clones are known to write.
-    private: Vec<PlannedRun>,
+    /// What its clones are known to need.
+    plan: Plan,
     one_thread: OneThread,
 }
 
@@ -62,11 +64,29 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         Ok(None) => return Ok(exit::OK),
         Err(error) => return Err((channel, error)),
     };
+    let mut owes_answer = false;
+    let mut forks = 0;
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
-        while !has_order(&channel) && ready.root.collapse_next() {}
-        let Order { id, theirs, cgroup } = match next_order(&channel) {
-            Ok(Some(order)) => order,
+        while !has_order(&channel) && (ready.root.promote_next() || ready.root.collapse_next()) {}
+        if owes_answer && !has_order(&channel) {
+            owes_answer = false;
+            if let Err(error) = channel.send(&filled(&ready.root), &[]) {
+                return Err((channel, error.into()));
+            }
+        }
+        let Order {
+            id,
+            is_wanted,
+            theirs,
+            cgroup,
+        } = match next_order(&channel) {
+            Ok(Some(Told::Fork(order))) => order,
+            Ok(Some(Told::HoleFaults(faults))) => {
+                owes_answer = true;
+                ready.root.note_faults(&faults);
+                continue;
+            }
             Ok(None) => return Ok(exit::OK),
             Err(error) => return Err((channel, error)),
         };
@@ -76,14 +96,16 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 let Ready {
                     template,
                     root,
-                    private,
+                    plan,
                     ..
                 } = ready;
                 let inheritance = Inheritance {
                     id,
+                    is_wanted,
                     template,
                     memories: root.into_memories(),
-                    private,
+                    plan,
+                    record: config.pager.learn.record(forks),
                     pager: config.pager,
                     host_check: if config.host_check_is_due {
                         HostCheck::Due
@@ -95,6 +117,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
                 return Ok(forked::run(&Channel::new(theirs), inheritance));
             }
             Ok(Forked::Parent { pid, pidfd }) => {
+                forks += 1;
                 let pid = pid.as_raw_nonzero().get().unsigned_abs();
                 let sent = channel.send(&FromRoot::Forked { id, pid }, &[pidfd.as_fd()]);
                 if let Err(error) = sent {
@@ -110,6 +133,9 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         }
     }
 }
+
+/// How often a root that fills its memory says so.
+const WORD_PERIOD: Duration = Duration::from_millis(200);
 
 const FORK_HINT: &str =
     "is the limit of processes (ulimit -u, pids.max) or of memory (vm.overcommit_memory) reached?";
@@ -129,13 +155,29 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let template = Template::open(&config.template).map_err(CloneError::from)?;
     let images = template.images().map_err(CloneError::from)?;
     let budget_pages = config.budget_bytes / PAGE_BYTES;
-    let root = Root::fill(&images, budget_pages, config.pager.verify).map_err(CloneError::from)?;
-    let filled = root.filled();
-    let private = if config.pager.working_set {
-        plan_for_root(&template)
+    let (first, plan) = if config.pager.working_set {
+        (first_ranges(&template, budget_pages), plan(&template))
     } else {
-        Vec::new()
+        Default::default()
     };
+    let fill = RootPlan {
+        budget_pages,
+        verify: config.pager.verify,
+        first,
+    };
+    let mut last_word = start;
+    let root = Root::fill(images, fill, &mut |pages| {
+        if last_word.elapsed() >= WORD_PERIOD {
+            last_word = Instant::now();
+            let filled_bytes = pages * PAGE_BYTES;
+            // A supervisor that is gone ends this process.
+            let _ = channel.send(&FromRoot::Filling { filled_bytes }, &[]);
+        }
+    })
+    .map_err(CloneError::from)?;
+    let filled = root.filled();
+    machine::prepare_for_forks().map_err(CloneError::from)?;
+    map_for_forks();
     // Last: whatever was called before might have started a thread.
     let one_thread = OneThread::prove().context("a root cannot fork")?;
     channel.send(
@@ -149,14 +191,14 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let ready = Ready {
         template,
         root,
-        private,
+        plan,
         one_thread,
     };
     Ok(Some((ready, config)))
 }
 
 /// A terminal sends its signals to the whole group; only the supervisor decides what they mean.
-fn ignore_end_signals() -> anyhow::Result<()> {
+pub(crate) fn ignore_end_signals() -> anyhow::Result<()> {
     for signal in END_SIGNALS {
         let seen = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
         signal_hook::flag::register(signal, seen).context("cannot ignore signals")?;
@@ -172,23 +214,52 @@ fn has_order(channel: &Channel) -> bool {
 /// A fork to make.
 struct Order {
     id: u64,
+    is_wanted: bool,
     /// Its end of the control socket.
     theirs: OwnedFd,
     /// The directory of the cgroup in which it is to begin.
     cgroup: Option<OwnedFd>,
 }
 
-/// The next fork to make; `None` when the supervisor is gone.
-fn next_order(channel: &Channel) -> anyhow::Result<Option<Order>> {
+/// What a root was told.
+enum Told {
+    Fork(Order),
+    HoleFaults(BTreeMap<RootRange, u64>),
+}
+
+fn filled(root: &Root) -> FromRoot {
+    let filled = root.filled();
+    FromRoot::Filled {
+        filled_bytes: filled.pages * PAGE_BYTES,
+        hole_bytes: filled.hole_pages * PAGE_BYTES,
+    }
+}
+
+/// The next thing to do; `None` when the supervisor is gone.
+fn next_order(channel: &Channel) -> anyhow::Result<Option<Told>> {
     let Some((message, descriptors)) = channel.receive::<ToRoot>()? else {
         return Ok(None);
     };
-    let ToRoot::Fork { id } = message else {
-        bail!("a root was told twice what to be a root of");
+    let (id, is_wanted) = match message {
+        ToRoot::Fork { id, is_wanted } => (id, is_wanted),
+        ToRoot::HoleFaults(faults) => {
+            let place = |fault: &RangeFaults| RootRange {
+                backend: fault.backend,
+                unit: fault.unit,
+            };
+            let faults = faults.iter().map(|fault| (place(fault), fault.faults));
+            return Ok(Some(Told::HoleFaults(faults.collect())));
+        }
+        ToRoot::Start(_) => bail!("a root was told twice what to be a root of"),
     };
     let mut descriptors = descriptors.into_iter();
     match (descriptors.next(), descriptors.next(), descriptors.next()) {
-        (Some(theirs), cgroup, None) => Ok(Some(Order { id, theirs, cgroup })),
+        (Some(theirs), cgroup, None) => Ok(Some(Told::Fork(Order {
+            id,
+            is_wanted,
+            theirs,
+            cgroup,
+        }))),
         _ => {
             Err(io::Error::other("an order to fork came without its one or two descriptors").into())
         }

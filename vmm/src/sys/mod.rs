@@ -1,5 +1,7 @@
 //! System calls that no crate wraps safely.
 
 pub mod fork;
+pub mod lock;
 pub mod pagemap;
 pub mod spawn;
+pub mod text;

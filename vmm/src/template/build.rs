@@ -12,7 +12,8 @@ use thiserror::Error;
 
 use super::error::TemplateError;
 use super::load::{Template, scan_ram};
-use super::manifest::{BackendEntry, FORMAT, FileEntry, HostEntry, Manifest, ManifestFile};
+use super::machine_entry::{MachineEntry, format_of};
+use super::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile};
 use super::seal::Seal;
 use super::staging::Staging;
 use super::{INDEX_FILE, MANIFEST_FILE, STATE_FILE, digest, state_file};
@@ -38,6 +39,15 @@ pub enum BuildError {
     /// The machine.
     #[error("the template VM failed")]
     Machine(#[from] MachineError),
+    /// A backend that has a file of its own.
+    #[error(
+        "memory backend {id:?} has a file of its own: a template keeps all memory in its own directory; \
+         leave kind and path out,or run the machine with `pando run`"
+    )]
+    OwnFile {
+        /// The backend.
+        id: String,
+    },
     /// The guest's console.
     #[error("the template VM did not become ready")]
     NotReady(#[from] ConsoleError),
@@ -71,6 +81,10 @@ impl TemplateVm {
         boot: &BootSource,
         reserve: bool,
     ) -> Result<Self, BuildError> {
+        if let Some(backend) = spec.backends().iter().find(|b| b.file().is_some()) {
+            let id = backend.id().to_owned();
+            return Err(BuildError::OwnFile { id });
+        }
         let staging = Staging::new(out)?;
         if !reserve {
             sigbus::explain(&disk_full(out), exit::FAILED.into());
@@ -173,15 +187,17 @@ fn write_template(
             seal: Seal::of(file, &out.join(name))?,
         })
     };
+    let machine = MachineEntry::of(spec);
     let manifest = Manifest::seal(
         &out.join(MANIFEST_FILE),
         ManifestFile {
-            format: FORMAT,
+            format: format_of(&machine),
             tool: concat!("pando ", env!("CARGO_PKG_VERSION")).to_owned(),
             created_unix_s: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |t| t.as_secs()),
             cpus: spec.cpus().get(),
+            machine,
             backends,
             state: entry(STATE_FILE, &state_handle, &state_bytes)?,
             index: entry(INDEX_FILE, &index, &index_bytes)?,

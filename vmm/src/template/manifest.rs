@@ -11,13 +11,14 @@ use serde::{Deserialize, Serialize};
 use super::WORKING_SET_FILE;
 use super::digest;
 use super::error::TemplateError;
+use super::machine_entry::{MachineEntry, format_of};
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
-/// The format that this version writes, and the newest that it reads.
-pub const FORMAT: u32 = 1;
+/// The newest format that this version reads. It writes the oldest one that can say what there is.
+pub const FORMAT: u32 = 2;
 
 /// The JSON document, field by field, unproven.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +32,9 @@ pub struct ManifestFile {
     pub created_unix_s: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// Nodes and memory modules, where the machine has any: formats from 2 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<MachineEntry>,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendEntry>,
     /// `state.bin`.
@@ -155,7 +159,21 @@ impl Manifest {
             .map(|backend| BackendSpec::new(&*backend.id, backend.bytes))
             .collect::<Result<_, _>>()
             .map_err(|error| damaged(one_line(&error)))?;
-        let spec = MachineSpec::new(cpus, backends).map_err(|error| damaged(one_line(&error)))?;
+        if file.machine.is_some() && file.format < format_of(&file.machine) {
+            let format = file.format;
+            return Err(damaged(format!("format {format} has no nodes and modules")));
+        }
+        let spec = match &file.machine {
+            None => MachineSpec::new(cpus, backends),
+            Some(machine) => MachineSpec::from_parts(machine.parts(cpus, backends)),
+        }
+        .map_err(|error| damaged(one_line(&error)))?;
+        let order = spec.backends().iter().map(BackendSpec::id);
+        if !order.eq(file.backends.iter().map(|entry| entry.id.as_str())) {
+            return Err(damaged(
+                "its backends are not in the order of the machine's".to_owned(),
+            ));
+        }
         for (position, entry) in file.backends.iter().enumerate() {
             let placed = spec
                 .layout()
@@ -235,138 +253,4 @@ fn checksum(file: &ManifestFile) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn example() -> ManifestFile {
-        let seal = Seal {
-            inode: 7,
-            bytes: 64 << 20,
-            mtime_s: 1,
-            mtime_ns: 2,
-        };
-        let entry = |name: &str| FileEntry {
-            file: name.into(),
-            digest: "sha256:00".into(),
-            seal: Seal { bytes: 10, ..seal },
-        };
-        ManifestFile {
-            format: FORMAT,
-            tool: "pando 0.1.0".into(),
-            created_unix_s: 1_700_000_000,
-            cpus: 2,
-            backends: vec![BackendEntry {
-                id: "ram0".into(),
-                file: "ram0.mem".into(),
-                bytes: 64 << 20,
-                guest_address: 0,
-                digest: "sha256-sparse:00".into(),
-                seal,
-            }],
-            state: entry("state.bin"),
-            index: entry("pages.idx"),
-            host: HostEntry {
-                cpuid: vec![[1, 0, 0, 2, 3, 4, 5]],
-                msrs: vec![0x10],
-                tsc_khz: Some(2_000_000),
-            },
-            checksum: String::new(),
-        }
-    }
-
-    fn path() -> &'static Path {
-        Path::new("t/manifest.json")
-    }
-
-    #[test]
-    fn what_is_written_is_read_back() {
-        let manifest = Manifest::seal(path(), example()).unwrap();
-        assert_eq!(
-            Manifest::parse(path(), &manifest.to_json()).unwrap(),
-            manifest
-        );
-    }
-
-    #[test]
-    fn a_newer_format_is_named_even_with_fields_unknown_here() {
-        let error = Manifest::parse(path(), br#"{"format": 9, "moon": true}"#).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .contains("has format 9, and this pando reads formats up to 1")
-        );
-    }
-
-    #[test]
-    fn names_that_leave_the_directory_are_refused() {
-        for name in [
-            "../ram0.mem",
-            "/etc/passwd",
-            "",
-            "a/b",
-            ".",
-            "..",
-            "a/",
-            "a\0b",
-        ] {
-            let mut file = example();
-            file.backends[0].file = name.into();
-            let error = Manifest::seal(path(), file).unwrap_err().to_string();
-            assert!(
-                error.contains("is not a plain file name"),
-                "{name}: {error}"
-            );
-        }
-    }
-
-    #[test]
-    fn the_name_of_the_working_set_is_taken() {
-        let mut file = example();
-        file.backends[0].file = "working-set".into();
-        let error = Manifest::seal(path(), file).unwrap_err().to_string();
-        assert!(error.contains("the name of another file"), "{error}");
-    }
-
-    #[test]
-    fn a_backend_at_the_wrong_address_is_refused() {
-        let mut file = example();
-        file.backends[0].guest_address = 4096;
-        let error = Manifest::seal(path(), file).unwrap_err().to_string();
-        assert!(
-            error.contains("backend ram0 is at 0x1000, the machine has it at 0x0;"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_machine_that_cannot_be_is_refused_with_its_cause() {
-        let mut file = example();
-        file.backends[0].bytes = (64 << 20) + 1;
-        let error = Manifest::seal(path(), file).unwrap_err().to_string();
-        assert!(
-            error.contains("cannot be placed in the guest: ") && error.contains("67108865"),
-            "{error}"
-        );
-        let error = Manifest::parse(path(), br#"{"format": 0}"#).unwrap_err();
-        assert!(error.to_string().contains("it has format 0"), "{error}");
-    }
-
-    proptest! {
-        #[test]
-        fn arbitrary_bytes_are_refused_without_a_panic(bytes: Vec<u8>) {
-            prop_assert!(Manifest::parse(path(), &bytes).is_err());
-        }
-
-        #[test]
-        fn any_changed_byte_is_noticed_or_means_the_same(at in 0_usize..1000, bit in 0_u8..8) {
-            let manifest = Manifest::seal(path(), example()).unwrap();
-            let mut json = manifest.to_json();
-            let at = at % json.len();
-            json[at] ^= 1 << bit;
-            if let Ok(read) = Manifest::parse(path(), &json) {
-                prop_assert_eq!(read, manifest);
-            }
-        }
-    }
-}
+mod tests;

@@ -13,6 +13,7 @@ pub mod digest;
 pub mod error;
 mod files;
 pub mod load;
+pub mod machine_entry;
 pub mod manifest;
 pub mod map;
 pub mod picture;

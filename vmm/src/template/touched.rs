@@ -143,6 +143,7 @@ impl Facts {
             &PlanRules {
                 share_pages: u64::MAX,
                 private_pages: u64::MAX,
+                zero_pages: 0,
                 whole_ranges: true,
                 zero_reads: ZeroReads::Skip,
             },

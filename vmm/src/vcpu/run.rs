@@ -214,6 +214,10 @@ pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn()
                 guest_address,
                 data,
             } => {
+                // What is written to read-only memory is lost, as on a PC.
+                if outside.ram.slots().is_rom_at(guest_address) {
+                    continue;
+                }
                 if is_ram(&outside.ram, guest_address) {
                     let address = FaultAddress::Guest(guest_address);
                     return left(memory_error(vcpu, number, outside, address));

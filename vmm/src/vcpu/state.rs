@@ -10,6 +10,11 @@ use crate::kvm::vcpu::Vcpu;
 
 /// `IA32_TIME_STAMP_COUNTER`.
 const MSR_TSC: u32 = 0x10;
+/// `MSR_KVM_SYSTEM_TIME`, old and new: bit 0 is set while the guest uses kvmclock.
+const MSRS_KVMCLOCK: [u32; 2] = [0x12, 0x4b56_4d01];
+/// Where the local APIC has the count that its timer starts from, in bytes (Intel SDM, volume 3,
+/// "Local APIC Register Address Map").
+const APIC_INITIAL_COUNT: usize = 0x380;
 
 /// A part of a vCPU's state that KVM reads and writes as one structure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -154,26 +159,53 @@ impl VcpuState {
 
     /// Writes all state into a new vCPU whose CPUID and TSC rate are set. No vCPU may run.
     pub fn restore(&self, vcpu: &Vcpu, shift: TscShift) -> Result<(), KvmError> {
-        let (tsc, others): (Vec<_>, Vec<_>) = self
-            .msrs
-            .iter()
-            .copied()
-            .partition(|&(index, _)| index == MSR_TSC);
-        // The counter first: timers that are restored later are computed from it. KVM takes
-        // writes on several vCPUs within a second as one and keeps their counters in step.
-        let tsc: Vec<_> = tsc
-            .iter()
-            .map(|&(index, value)| (index, value.wrapping_add(shift.ticks)))
-            .collect();
-        vcpu.set_msrs(&tsc, msr::name)?;
-        for section in RESTORE_ORDER {
-            vcpu.set_section(section, self.section(section)?)?;
+        // KVM takes writes of the counter on several vCPUs within a second as one and keeps them in
+        // step.
+        let mut msrs = self.msrs.clone();
+        let tsc = msrs.iter_mut().find(|(index, _)| *index == MSR_TSC);
+        if let Some((_, value)) = tsc {
+            *value = value.wrapping_add(shift.ticks);
         }
-        vcpu.set_msrs(&others, msr::name)?;
+        if self.has_apic_timer()? {
+            // The counter first: the timer that is restored with the local APIC is computed from it.
+            let (tsc, others): (Vec<_>, Vec<_>) =
+                msrs.into_iter().partition(|&(index, _)| index == MSR_TSC);
+            vcpu.set_msrs(&tsc, msr::name)?;
+            msrs = others;
+        }
+        for section in RESTORE_ORDER {
+            self.restore_section(vcpu, section)?;
+        }
+        vcpu.set_msrs(&msrs, msr::name)?;
         // Last: writing registers or the local APIC would drop what is on its way.
-        vcpu.set_section(Section::Events, self.section(Section::Events)?)?;
-        // Lets the guest's watchdogs know that it was stopped; a guest without kvmclock has none.
-        vcpu.note_stopped()
+        self.restore_section(vcpu, Section::Events)?;
+        // Lets the guest's watchdogs know that it was stopped.
+        if self.has_kvmclock() {
+            vcpu.note_stopped()?;
+        }
+        Ok(())
+    }
+
+    /// Writes a section, unless a new vCPU has it already.
+    fn restore_section(&self, vcpu: &Vcpu, section: Section) -> Result<(), KvmError> {
+        let bytes = self.section(section)?;
+        if vcpu.has_from_reset(section, bytes)? {
+            return Ok(());
+        }
+        vcpu.set_section(section, bytes)
+    }
+
+    /// Whether the local APIC's timer counts down, or its state is no local APIC's.
+    fn has_apic_timer(&self) -> Result<bool, KvmError> {
+        let lapic = self.section(Section::Lapic)?;
+        let count = lapic.get(APIC_INITIAL_COUNT..APIC_INITIAL_COUNT + 4);
+        Ok(count != Some(&[0; 4]))
+    }
+
+    fn has_kvmclock(&self) -> bool {
+        self.msrs
+            .iter()
+            .any(|(index, value)| MSRS_KVMCLOCK.contains(index) && value & 1 != 0)
     }
 
     /// The CPUID leaves as they were set.

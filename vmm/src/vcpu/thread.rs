@@ -18,6 +18,7 @@
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::thread::JoinHandle;
 
 use crossbeam::channel::{Receiver, Sender, unbounded};
@@ -44,6 +45,15 @@ enum Order {
     },
     /// End the thread.
     Quit,
+}
+
+/// What a vCPU thread does first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FirstOrder {
+    /// It waits, parked.
+    Wait,
+    /// It runs the guest.
+    Run,
 }
 
 /// What a vCPU thread reports.
@@ -78,14 +88,19 @@ pub struct VcpuSetup {
 }
 
 impl VcpuThread {
-    /// Starts the thread, parked. It calls `report` whenever it stops running; `report` must not
+    /// Starts the thread. It calls `report` whenever it stops running; `report` must not
     /// block.
     pub fn spawn(
         setup: VcpuSetup,
+        first_order: FirstOrder,
         report: impl Fn(u8, Report) + Send + 'static,
     ) -> io::Result<Self> {
         install_kick_handler()?;
         let (orders, inbox) = unbounded();
+        if first_order == FirstOrder::Run {
+            // Its other end is here.
+            let _ = orders.send(Order::Run);
+        }
         let number = setup.number;
         let exit_flag = setup.vcpu.exit_flag().clone();
         let thread = std::thread::Builder::new()
@@ -202,7 +217,11 @@ fn obey(mut setup: VcpuSetup, inbox: &Receiver<Order>, report: &impl Fn(u8, Repo
 }
 
 /// The kick's signal needs a handler, or it would end the process; the handler has nothing to do.
-fn install_kick_handler() -> io::Result<()> {
+/// Once per process, forks of it included.
+pub(crate) fn install_kick_handler() -> io::Result<()> {
     extern "C" fn ignore(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-    register_signal_handler(SIGRTMIN(), ignore).map_err(|e| io::Error::from_raw_os_error(e.errno()))
+    static INSTALLED: OnceLock<Result<(), i32>> = OnceLock::new();
+    (*INSTALLED
+        .get_or_init(|| register_signal_handler(SIGRTMIN(), ignore).map_err(|error| error.errno())))
+    .map_err(io::Error::from_raw_os_error)
 }

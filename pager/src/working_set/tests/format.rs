@@ -145,6 +145,7 @@ proptest! {
             let rules = PlanRules {
                 share_pages: 100,
                 private_pages: 100,
+                zero_pages: 100,
                 whole_ranges: true,
                 zero_reads: ZeroReads::Skip,
             };

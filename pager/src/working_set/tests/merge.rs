@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 
 use super::*;
+use crate::page::PageRange;
 use proptest::prelude::*;
 
 /// Anything, beyond the images too.
@@ -230,4 +231,77 @@ fn a_cut_trace_is_counted_as_such() {
     run.is_complete = false;
     let set = learned(&index, &[reads([1]), run]);
     assert_eq!((set.runs(), set.cut_runs()), (2, 1));
+}
+
+fn seen(pages: std::ops::Range<u64>, sight: Sight) -> Seen {
+    let pages = PageRange::between(PageIndex::new(pages.start), PageIndex::new(pages.end));
+    Seen {
+        image: 0,
+        pages,
+        sight,
+    }
+}
+
+/// What was brought ahead raises no fault: it keeps its share, however many such runs there are.
+#[test]
+fn a_page_that_was_there_unasked_keeps_its_share() {
+    let index = only_data(100);
+    let mut first = reads([1, 2, 3]);
+    first.touches[1].write = true;
+    let mut set = learned(&index, &[first.clone(), first]);
+    let run = Trace {
+        seen: vec![seen(1..2, Sight::Unwritten), seen(2..3, Sight::Unknown)],
+        ..reads([50])
+    };
+    for _ in 0..100 {
+        let merged = set.merge(&run, &index, &MergeRules::default());
+        assert_eq!(merged.unseen, 2);
+    }
+    let share = |page| known(&set, page).map(|known| set.permille(known.hits + 64));
+    assert_eq!(
+        (share(1), share(2), share(3)),
+        (Some(1000), Some(1000), None)
+    );
+    let two = known(&set, 2).unwrap();
+    assert!(set.is_mostly_written(&two), "nobody knows better");
+    // Told that it was not written, it is shared before long.
+    let run = Trace {
+        seen: vec![seen(0..100, Sight::Unwritten)],
+        ..reads([50])
+    };
+    for _ in 0..6 {
+        set.merge(&run, &index, &MergeRules::default());
+    }
+    let two = known(&set, 2).unwrap();
+    assert!(!set.is_mostly_written(&two) && set.is_mostly_touched(&two));
+}
+
+#[test]
+fn a_page_that_was_written_unasked_is_touched_and_keeps_its_rank() {
+    let index = two_backends();
+    let mut set = learned(&index, &[reads([0, 1, 2])]);
+    let run = Trace {
+        // Page 3 has no data; page 2 was read first.
+        seen: vec![
+            seen(0..PAGES, Sight::Unwritten),
+            seen(1..4, Sight::Written),
+            seen(PAGES - 1..PAGES + 9, Sight::Written),
+        ],
+        ..reads([2])
+    };
+    let merged = set.merge(&run, &index, &MergeRules::default());
+    assert_eq!((merged.known, merged.new, merged.unseen), (2, 2, 1));
+    let at = |page| known(&set, page).map(|known| (known.written, known.rank));
+    assert_eq!(at(1), Some((HIT, 16)));
+    assert_eq!(at(2), Some((HIT, 32 - 8)), "it moved to its place");
+    assert_eq!(at(3), Some((HIT, 16)), "behind the one that has a place");
+    assert_eq!(at(PAGES - 1), Some((HIT, 16)));
+    // Nothing but pages that nobody asked for or wrote: no run.
+    let idle = Trace {
+        seen: vec![seen(0..PAGES, Sight::Unwritten)],
+        ..reads([])
+    };
+    let before = set.clone();
+    set.merge(&idle, &index, &MergeRules::default());
+    assert_eq!(set, before);
 }

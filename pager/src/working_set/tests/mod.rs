@@ -49,6 +49,7 @@ fn trace(touches: &[(u32, u64, bool)]) -> Trace {
                 at: Duration::from_micros(at),
             })
             .collect(),
+        seen: Vec::new(),
         is_complete: true,
     }
 }

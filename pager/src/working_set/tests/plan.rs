@@ -9,6 +9,7 @@ use proptest::prelude::*;
 const RULES: PlanRules = PlanRules {
     share_pages: u64::MAX,
     private_pages: u64::MAX,
+    zero_pages: u64::MAX,
     whole_ranges: true,
     zero_reads: ZeroReads::Skip,
 };
@@ -48,6 +49,7 @@ proptest! {
         runs in prop::collection::vec(run(), 0..6),
         share_pages in prop_oneof![Just(u64::MAX), 0..1500_u64],
         private_pages in prop_oneof![Just(u64::MAX), 0..800_u64],
+        zero_pages in prop_oneof![Just(u64::MAX), 0..300_u64],
         whole_ranges: bool,
         keep_zeros: bool,
     ) {
@@ -57,7 +59,7 @@ proptest! {
         for run in &runs {
             set.merge(run, &index, &MergeRules { zero_reads, ..MergeRules::default() });
         }
-        let rules = PlanRules { share_pages, private_pages, whole_ranges, zero_reads };
+        let rules = PlanRules { share_pages, private_pages, zero_pages, whole_ranges, zero_reads };
         let plan = Plan::new(&set, &index, &rules);
         let (whole, share, private) = (pages(&plan.whole), pages(&plan.share), pages(&plan.private));
         // Never outside an image.
@@ -69,11 +71,24 @@ proptest! {
         prop_assert!(whole.is_disjoint(&share));
         prop_assert!(whole.is_disjoint(&private));
         prop_assert!(share.is_disjoint(&private));
+        let zero = pages(&plan.zero);
+        for list in [&whole, &share, &private] {
+            prop_assert!(zero.is_disjoint(list));
+        }
+        // Zero pages, near known ones.
+        for &(backend, page) in &zero {
+            let (_, image) = &index.backends()[backend as usize];
+            prop_assert!(page < image.pages().get());
+            prop_assert_ne!(image.kind(PageIndex::new(page)), PageKind::Data);
+            let known = set.backends()[backend as usize].pages().iter();
+            prop_assert!(known.map(|known| known.page.get() / 64).any(|block| block == page / 64));
+        }
+        prop_assert!(zero.len() as u64 <= zero_pages);
         // Within the budgets.
         prop_assert!(Plan::pages_of(&plan.whole) + Plan::pages_of(&plan.share) <= share_pages);
         prop_assert!(Plan::pages_of(&plan.private) <= private_pages);
         // In order of rank.
-        for list in [&plan.whole, &plan.share, &plan.private] {
+        for list in [&plan.whole, &plan.share, &plan.private, &plan.zero] {
             prop_assert!(list.windows(2).all(|two| two[0].rank <= two[1].rank));
         }
         // Nothing that clones do not touch but to make a range whole, nothing lost without a word.
@@ -196,4 +211,24 @@ fn pages_of_many_runs_come_before_those_of_few() {
     };
     let plan = Plan::new(&set, &index, &rules);
     assert_eq!(pages(&plan.share), BTreeSet::from([(0, 50), (0, 51)]));
+}
+
+#[test]
+fn zero_pages_near_known_ones_are_mapped_in_the_order_of_their_blocks() {
+    let index = two_backends();
+    let set = learned(&index, &[reads([130, 0, 64 * 20 + 5])]);
+    let plan = |zero_pages| {
+        let rules = PlanRules {
+            zero_pages,
+            ..RULES
+        };
+        Plan::new(&set, &index, &rules)
+    };
+    // Two pages of eight have no data.
+    let all = plan(u64::MAX);
+    assert_eq!(Plan::pages_of(&all.zero), 3 * 16);
+    assert_eq!(numbers(&all.zero)[..2], [(131, 132), (135, 136)]);
+    assert_eq!(numbers(&all.zero)[16..18], [(3, 4), (7, 8)]);
+    assert_eq!(numbers(&plan(17).zero)[15..], [(191, 192), (3, 4)]);
+    assert_eq!(plan(0).zero, []);
 }

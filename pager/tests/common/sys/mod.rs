@@ -1,1 +1,2 @@
+pub(crate) mod guest;
 pub(crate) mod memory;

@@ -14,6 +14,12 @@
 //!
 //! No interrupt source override: the in-kernel I/O APIC has the PIT at pin 0, as KVM routes it
 //! unless told otherwise, and a hardware-reduced guest does not use it.
+//!
+//! Where a machine has nodes or memory modules, their tables come on top.
+
+mod module;
+mod numa;
+mod power_button;
 
 use acpi_tables::aml::{
     Device, EISAName, IO, Interrupt, Name, Package, Path, ResourceTemplate, Scope,
@@ -31,6 +37,7 @@ use super::ports::{
     SLEEP_TYPE_S5,
 };
 use crate::memory::layout::{IO_APIC_BASE, LOCAL_APIC_BASE};
+use crate::spec::MachineSpec;
 
 const OEM_ID: [u8; 6] = *b"PANDO ";
 const OEM_TABLE_ID: [u8; 8] = *b"PANDOVMM";
@@ -53,21 +60,29 @@ const PCIE_ASPM_CONTROLS: u16 = 1 << 4;
 /// There is no CMOS RTC. The bit for a PS/2 controller (1) stays clear too.
 const CMOS_RTC_NOT_PRESENT: u16 = 1 << 5;
 
-/// All tables for `cpus` CPUs as they are to be written at `address`, the RSDP first.
+/// All tables of a machine as they are to be written at `address`, the RSDP first.
 ///
 /// CPU `n` has processor id and local APIC id `n`.
 #[must_use]
-pub fn tables(address: u64, cpus: u8) -> Vec<u8> {
+pub fn tables(address: u64, spec: &MachineSpec) -> Vec<u8> {
+    let cpus = spec.cpus().get();
     let mut image = Image {
         address,
         bytes: vec![0; Rsdp::len()],
     };
-    let dsdt = image.append(&dsdt(cpus));
+    let dsdt = image.append(&dsdt(spec));
     let fadt = image.append(&bytes_of(&fadt(dsdt)));
     let madt = image.append(&madt(cpus));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    let nodes = spec.numa().nodes().len();
+    if nodes > 0 {
+        xsdt.add_entry(image.append(&numa::srat(spec)));
+    }
+    if nodes > 1 {
+        xsdt.add_entry(image.append(&numa::slit(spec)));
+    }
     let xsdt = image.append(&bytes_of(&xsdt));
     let rsdp = bytes_of(&Rsdp::new(OEM_ID, xsdt));
     image.bytes[..rsdp.len()].copy_from_slice(&rsdp);
@@ -156,7 +171,7 @@ fn low32(address: u64) -> u32 {
     u32::try_from(address).unwrap_or(u32::MAX)
 }
 
-fn dsdt(cpus: u8) -> Vec<u8> {
+fn dsdt(spec: &MachineSpec) -> Vec<u8> {
     let mut dsdt = Sdt::new(
         *b"DSDT",
         TABLE_HEADER_BYTES,
@@ -172,9 +187,11 @@ fn dsdt(cpus: u8) -> Vec<u8> {
     )
     .to_aml_bytes(&mut dsdt);
     com1(&mut dsdt);
-    for cpu in 0..cpus {
+    power_button::append(&mut dsdt);
+    for cpu in 0..spec.cpus().get() {
         processor(&mut dsdt, cpu);
     }
+    module::append(&mut dsdt, spec);
     dsdt.update_checksum();
     dsdt.as_slice().to_vec()
 }
@@ -220,94 +237,4 @@ fn processor(dsdt: &mut Sdt, cpu: u8) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::arch::x86_64::layout::{ACPI_ADDRESS, ACPI_END};
-
-    fn sum(bytes: &[u8]) -> u8 {
-        bytes.iter().fold(0, |sum, &byte| sum.wrapping_add(byte))
-    }
-
-    fn u32_at(bytes: &[u8], at: usize) -> u32 {
-        u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap())
-    }
-
-    fn u64_at(bytes: &[u8], at: usize) -> u64 {
-        u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
-    }
-
-    /// The table at a guest address: its length and checksum are right.
-    fn table(image: &[u8], address: u64) -> &[u8] {
-        let at = usize::try_from(address - ACPI_ADDRESS).unwrap();
-        assert_eq!(at % ALIGNMENT_BYTES, 0);
-        let length = usize::try_from(u32_at(image, at + 4)).unwrap();
-        let table = &image[at..at + length];
-        assert_eq!(sum(table), 0, "checksum of {:?}", &table[..4]);
-        table
-    }
-
-    /// Follows the pointers as a guest does: FADT, MADT, DSDT.
-    fn walk(image: &[u8]) -> [&[u8]; 3] {
-        assert_eq!(&image[..8], b"RSD PTR ");
-        assert_eq!(sum(&image[..20]), 0);
-        assert_eq!(sum(&image[..36]), 0);
-        let xsdt = table(image, u64_at(image, 24));
-        assert_eq!(&xsdt[..4], b"XSDT");
-        assert_eq!(xsdt.len(), 36 + 2 * 8);
-        let fadt = table(image, u64_at(xsdt, 36));
-        let madt = table(image, u64_at(xsdt, 44));
-        let dsdt = table(image, u64_at(fadt, 140));
-        [fadt, madt, dsdt]
-    }
-
-    #[test]
-    fn every_table_is_found_with_a_valid_length_and_checksum() {
-        for cpus in [1, 2, 8, 255] {
-            let image = tables(ACPI_ADDRESS, cpus);
-            let [fadt, madt, dsdt] = walk(&image);
-            assert_eq!(&fadt[..4], b"FACP");
-            assert_eq!(&madt[..4], b"APIC");
-            assert_eq!(&dsdt[..4], b"DSDT");
-            assert!(image.len() as u64 <= ACPI_END - ACPI_ADDRESS);
-        }
-    }
-
-    #[test]
-    fn the_madt_has_every_cpu_and_the_io_apic() {
-        let image = tables(ACPI_ADDRESS, 3);
-        let [_, madt, _] = walk(&image);
-        assert_eq!(u32_at(madt, 36), 0xfee0_0000);
-        let mut cpus = Vec::new();
-        let mut at = 44;
-        while at < madt.len() {
-            match madt[at] {
-                0 => cpus.push((madt[at + 2], madt[at + 3], u32_at(madt, at + 4))),
-                1 => assert_eq!(
-                    (u32_at(madt, at + 4), u32_at(madt, at + 8)),
-                    (0xfec0_0000, 0)
-                ),
-                other => panic!("structure {other}"),
-            }
-            at += usize::from(madt[at + 1]);
-        }
-        assert_eq!(cpus, [(0, 0, 1), (1, 1, 1), (2, 2, 1)]);
-    }
-
-    #[test]
-    fn the_fadt_says_how_to_power_off_and_reset() {
-        let image = tables(ACPI_ADDRESS, 1);
-        let [fadt, _, _] = walk(&image);
-        assert_eq!(fadt.len(), 276);
-        let flags = u32_at(fadt, 112);
-        assert_ne!(flags & 1 << 20, 0, "hardware reduced");
-        assert_ne!(flags & 1 << 10, 0, "reset register");
-        let register = |at: usize| (fadt[at], fadt[at + 1], fadt[at + 3], u64_at(fadt, at + 4));
-        assert_eq!(register(116), (1, 8, 1, u64::from(RESET_PORT)));
-        assert_eq!(fadt[128], RESET_VALUE);
-        assert_eq!(register(244), (1, 8, 1, u64::from(SLEEP_CONTROL_PORT)));
-        assert_eq!(register(256), (1, 8, 1, u64::from(SLEEP_STATUS_PORT)));
-        let boot_arch = u16::from_le_bytes([fadt[109], fadt[110]]);
-        assert_eq!(boot_arch & 1 << 1, 0, "no PS/2 controller to probe");
-        assert_ne!(boot_arch & 1 << 5, 0, "no RTC");
-    }
-}
+mod tests;

@@ -26,6 +26,7 @@ use super::acpi;
 use super::layout::{ACPI_ADDRESS, COMMAND_LINE_ADDRESS};
 use super::regs::InitialRegisters;
 use crate::memory::guest::GuestRam;
+use crate::spec::{BackendSpec, MachineSpec};
 
 /// Where the kernel comes from.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -72,16 +73,20 @@ struct Handover<'a> {
 ///
 /// RAM must be fresh (all zero): what a kernel expects to be zero is not written. Every error names
 /// the file or the size that is wrong; RAM may be partly written then.
-pub fn load(ram: &GuestRam, boot: &BootSource, cpus: u8) -> Result<BootEntry, BootError> {
+pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<BootEntry, BootError> {
     let kernel = kernel::load(ram, &boot.kernel)?;
     let command_line_bytes = write_command_line(ram, &boot.append, &kernel)?;
     let initrd = match &boot.initrd {
         Some(path) => Some(initrd::load(ram, path, &kernel)?),
         None => None,
     };
-    ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, cpus))?;
+    ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, spec))?;
     reset::write_reset_vector(ram)?;
-    let map = memory_map(ram.layout());
+    let map = memory_map(ram.layout(), &|backend| {
+        spec.backends()
+            .get(backend)
+            .is_some_and(BackendSpec::is_rom)
+    });
     let handover = Handover {
         map: &map,
         initrd,

@@ -76,7 +76,19 @@ pub fn offer_tsc_deadline(supported: &mut [CpuidEntry]) {
 /// - asynchronous page faults.
 #[must_use]
 pub fn guest_cpuid(supported: &[CpuidEntry], cpu: u8, cpus: u8) -> Vec<CpuidEntry> {
-    let topology = topology::Topology::new(cpu, cpus);
+    guest_cpuid_in_nodes(supported, cpu, cpus, u32::MAX)
+}
+
+/// The same for CPUs in nodes: those whose numbers differ in the lowest `package_bits` bits only are in one
+/// package and share its last level cache. A cache that two nodes share is one that Linux warns of.
+#[must_use]
+pub fn guest_cpuid_in_nodes(
+    supported: &[CpuidEntry],
+    cpu: u8,
+    cpus: u8,
+    package_bits: u32,
+) -> Vec<CpuidEntry> {
+    let topology = topology::Topology::new(cpu, cpus, package_bits);
     let mut leaves: Vec<CpuidEntry> = supported
         .iter()
         .filter(|entry| is_passed_on(entry))

@@ -26,6 +26,8 @@ pub const LOW_RAM_USABLE_END: u64 = 0x9_fc00;
 pub const ACPI_ADDRESS: u64 = 0xe_0000;
 /// End of what is reserved for the ACPI tables.
 pub const ACPI_END: u64 = 0xf_0000;
+/// The SMBIOS tables, where a guest without EFI looks for them.
+pub const SMBIOS_ADDRESS: u64 = 0xf_0000;
 /// Where a CPU starts after a reset in the eyes of real-mode code: `ffff:0000`.
 pub const RESET_VECTOR_ADDRESS: u64 = 0xf_fff0;
 /// Where kernels are loaded: above the first MiB.

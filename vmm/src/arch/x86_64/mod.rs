@@ -12,3 +12,4 @@ pub mod layout;
 pub mod msr;
 pub mod ports;
 pub mod regs;
+pub mod smbios;

@@ -7,6 +7,8 @@ use std::ops::Range;
 pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
 /// COM1's interrupt line (GSI), edge triggered, active high.
 pub const COM1_GSI: u32 = 4;
+/// The power button's interrupt line (GSI), edge triggered, active high.
+pub const POWER_BUTTON_GSI: u32 = 5;
 /// The keyboard controller: data at the first port, command and status at `+4`. Only its reset
 /// command exists.
 pub const I8042_PORTS: Range<u16> = 0x60..0x65;

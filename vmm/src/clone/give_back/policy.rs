@@ -86,6 +86,11 @@ impl Activity {
         self.last = now;
         now.at.saturating_sub(self.idle_since)
     }
+
+    /// What was done since the last time, until `now`, was not its own doing.
+    pub fn pass(&mut self, now: Doings) {
+        self.last = now;
+    }
 }
 
 impl FromStr for Policy {
@@ -200,6 +205,8 @@ mod tests {
         assert_eq!(idle(at(15, 90, 37)), 0, "32 faults");
         assert_eq!(idle(at(15, 500, 900)), 0, "no time has passed");
         assert_eq!(idle(at(35, 100, 100)), 20);
+        activity.pass(at(36, 1100, 900));
+        assert_eq!(activity.review(at(37, 1110, 900)).as_secs(), 22);
     }
 
     #[test]

@@ -35,6 +35,8 @@ use super::serial::Serial;
 pub struct Console {
     output: ConsoleOutput,
     endpoint: Endpoint,
+    /// Attached, without a thread of its own yet.
+    attached: Option<Feed>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -49,6 +51,7 @@ impl Console {
         Ok(Self {
             output: ConsoleOutput::new(sink)?,
             endpoint,
+            attached: None,
             thread: None,
         })
     }
@@ -68,23 +71,36 @@ impl Console {
         self.output.clone()
     }
 
-    /// Starts to feed `serial`; puts a terminal into raw mode, in which Ctrl-A x calls `on_quit`
+    /// Gives `serial` what input waits now, without waiting for more; puts a terminal into raw mode, in which Ctrl-A x calls `on_quit`
     /// and Ctrl-A twice types it once. `on_quit` must not drop the console: it runs on its thread.
+    /// [`Console::feed`] comes after.
     ///
-    /// Fails when the console feeds a UART already, or no thread can be made.
+    /// Fails when the console feeds a UART already.
     pub fn attach(
         &mut self,
         serial: Arc<Mutex<Serial>>,
         on_quit: Box<dyn Fn() + Send>,
     ) -> Result<(), ConsoleError> {
-        if self.thread.is_some() {
+        if self.thread.is_some() || self.attached.is_some() {
             return Err(ConsoleError::Attached);
         }
         let source = std::mem::replace(&mut self.endpoint.source, Source::Nothing);
         if matches!(source, Source::Nothing) {
             return Ok(());
         }
-        let feed = Feed::new(source, self.output.clone(), serial, on_quit)?;
+        let mut feed = Feed::new(source, self.output.clone(), serial, on_quit)?;
+        feed.begin();
+        self.attached = Some(feed);
+        Ok(())
+    }
+
+    /// Goes on feeding the UART that the console was attached to, in a thread of its own.
+    ///
+    /// Fails when no thread can be made.
+    pub fn feed(&mut self) -> Result<(), ConsoleError> {
+        let Some(feed) = self.attached.take() else {
+            return Ok(());
+        };
         let thread = std::thread::Builder::new()
             .name("console".to_owned())
             .spawn(move || feed.run())

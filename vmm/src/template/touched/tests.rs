@@ -30,6 +30,7 @@ fn set(index: &Index) -> WorkingSet {
         client: 0,
         touches: touches.collect(),
         is_complete: true,
+        ..Trace::default()
     };
     let mut set = WorkingSet::new(7, index);
     set.merge(&trace, index, &MergeRules::default());

@@ -27,6 +27,7 @@ fn trace(pages: &[u64]) -> Trace {
         client: 0,
         touches: touches.collect(),
         is_complete: true,
+        ..Trace::default()
     }
 }
 

@@ -40,10 +40,11 @@ pub struct MapEntry {
     pub kind: MapKind,
 }
 
-/// The map of a machine with this RAM, lowest address first: conventional memory, what a PC's
-/// firmware keeps (the ACPI tables), RAM up to the gap, KVM's own pages, RAM above 4 GiB.
+/// The map of a machine with this memory, lowest address first: conventional memory, what a PC's
+/// firmware keeps (the ACPI tables), RAM up to the gap, KVM's own pages, RAM above 4 GiB, and modules,
+/// which are RAM too unless `is_rom` says of their backend that it cannot be written.
 #[must_use]
-pub fn memory_map(layout: &RamLayout) -> Vec<MapEntry> {
+pub fn memory_map(layout: &RamLayout, is_rom: &dyn Fn(usize) -> bool) -> Vec<MapEntry> {
     let low_end = layout.low_ram_end();
     let mut map = Vec::new();
     let mut add = |start: u64, end: u64, kind| {
@@ -66,13 +67,22 @@ pub fn memory_map(layout: &RamLayout) -> Vec<MapEntry> {
     if let Some(high_end) = layout.high_ram_end() {
         add(HIGH_RAM_START, high_end, MapKind::Ram);
     }
+    for module in layout.module_segments() {
+        let kind = if is_rom(module.backend) {
+            MapKind::Reserved
+        } else {
+            MapKind::Ram
+        };
+        let start = module.guest_address;
+        add(start, start + module.bytes, kind);
+    }
     map
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::layout::MMIO_GAP_START;
+    use crate::memory::layout::{MMIO_GAP_START, Placed};
     use proptest::prelude::*;
 
     const MIB: u64 = 1 << 20;
@@ -86,13 +96,13 @@ mod tests {
 
     #[test]
     fn small_machines_have_all_ram_but_the_firmware_area() {
-        let map = memory_map(&RamLayout::new(&[256 * MIB]).unwrap());
+        let map = memory_map(&RamLayout::new(&[256 * MIB]).unwrap(), &|_| false);
         assert_eq!(ram(&map), [(0, 0x9_fc00), (MIB, 255 * MIB)]);
     }
 
     #[test]
     fn ram_above_the_gap_is_told() {
-        let map = memory_map(&RamLayout::new(&[5 << 30]).unwrap());
+        let map = memory_map(&RamLayout::new(&[5 << 30]).unwrap(), &|_| false);
         assert_eq!(
             ram(&map),
             [
@@ -104,9 +114,23 @@ mod tests {
     }
 
     #[test]
+    fn modules_are_ranges_of_their_own() {
+        let module = |guest_address| Placed {
+            guest_address,
+            bytes: MIB,
+        };
+        let layout = RamLayout::new(&[64 * MIB]).unwrap();
+        let layout = layout.with_modules(&[module(4 << 30), module(5 << 30)]);
+        let map = memory_map(&layout.unwrap(), &|backend| backend == 2);
+        assert_eq!(ram(&map)[2..], [(4 << 30, MIB)]);
+        let last = map.last().unwrap();
+        assert_eq!((last.start, last.kind), (5 << 30, MapKind::Reserved));
+    }
+
+    #[test]
     fn several_backends_are_one_range() {
         let layout = RamLayout::new(&[64 * MIB, 64 * MIB, 3 << 30, MIB]).unwrap();
-        let map = memory_map(&layout);
+        let map = memory_map(&layout, &|_| false);
         assert_eq!(ram(&map).len(), 3);
     }
 
@@ -117,7 +141,7 @@ mod tests {
         ) {
             let bytes: Vec<u64> = pages.iter().map(|p| p * PAGE_BYTES).collect();
             let layout = RamLayout::new(&bytes).unwrap();
-            let map = memory_map(&layout);
+            let map = memory_map(&layout, &|_| false);
             let mut end = 0;
             for entry in &map {
                 prop_assert!(entry.start >= end && entry.bytes > 0);

@@ -11,8 +11,15 @@ use crate::arch::x86_64::layout::{
 };
 use crate::memory::guest::RamBacking;
 use crate::memory::layout::RamLayout;
+use crate::spec::CpuCount;
 
 const MIB: u64 = 1 << 20;
+
+/// A machine of this many CPUs; of its RAM only what the tests gave it matters.
+fn spec(cpus: u32) -> MachineSpec {
+    let ram = BackendSpec::new("ram0", 64 * MIB).unwrap();
+    MachineSpec::new(CpuCount::new(cpus).unwrap(), vec![ram]).unwrap()
+}
 
 fn machine(bytes: u64) -> GuestRam {
     let backing = RamBacking::anonymous(bytes).unwrap();
@@ -100,7 +107,7 @@ fn read<const N: usize>(ram: &GuestRam, address: u64) -> [u8; N] {
 }
 
 fn error(ram: &GuestRam, boot: &BootSource) -> String {
-    load(ram, boot, 1).unwrap_err().to_string()
+    load(ram, boot, &spec(1)).unwrap_err().to_string()
 }
 
 #[test]
@@ -113,7 +120,7 @@ fn a_bzimage_is_loaded_at_one_mib_and_told_everything() {
         initrd: Some(initrd),
         ..embedded(bzimage())
     };
-    let entry = load(&ram, &boot, 2).unwrap();
+    let entry = load(&ram, &boot, &spec(2)).unwrap();
     assert_eq!(entry.registers, InitialRegisters::linux64(0x10_0200));
     assert_eq!(
         &read::<19>(&ram, HIGH_MEMORY_ADDRESS),
@@ -131,7 +138,7 @@ fn a_bzimage_is_loaded_at_one_mib_and_told_everything() {
     assert_eq!(read::<2>(&ram, 0x3ff_e000 + 4999), [0x5a, 0]);
     assert_eq!(u32_at(0x228), 0x2_0000, "cmd_line_ptr");
     assert_eq!(&read::<20>(&ram, 0x2_0000), b"console=ttyS0 quiet\0");
-    let map = memory_map(ram.layout());
+    let map = memory_map(ram.layout(), &|_| false);
     assert_eq!(usize::from(params[0x1e8]), map.len());
     for (number, range) in map.iter().enumerate() {
         let at = 0x2d0 + 20 * number;
@@ -145,7 +152,7 @@ fn a_bzimage_is_loaded_at_one_mib_and_told_everything() {
 #[test]
 fn page_tables_map_four_gib_one_to_one() {
     let ram = machine(64 * MIB);
-    load(&ram, &embedded(bzimage()), 1).unwrap();
+    load(&ram, &embedded(bzimage()), &spec(1)).unwrap();
     for address in [0, 0x10_0200, 0x3ff_ffff, 0xfee0_0000, 0xffff_ffff_u64] {
         let mut table = PAGE_TABLES_ADDRESS;
         for shift in [39, 30] {
@@ -165,7 +172,7 @@ fn page_tables_map_four_gib_one_to_one() {
 #[test]
 fn an_elf_starts_at_its_entry_in_long_mode() {
     let ram = machine(64 * MIB);
-    let entry = load(&ram, &embedded(elf(0x20_0000, b"code", None)), 1).unwrap();
+    let entry = load(&ram, &embedded(elf(0x20_0000, b"code", None)), &spec(1)).unwrap();
     assert_eq!(entry.registers, InitialRegisters::linux64(0x20_0000));
     assert_eq!(&read::<4>(&ram, 0x20_0000), b"code");
     let params: [u8; 4096] = read(&ram, BOOT_PARAMS_ADDRESS);
@@ -183,7 +190,7 @@ fn an_elf_with_a_pvh_note_starts_there_without_paging() {
         initrd: Some(initrd),
         ..embedded(elf(0x20_0000, b"code", Some(0x20_0002)))
     };
-    let entry = load(&ram, &boot, 1).unwrap();
+    let entry = load(&ram, &boot, &spec(1)).unwrap();
     assert_eq!(entry.registers, InitialRegisters::pvh(0x20_0002));
     let info: [u8; 56] = read(&ram, PVH_START_INFO_ADDRESS);
     let u64_at = |at: usize| u64::from_le_bytes(info[at..at + 8].try_into().unwrap());
@@ -196,7 +203,10 @@ fn an_elf_with_a_pvh_note_starts_there_without_paging() {
     assert_eq!(module[8..], 6_u64.to_le_bytes());
     let first: [u8; 24] = read(&ram, u64_at(40));
     assert_eq!(first[8..16], 0x9_fc00_u64.to_le_bytes());
-    assert_eq!(info[48] as usize, memory_map(ram.layout()).len());
+    assert_eq!(
+        info[48] as usize,
+        memory_map(ram.layout(), &|_| false).len()
+    );
 }
 
 #[test]
@@ -299,7 +309,7 @@ fn command_lines_are_limited_by_the_kernel() {
         append,
         ..embedded(bzimage())
     };
-    load(&ram, &boot("x".repeat(64)), 1).unwrap();
+    load(&ram, &boot("x".repeat(64)), &spec(1)).unwrap();
     assert_eq!(
         error(&ram, &boot("x".repeat(65))),
         "the kernel's command line has 65 bytes, this kernel takes at most 64"
@@ -318,7 +328,7 @@ fn command_lines_are_limited_by_the_kernel() {
 proptest! {
     #[test]
     fn no_bytes_make_the_loader_panic(bytes in prop::collection::vec(any::<u8>(), 0..2000)) {
-        let _ = load(&machine(4 * MIB), &embedded(bytes), 1);
+        let _ = load(&machine(4 * MIB), &embedded(bytes), &spec(1));
     }
 
     #[test]
@@ -336,7 +346,7 @@ proptest! {
             image[at % length] = byte;
         }
         image.truncate(if bytes % 4 == 0 { bytes / 4 % length } else { length });
-        let _ = load(&machine(32 * MIB), &embedded(image), 1);
+        let _ = load(&machine(32 * MIB), &embedded(image), &spec(1));
     }
 
     #[test]
@@ -351,6 +361,6 @@ proptest! {
             let kind = if kinds[number] { 1 } else { 4 };
             segment(&mut image, at, kind, [value(i), value(i + 1), value(i + 2), value(i + 3)]);
         }
-        let _ = load(&machine(4 * MIB), &embedded(image), 1);
+        let _ = load(&machine(4 * MIB), &embedded(image), &spec(1));
     }
 }

@@ -245,3 +245,19 @@ proptest! {
         prop_assert_eq!(missing_features(&guest, &host), []);
     }
 }
+
+#[test]
+fn cores_of_two_nodes_share_no_cache() {
+    let sharing = |bits| {
+        let leaves = guest_cpuid_in_nodes(&everything(), 0, 4, bits);
+        let mut caches = leaves.iter().filter(|leaf| leaf.function == 4);
+        let last = caches.find(|leaf| leaf.eax >> 5 & 7 == 3).unwrap();
+        last.eax >> 14 & 0xfff
+    };
+    assert_eq!([0, 1, 2, 9].map(sharing), [0, 1, 3, 3]);
+    // CPU 3 of 4, two a package: the second core of the second package.
+    let leaves = guest_cpuid_in_nodes(&amd(), 3, 4, 1);
+    let leaf = at(&leaves, 0x8000_001e, 0);
+    assert_eq!((leaf.eax, leaf.ebx, leaf.ecx), (3, 1, 1));
+    assert_eq!(at(&leaves, 0x8000_0008, 0).ecx, 1 | 1 << 12);
+}

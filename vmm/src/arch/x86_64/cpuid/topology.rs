@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! What CPUID says about the machine's shape: one package, one thread a core, the last level cache
-//! shared by all cores. The local APIC id of CPU `n` is `n`, as the ACPI tables say too.
+//! What CPUID says about the machine's shape: one package, or one for each node, one thread a core, the
+//! last level cache shared by all cores of a package. The local APIC id of CPU `n` is `n`, as the ACPI tables say too.
 
 use super::{CpuidEntry, INDEX_MATTERS, find};
 
@@ -16,18 +16,22 @@ const LEVEL_CORE: u32 = 2;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Topology {
     apic_id: u32,
+    /// Of one package.
     cpus: u32,
     /// Bits of the APIC id that tell cores apart.
     core_bits: u32,
 }
 
 impl Topology {
-    pub(super) fn new(cpu: u8, cpus: u8) -> Self {
-        let cpus = u32::from(cpus.max(1));
+    /// CPUs whose numbers differ in the lowest `package_bits` bits only are in one package.
+    pub(super) fn new(cpu: u8, cpus: u8, package_bits: u32) -> Self {
+        let most = 1_u32.checked_shl(package_bits).unwrap_or(u32::MAX);
+        let cpus = u32::from(cpus.max(1)).min(most);
+        let core_bits = cpus.next_power_of_two().trailing_zeros();
         Self {
             apic_id: u32::from(cpu),
             cpus,
-            core_bits: cpus.next_power_of_two().trailing_zeros(),
+            core_bits,
         }
     }
 
@@ -47,10 +51,11 @@ impl Topology {
                 // ECX: number of cores less one, and the bits of the APIC id that they take.
                 0x8000_0008 if amd => entry.ecx = (self.cpus - 1) | self.core_bits << 12,
                 0x8000_001d => self.cache(entry, false),
-                // Extended APIC id; core id with one thread a core; node 0 of one.
+                // Extended APIC id; core id with one thread a core; the package's one node.
                 0x8000_001e => {
-                    (entry.eax, entry.ebx, entry.ecx, entry.edx) =
-                        (self.apic_id, self.apic_id, 0, 0);
+                    let core = self.apic_id & (self.id_space() - 1);
+                    let node = self.apic_id >> self.core_bits;
+                    (entry.eax, entry.ebx, entry.ecx, entry.edx) = (self.apic_id, core, node, 0);
                 }
                 _ => {}
             }

@@ -2,6 +2,7 @@
 //! The console's thread: input to the UART, queued output to the other end, clients coming and
 //! going.
 
+use std::fmt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -52,6 +53,14 @@ enum Input {
     HalfClosed(Arc<OwnedFd>),
 }
 
+impl fmt::Debug for Feed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Feed")
+            .field("input", &self.input)
+            .finish_non_exhaustive()
+    }
+}
+
 /// What is ready.
 #[derive(Debug, Default, Clone, Copy)]
 struct Ready {
@@ -93,6 +102,18 @@ impl Feed {
             },
         }
         Ok(feed)
+    }
+
+    /// Gives the UART what one read finds, without waiting.
+    pub(super) fn begin(&mut self) {
+        let Input::Open(fd) = &self.input else {
+            return;
+        };
+        let mut fds = [PollFd::from_borrowed_fd(fd.as_fd(), PollFlags::IN)];
+        if matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..)) {
+            self.read();
+            self.offer();
+        }
     }
 
     /// Runs until [`ConsoleOutput::stop`].

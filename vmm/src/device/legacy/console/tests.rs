@@ -24,6 +24,7 @@ fn attached(target: SerialTarget) -> (Console, Arc<Mutex<Serial>>) {
     console
         .attach(Arc::clone(&serial), Box::new(|| {}))
         .unwrap();
+    console.feed().unwrap();
     (console, serial)
 }
 

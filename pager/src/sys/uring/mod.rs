@@ -2,36 +2,46 @@
 // later. The ring owns every such buffer from the push to the completion, and leaks it when the
 // kernel cannot be made to let go of it.
 #![expect(unsafe_code, reason = "submission entries with raw buffer addresses")]
-//! The ring: userfaultfd messages, template reads and the stop signal, waited for in one call.
+//! The ring: messages of all clients, template reads and the bell, waited for in one call.
+
+mod build;
+mod end;
+mod watch;
 
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::mem;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use io_uring::types::{CancelBuilder, Fd, Fixed, SubmitArgs, Timespec};
+use io_uring::types::{Fd, Fixed, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
 use userfaultfd::Uffd;
 
 use super::buffers::{BufferPool, Lease};
-use super::userfaultfd as uffd_sys;
 use crate::fault::MESSAGE_BYTES;
 use crate::port::WaitLimits;
-use crate::token::{ReadSlot, Token};
+use crate::token::{ClientSlot, ReadSlot, Token};
+use build::{Entries, build};
+use watch::{Watch, Watched};
 
-/// Messages that one read of the userfaultfd takes.
+pub(crate) use build::probe;
+
+/// Messages that one read of a userfaultfd takes.
 pub(crate) const MESSAGES_PER_READ: usize = 64;
 const MESSAGE_BUFFER_BYTES: usize = MESSAGES_PER_READ * MESSAGE_BYTES;
 /// Reads after which the buffers are registered: pinning them costs a tenth of a millisecond and
 /// their memory, and a clone that reads little should pay neither.
 const REGISTER_AFTER_READS: u32 = 64;
-/// How long `drop` waits for the kernel to give buffers back before it leaks them.
-const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+/// Files that the ring knows by number; reads of further ones name a descriptor.
+const FIXED_FILES: usize = 64;
+/// Requests of clients that are submitted at once; more take another call.
+const CLIENTS_AT_ONCE: usize = 128;
+/// Completions that fit without the kernel keeping a list: two of each client, up to this.
+const MOST_COMPLETIONS: usize = 8192;
 
-/// How a ring waits for messages of the userfaultfd.
+/// How a ring waits for messages of a userfaultfd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum UffdWait {
     /// A READ stays pending in the kernel and brings the messages with it.
@@ -55,11 +65,13 @@ enum Buffers {
 #[derive(Debug)]
 pub(crate) enum Completion<'a> {
     /// Messages read by the kernel; empty if it could not. The request must be armed again.
-    Messages(&'a [u8]),
+    Messages(ClientSlot, &'a [u8]),
     /// There are messages to be read. The request must be armed again.
-    MessagesReady,
-    /// Somebody asked to stop.
-    Stop,
+    MessagesReady(ClientSlot),
+    /// The client's process ended.
+    Gone(ClientSlot),
+    /// Somebody rang.
+    Bell,
     /// A read is over; a negative result is an errno.
     Read {
         slot: ReadSlot,
@@ -71,20 +83,17 @@ pub(crate) enum Completion<'a> {
 /// An io_uring with the buffers that are in it.
 pub(crate) struct Ring {
     ring: IoUring,
-    files: Vec<Arc<File>>,
+    /// By number of the image.
+    files: Vec<Option<Arc<File>>>,
     files_registered: bool,
     buffers: Buffers,
     arena: libc::iovec,
     reads: u32,
-    uffd: Arc<Uffd>,
-    stop: Arc<OwnedFd>,
+    bell: Arc<OwnedFd>,
+    bell_armed: bool,
     wait: UffdWait,
-    messages: Box<[u8; MESSAGE_BUFFER_BYTES]>,
-    uffd_armed: bool,
-    stop_armed: bool,
+    watch: Watch,
     in_flight: Vec<Option<Lease>>,
-    /// Result of the first wait for messages, if it was over before it was waited for.
-    early: Option<i32>,
     unsubmitted_reads: usize,
 }
 
@@ -99,89 +108,37 @@ impl fmt::Debug for Ring {
     }
 }
 
-/// A ring of the best kind that this kernel makes; errors only when it makes none that can be
-/// waited on with a time limit.
-/// The flag says whether it defers its work to the waiting thread (kernels from 6.1).
-fn build(entries: u32) -> io::Result<(IoUring, bool)> {
-    let deferred = IoUring::builder()
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .build(entries);
-    let is_deferred = deferred.is_ok();
-    let ring = deferred
-        .or_else(|_| {
-            let mut builder = IoUring::builder();
-            builder.setup_coop_taskrun().setup_taskrun_flag();
-            builder.build(entries)
-        })
-        .or_else(|_| IoUring::new(entries))?;
-    if !ring.params().is_feature_ext_arg() {
-        return Err(io::Error::from(io::ErrorKind::Unsupported));
-    }
-    Ok((ring, is_deferred))
-}
-
-/// Whether a READ of a userfaultfd without messages stays pending, as it must; else it would
-/// occupy a worker thread or fail at once. Seen on a throw-away userfaultfd, not deduced.
-///
-/// The userfaultfd is non-blocking: a kernel that can wait for it natively arms a poll and tries
-/// again when that fires, one that cannot says EAGAIN at once.
-pub(crate) fn probe() -> io::Result<UffdWait> {
-    let (mut ring, _) = build(4)?;
-    let (uffd, _) = uffd_sys::open()?;
-    let mut buffer = [0u8; MESSAGE_BYTES];
-    let length = u32::try_from(buffer.len()).unwrap_or(0);
-    let read = opcode::Read::new(Fd(uffd.as_raw_fd()), buffer.as_mut_ptr(), length)
-        .build()
-        .user_data(Token::Uffd.encode());
-    // SAFETY: `buffer` and `uffd` outlive the request: nothing is ever read from this userfaultfd,
-    // as no memory is registered with it, and the request is cancelled below.
-    unsafe { ring.submission().push(&read) }.map_err(|_| io::Error::other("ring is full"))?;
-    ring.submit()?;
-    if ring.completion().next().is_some() {
-        return Ok(UffdWait::Poll);
-    }
-    let cancel = opcode::AsyncCancel::new(Token::Uffd.encode())
-        .build()
-        .user_data(Token::Cancel.encode());
-    // SAFETY: the entry points to no memory.
-    unsafe { ring.submission().push(&cancel) }.map_err(|_| io::Error::other("ring is full"))?;
-    ring.submit_and_wait(2)?;
-    Ok(UffdWait::Read)
-}
-
 impl Ring {
-    /// A ring for the calling thread, which must be the only one to use it. It tries to wait for
-    /// messages by `wait`, and polls where the kernel cannot READ them without a worker thread.
+    /// A ring for the calling thread, which must be the only one to use it, and at most `clients`
+    /// clients. It tries to wait for messages by `wait`, and polls where the kernel cannot READ
+    /// them without a worker thread.
     pub(crate) fn new(
-        files: Vec<Arc<File>>,
         pool: &BufferPool,
-        uffd: Arc<Uffd>,
-        stop: Arc<OwnedFd>,
+        bell: Arc<OwnedFd>,
         wait: UffdWait,
+        clients: usize,
     ) -> io::Result<Self> {
         let reads = pool.capacity();
-        // Every read, the two waits and a cancel fit at once: a push never fails.
-        let entries = u32::try_from(reads + 4).unwrap_or(u32::MAX);
-        let (ring, deferred) = build(entries.next_power_of_two())?;
-        let fds: Vec<_> = files.iter().map(|file| file.as_raw_fd()).collect();
-        let files_registered = !fds.is_empty() && ring.submitter().register_files(&fds).is_ok();
+        let number = |entries: usize| u32::try_from(entries).unwrap_or(u32::MAX);
+        let submissions = reads + 2 * clients.min(CLIENTS_AT_ONCE) + 4;
+        let completions = (2 * (clients + reads) + 8).min(MOST_COMPLETIONS);
+        let (ring, deferred) = build(Entries {
+            submissions: number(submissions.next_power_of_two()),
+            completions: number(completions.next_power_of_two()),
+        })?;
+        let files_registered = ring.submitter().register_files(&[-1; FIXED_FILES]).is_ok();
         let mut ring = Self {
             ring,
-            files,
+            files: Vec::new(),
             files_registered,
             buffers: Buffers::Later,
             arena: pool.iovec(),
             reads: 0,
-            uffd,
-            stop,
+            bell,
+            bell_armed: false,
             wait,
-            messages: Box::new([0; MESSAGE_BUFFER_BYTES]),
-            uffd_armed: false,
-            stop_armed: false,
+            watch: Watch::default(),
             in_flight: (0..reads).map(|_| None).collect(),
-            early: None,
             unsubmitted_reads: 0,
         };
         // Kernels without deferred task work (before 6.1) may wait for all requests to end before
@@ -189,7 +146,6 @@ impl Ring {
         if !deferred {
             ring.register_buffers();
         }
-        ring.settle_wait()?;
         Ok(ring)
     }
 
@@ -206,20 +162,52 @@ impl Ring {
         };
     }
 
-    /// Arms the first wait for messages. A READ that says EAGAIN at once (see [`probe`]) is not
-    /// tried again; one that brings messages of threads that were early is kept.
-    fn settle_wait(&mut self) -> io::Result<()> {
-        self.arm(true);
-        self.submit()?;
-        if self.wait == UffdWait::Read
-            && let Some(entry) = self.ring.completion().next()
+    /// From now on `file` can be read as number `number`.
+    pub(crate) fn add_file(&mut self, number: usize, file: &Arc<File>) {
+        if self.files.len() <= number {
+            self.files.resize(number + 1, None);
+        }
+        if self.files[number].is_some() {
+            return;
+        }
+        self.files[number] = Some(Arc::clone(file));
+        if self.files_registered && number < FIXED_FILES {
+            let at = u32::try_from(number).unwrap_or(u32::MAX);
+            let update = self.ring.submitter();
+            let update = update.register_files_update(at, &[file.as_raw_fd()]);
+            // Without it all reads name descriptors.
+            self.files_registered = update.is_ok();
+        }
+    }
+
+    /// Waits for `uffd` (when armed) and for the end of a process.
+    pub(crate) fn watch(&mut self, uffd: Arc<Uffd>, pidfd: Option<Arc<OwnedFd>>) -> ClientSlot {
+        let slot = self.watch.add(Watched::new(uffd, pidfd));
+        if let Some(watched) = self.watch.get(slot)
+            && let Some(pidfd) = &watched.pidfd
         {
-            self.early = Some(entry.result());
+            let poll = opcode::PollAdd::new(Fd(pidfd.as_raw_fd()), POLL_IN).build();
+            let pushed = self.push(poll, Token::Gone(slot));
+            if let Some(watched) = self.watch.get_mut(slot) {
+                watched.watches_end = pushed;
+            }
         }
-        if self.early == Some(-libc::EAGAIN) {
-            self.wait = UffdWait::Poll;
+        slot
+    }
+
+    /// Waits for a client no longer. What it had pending is taken back.
+    pub(crate) fn unwatch(&mut self, slot: ClientSlot) {
+        let Some(watched) = self.watch.get_mut(slot) else {
+            return;
+        };
+        watched.is_closing = true;
+        let watches_end = watched.watches_end;
+        self.disarm(slot);
+        if watches_end {
+            let cancel = opcode::AsyncCancel::new(Token::Gone(slot).encode()).build();
+            self.push(cancel, Token::Cancel);
         }
-        Ok(())
+        self.watch.settle(slot);
     }
 
     /// How this ring waits for messages.
@@ -227,20 +215,32 @@ impl Ring {
         self.wait
     }
 
-    /// Queues the waits that are not pending: for the stop signal always, for messages if wanted.
-    pub(crate) fn arm(&mut self, want_messages: bool) {
-        if !self.stop_armed {
-            let poll = opcode::PollAdd::new(Fd(self.stop.as_raw_fd()), POLL_IN).build();
-            self.stop_armed = self.push(poll, Token::Stop);
+    /// Queues the wait for messages of a client, unless it is pending; false when there is no room.
+    pub(crate) fn arm(&mut self, slot: ClientSlot) -> bool {
+        let wait = self.wait;
+        let Some(watched) = self.watch.get_mut(slot) else {
+            return true;
+        };
+        if watched.is_armed || watched.is_closing {
+            return true;
         }
-        if want_messages && !self.uffd_armed {
-            let fd = Fd(self.uffd.as_raw_fd());
-            let length = u32::try_from(MESSAGE_BUFFER_BYTES).unwrap_or(0);
-            let entry = match self.wait {
-                UffdWait::Read => opcode::Read::new(fd, self.messages.as_mut_ptr(), length).build(),
-                UffdWait::Poll => opcode::PollAdd::new(fd, POLL_IN).build(),
-            };
-            self.uffd_armed = self.push(entry, Token::Uffd);
+        let fd = Fd(watched.uffd.as_raw_fd());
+        let length = u32::try_from(MESSAGE_BUFFER_BYTES).unwrap_or(0);
+        let entry = match wait {
+            UffdWait::Read => opcode::Read::new(fd, watched.messages.as_mut_ptr(), length).build(),
+            UffdWait::Poll => opcode::PollAdd::new(fd, POLL_IN).build(),
+        };
+        let pushed = self.push(entry, Token::Uffd(slot));
+        if let Some(watched) = self.watch.get_mut(slot) {
+            watched.is_armed = pushed;
+        }
+        pushed
+    }
+
+    fn arm_bell(&mut self) {
+        if !self.bell_armed {
+            let poll = opcode::PollAdd::new(Fd(self.bell.as_raw_fd()), POLL_IN).build();
+            self.bell_armed = self.push(poll, Token::Bell);
         }
     }
 
@@ -256,9 +256,10 @@ impl Ring {
     ) -> Result<(), Lease> {
         let free = matches!(self.in_flight.get(slot.index()), Some(None));
         let length = u32::try_from(bytes.min(lease.len())).unwrap_or(0);
-        let (Some(raw), true) = (self.files.get(file).map(|file| file.as_raw_fd()), free) else {
+        let (Some(Some(known)), true) = (self.files.get(file), free) else {
             return Err(lease);
         };
+        let raw = known.as_raw_fd();
         let address = lease.address();
         let index = u32::try_from(file).unwrap_or(u32::MAX);
         self.reads = self.reads.saturating_add(1);
@@ -266,7 +267,8 @@ impl Ring {
             self.register_buffers();
         }
         let registered = self.buffers == Buffers::Registered;
-        let entry = match (self.files_registered, registered) {
+        let fixed = self.files_registered && file < FIXED_FILES;
+        let entry = match (fixed, registered) {
             (true, true) => opcode::ReadFixed::new(Fixed(index), address, length, 0)
                 .offset(offset)
                 .build(),
@@ -293,9 +295,13 @@ impl Ring {
         self.unsubmitted_reads > 0
     }
 
+    /// Queues an entry; with a full queue, everything before it is submitted first.
     fn push(&mut self, entry: squeue::Entry, token: Token) -> bool {
         let entry = entry.user_data(token.encode());
-        // SAFETY: what the entry points to is owned by this ring (message buffer, leases, files)
+        if self.ring.submission().is_full() && self.ring.submit().is_err() {
+            return false;
+        }
+        // SAFETY: what the entry points to is owned by this ring (message buffers, leases, files)
         // and outlives the request: `drop` waits for it, or leaks the buffer.
         unsafe { self.ring.submission().push(&entry) }.is_ok()
     }
@@ -303,15 +309,14 @@ impl Ring {
     /// Hands everything queued to the kernel without waiting. Reads from the page cache are
     /// complete when this returns.
     pub(crate) fn submit(&mut self) -> io::Result<()> {
+        self.arm_bell();
         self.unsubmitted_reads = 0;
         settle(self.ring.submit())
     }
 
     /// Hands everything queued to the kernel and waits for a completion, at most `limit`.
     pub(crate) fn wait(&mut self, limit: Option<Duration>) -> io::Result<()> {
-        if self.early.is_some() {
-            return self.submit();
-        }
+        self.arm_bell();
         self.unsubmitted_reads = 0;
         let result = match limit {
             None => self.ring.submit_and_wait(1),
@@ -350,17 +355,29 @@ impl Ring {
 
     /// Takes one completion, if there is one.
     pub(crate) fn next(&mut self) -> Option<Completion<'_>> {
-        if let Some(result) = self.early.take() {
-            return Some(self.messages_completed(result));
-        }
         loop {
             let entry = self.ring.completion().next()?;
             let result = entry.result();
             match Token::decode(entry.user_data()) {
-                Some(Token::Uffd) => return Some(self.messages_completed(result)),
-                Some(Token::Stop) => {
-                    self.stop_armed = false;
-                    return Some(Completion::Stop);
+                Some(Token::Uffd(slot)) => {
+                    if self.messages_completed(slot, result) {
+                        return Some(self.messages(slot, result));
+                    }
+                }
+                Some(Token::Gone(slot)) => {
+                    let Some(watched) = self.watch.get_mut(slot) else {
+                        continue;
+                    };
+                    watched.watches_end = false;
+                    if watched.is_closing {
+                        self.watch.settle(slot);
+                    } else {
+                        return Some(Completion::Gone(slot));
+                    }
+                }
+                Some(Token::Bell) => {
+                    self.bell_armed = false;
+                    return Some(Completion::Bell);
                 }
                 Some(Token::Read(slot)) => {
                     let lease = self.in_flight.get_mut(slot.index()).and_then(Option::take);
@@ -372,39 +389,48 @@ impl Ring {
                         });
                     }
                 }
-                Some(Token::Cancel) | None => {}
+                Some(Token::Cancel | Token::Signal) | None => {}
             }
         }
     }
 
-    fn messages_completed(&mut self, result: i32) -> Completion<'_> {
-        self.uffd_armed = false;
+    /// Whether anybody is interested in what the wait for a client's messages came to.
+    fn messages_completed(&mut self, slot: ClientSlot, result: i32) -> bool {
+        let Some(watched) = self.watch.get_mut(slot) else {
+            return false;
+        };
+        watched.is_armed = false;
+        let wanted = !watched.is_closing;
+        self.watch.settle(slot);
         if result == -libc::EAGAIN {
             // A kernel that cannot wait for them by READ.
             self.wait = UffdWait::Poll;
         }
+        wanted
+    }
+
+    fn messages(&self, slot: ClientSlot, result: i32) -> Completion<'_> {
         if self.wait == UffdWait::Poll {
-            return Completion::MessagesReady;
+            return Completion::MessagesReady(slot);
         }
         let length = usize::try_from(result).unwrap_or(0);
-        Completion::Messages(&self.messages[..length.min(MESSAGE_BUFFER_BYTES)])
+        let buffer = self.watch.get(slot).map_or(&[][..], |watched| {
+            &watched.messages[..length.min(MESSAGE_BUFFER_BYTES)]
+        });
+        Completion::Messages(slot, buffer)
     }
 
     /// Asks for the pending wait for messages back; it completes like any other.
-    pub(crate) fn disarm(&mut self) {
-        if self.uffd_armed {
-            let cancel = opcode::AsyncCancel::new(Token::Uffd.encode()).build();
+    pub(crate) fn disarm(&mut self, slot: ClientSlot) {
+        if self.is_armed(slot) {
+            let cancel = opcode::AsyncCancel::new(Token::Uffd(slot).encode()).build();
             self.push(cancel, Token::Cancel);
         }
     }
 
     /// Whether a wait for messages is pending.
-    pub(crate) fn is_armed(&self) -> bool {
-        self.uffd_armed
-    }
-
-    fn is_busy(&self) -> bool {
-        self.uffd_armed || self.stop_armed || self.in_flight.iter().any(Option::is_some)
+    pub(crate) fn is_armed(&self, slot: ClientSlot) -> bool {
+        self.watch.get(slot).is_some_and(|watched| watched.is_armed)
     }
 }
 
@@ -419,34 +445,5 @@ fn settle(result: io::Result<usize>) -> io::Result<()> {
             Some(libc::ETIME | libc::EINTR | libc::EBUSY | libc::EAGAIN) => Ok(()),
             _ => Err(error),
         },
-    }
-}
-
-impl Drop for Ring {
-    fn drop(&mut self) {
-        let started = Instant::now();
-        let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build();
-        // Kernels before 5.19 cannot cancel everything at once: there, reads end by themselves.
-        let cancel_uffd = opcode::AsyncCancel::new(Token::Uffd.encode()).build();
-        let cancel_stop = opcode::AsyncCancel::new(Token::Stop.encode()).build();
-        for entry in [cancel, cancel_uffd, cancel_stop] {
-            self.push(entry, Token::Cancel);
-        }
-        while self.is_busy() && started.elapsed() < DRAIN_LIMIT {
-            if self.wait(Some(Duration::from_millis(50))).is_err() {
-                break;
-            }
-            while self.next().is_some() {}
-        }
-        if self.is_busy() {
-            tracing::warn!(ring = ?self, "the kernel keeps buffers of a closed ring; leaking them");
-            for lease in self.in_flight.drain(..).flatten() {
-                mem::forget(lease);
-            }
-            mem::forget(mem::replace(
-                &mut self.messages,
-                Box::new([0; MESSAGE_BUFFER_BYTES]),
-            ));
-        }
     }
 }

@@ -1,0 +1,132 @@
+#![forbid(unsafe_code)]
+//! `pando run --machine`: VMs whose memory begins as a file, and the files of their templates.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdout, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use pando_tests::command::pando;
+use pando_vmm::payload::protocol::{Command, Outcome, READY_LINE, Reply, Visit};
+
+/// A VM on a clone of `file`, whose COM1 is its standard input and output; the file of its machine too.
+fn run_on(file: &Path, dir: &Path) -> Result<Child> {
+    let machine = dir.join("run.toml");
+    let text = format!(
+        "kernel = 'embedded'\n[memory]\nbackend = 'm0'\n[[backend]]\nid = 'm0'\nkind = 'file'\n\
+         path = '{}'\nsize = '64M'\nreadonly = true\nrom = 'off'\n",
+        file.display()
+    );
+    fs::write(&machine, text)?;
+    let mut command = pando(&["run", "--machine"])?;
+    let command = command.arg(machine).stdin(Stdio::piped());
+    Ok(command
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?)
+}
+
+/// Waits for the guest's ready mark, and returns what it says from then on, line by line.
+fn ready(child: &mut Child) -> Result<BufReader<ChildStdout>> {
+    let mut lines = BufReader::new(child.stdout.take().context("no output")?);
+    let mut line = String::new();
+    while line.trim_end() != READY_LINE.trim_end() {
+        line.clear();
+        ensure!(lines.read_line(&mut line)? > 0, "the guest said nothing");
+    }
+    Ok(lines)
+}
+
+#[test]
+fn a_vm_runs_on_a_file_that_it_only_reads() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("m0");
+    let content = vec![0xa5; 64 << 20];
+    fs::write(&file, &content)?;
+    let mut child = run_on(&file, dir.path())?;
+    let mut lines = ready(&mut child)?;
+    let mut input = child.stdin.take().context("no input")?;
+    // Every page has something, and is written over.
+    let visit = Visit::all(512, 8000);
+    let scan = Command::Scan {
+        first_page: 512,
+        pages: 8000,
+    };
+    let write = Command::Write { visit, salt: 3 };
+    for command in [&scan, &write, &Command::PowerOff] {
+        input.write_all(&command.encode())?;
+        let mut line = String::new();
+        lines.read_line(&mut line)?;
+        let outcome = Reply::parse(line.trim_end())?.outcome;
+        if let Outcome::Scanned { nonzero, .. } = outcome {
+            ensure!(nonzero == 8000, "{outcome:?}");
+        }
+    }
+    drop(input);
+    let ended = child.wait_with_output()?;
+    ensure!(ended.status.code() == Some(0), "{ended:?}");
+    ensure!(fs::read(&file)? == content, "the file was written");
+    Ok(())
+}
+
+#[test]
+fn a_file_that_is_cut_ends_its_vm_and_never_reads_as_zero() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("m0");
+    fs::write(&file, vec![0xa5; 64 << 20])?;
+    let mut child = run_on(&file, dir.path())?;
+    let lines = ready(&mut child)?;
+    fs::OpenOptions::new()
+        .write(true)
+        .open(&file)?
+        .set_len(32 << 20)?;
+    let mut input = child.stdin.take().context("no input")?;
+    let scan = Command::Scan {
+        first_page: 10_000,
+        pages: 100,
+    };
+    input.write_all(&scan.encode())?;
+    let ended = child.wait_with_output()?;
+    drop((input, lines));
+    let text = String::from_utf8_lossy(&ended.stderr);
+    ensure!(ended.status.code() == Some(5), "{ended:?}");
+    ensure!(text.contains("guest memory could not be read"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_template_in_use_is_not_cloned() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let file = dir.path().join("m0");
+    let machine = dir.path().join("template.toml");
+    let text = format!(
+        "kernel = 'embedded'\n[memory]\nbackend = 'm0'\n[[backend]]\nid = 'm0'\nkind = 'file'\n\
+         path = '{}'\nsize = '64M'\nshare = true\n",
+        file.display()
+    );
+    fs::write(&machine, text)?;
+    let mut command = pando(&["run", "--machine"])?;
+    let command = command.arg(&machine).stdin(Stdio::piped());
+    let mut template = command.stdout(Stdio::piped()).spawn()?;
+    let mut lines = ready(&mut template)?;
+    let clone = run_on(&file, dir.path())?.wait_with_output()?;
+    let text = String::from_utf8_lossy(&clone.stderr);
+    ensure!(clone.status.code() == Some(1), "{clone:?}");
+    ensure!(
+        text.contains("memory backend m0: ") && text.contains("in use by the machine"),
+        "{text}"
+    );
+    let mut input = template.stdin.take().context("no input")?;
+    input.write_all(&Command::PowerOff.encode())?;
+    lines.read_line(&mut String::new())?;
+    ensure!(template.wait()?.code() == Some(0), "the template VM");
+    // The file has the guest itself, and a clone of it boots anew.
+    let mut clone = run_on(&file, dir.path())?;
+    let lines = ready(&mut clone)?;
+    let mut input = clone.stdin.take().context("no input")?;
+    input.write_all(&Command::PowerOff.encode())?;
+    ensure!(clone.wait()?.code() == Some(0), "the clone");
+    drop(lines);
+    Ok(())
+}

@@ -1,0 +1,132 @@
+#![forbid(unsafe_code)]
+//! The SMBIOS tables, for machines that say who they are: the system (type 1) and the end (type 127),
+//! behind a 64-bit entry point where guests without EFI look for it (DSP0134 3.0, 5.2.2).
+
+use super::layout::{RESET_VECTOR_ADDRESS, SMBIOS_ADDRESS};
+use crate::memory::guest::{GuestMemoryError, GuestRam};
+
+/// Length of the entry point in bytes.
+const ENTRY_BYTES: u64 = 24;
+/// Most bytes of all texts together: the tables end before the reset vector.
+pub const MAX_TEXT_BYTES: usize = 0xf000;
+const _: () = assert!(SMBIOS_ADDRESS + 0xf000 + 0x100 < RESET_VECTOR_ADDRESS);
+
+/// What is said of the system. Empty texts are not there.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct SystemTexts {
+    /// Who made it.
+    pub manufacturer: String,
+    /// What it is called.
+    pub product: String,
+    /// Its version.
+    pub version: String,
+    /// Its serial number.
+    pub serial: String,
+    /// Its stock keeping unit.
+    pub sku: String,
+    /// Its family.
+    pub family: String,
+}
+
+impl SystemTexts {
+    fn all(&self) -> [&str; 6] {
+        [
+            &self.manufacturer,
+            &self.product,
+            &self.version,
+            &self.serial,
+            &self.sku,
+            &self.family,
+        ]
+    }
+
+    /// Length of all texts in bytes.
+    pub fn bytes(&self) -> usize {
+        self.all().iter().map(|text| text.len() + 1).sum()
+    }
+}
+
+/// Writes the tables. The texts have at most [`MAX_TEXT_BYTES`].
+pub fn write(ram: &GuestRam, system: &SystemTexts, uuid: [u8; 16]) -> Result<(), GuestMemoryError> {
+    ram.write(SMBIOS_ADDRESS, &tables(SMBIOS_ADDRESS, system, uuid))
+}
+
+/// Entry point and tables as they are to lie at `address`.
+fn tables(address: u64, system: &SystemTexts, uuid: [u8; 16]) -> Vec<u8> {
+    let mut structures = system_structure(system, uuid);
+    // The end of the table: type 127, four bytes, no texts.
+    structures.extend([127, 4, 0, 2, 0, 0]);
+    let length = u32::try_from(structures.len()).unwrap_or(u32::MAX);
+    let mut image = b"_SM3_\0\x18\x03\0\0\x01\0".to_vec();
+    image.extend(length.to_le_bytes());
+    image.extend((address + ENTRY_BYTES).to_le_bytes());
+    let sum = image.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+    image[5] = sum.wrapping_neg();
+    image.extend(structures);
+    image
+}
+
+fn system_structure(system: &SystemTexts, uuid: [u8; 16]) -> Vec<u8> {
+    let [manufacturer, product, version, serial, sku, family] = system.all();
+    let mut texts = Vec::new();
+    let mut count = 0;
+    let mut number = |text: &str| {
+        if text.is_empty() {
+            return 0;
+        }
+        texts.extend(text.bytes().filter(|&byte| byte != 0));
+        texts.push(0);
+        count += 1;
+        count
+    };
+    // Type, length, handle, numbers of texts.
+    let mut bytes = vec![1, 27, 0, 1];
+    bytes.extend([manufacturer, product, version, serial].map(&mut number));
+    // The first three fields of a UUID are little-endian here.
+    for range in [0..4, 4..6, 6..8] {
+        bytes.extend(uuid[range].iter().rev());
+    }
+    bytes.extend(&uuid[8..]);
+    // Woken by the power switch.
+    bytes.push(6);
+    bytes.extend([sku, family].map(&mut number));
+    if texts.is_empty() {
+        texts.push(0);
+    }
+    bytes.extend(texts);
+    bytes.push(0);
+    bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tables_are_those_of_the_specification() {
+        let system = SystemTexts {
+            product: "aspen".into(),
+            serial: "S1".into(),
+            ..SystemTexts::default()
+        };
+        let mut uuid = [0; 16];
+        uuid[..8].copy_from_slice(&[1, 2, 3, 4, 5, 6, 7, 8]);
+        let image = tables(0xf_0000, &system, uuid);
+        let sum = image[..24]
+            .iter()
+            .fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
+        assert_eq!((&image[..5], sum), (b"_SM3_".as_slice(), 0));
+        assert_eq!(image[16..24], 0xf_0018_u64.to_le_bytes());
+        let table = &image[24..];
+        assert_eq!(table.len(), usize::from(image[12]));
+        assert_eq!(table[..8], [1, 27, 0, 1, 0, 1, 0, 2]);
+        assert_eq!(table[8..16], [4, 3, 2, 1, 6, 5, 8, 7]);
+        assert_eq!(&table[27..], b"aspen\0S1\0\0\x7f\x04\0\x02\0\0");
+    }
+
+    #[test]
+    fn no_texts_end_with_two_zeros() {
+        let image = tables(0, &SystemTexts::default(), [0; 16]);
+        assert_eq!(image[24 + 27..24 + 29], [0, 0]);
+    }
+}

@@ -1,0 +1,49 @@
+#![forbid(unsafe_code)]
+//! `pando qemu`: QEMU's options, messages and exit codes.
+
+use super::out::{note, say};
+use crate::qemu::run::{self, Command, FAILED};
+use crate::qemu::{program_name, run_name};
+
+/// The options, when this program was started as QEMU or as `pando qemu`.
+pub fn words() -> Option<Vec<String>> {
+    let mut words = std::env::args_os().map(|word| word.to_string_lossy().into_owned());
+    words.next();
+    if run_name().is_some() {
+        return Some(words.collect());
+    }
+    (words.next().as_deref() == Some("qemu")).then(|| words.collect())
+}
+
+/// Runs the machine that the options describe; the exit code.
+pub fn run(words: &[String]) -> u8 {
+    let program = program_name();
+    let shown = match run_name() {
+        Some(name) => name,
+        None => format!("{program} qemu"),
+    };
+    let result = run::read(&shown, words).and_then(|command| match command {
+        Command::Text(text) => {
+            say!("{}", text.trim_end());
+            Ok(crate::report::exit::OK)
+        }
+        Command::Machine(wanted) => {
+            let prefix = program.clone();
+            let tell = Box::new(move |line: &str| note!("{prefix}: {line}"));
+            run::run(*wanted, words, tell)
+        }
+    });
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            let mut lines = error.lines().into_iter();
+            if let Some(line) = lines.next() {
+                note!("{program}: {line}");
+            }
+            for hint in lines {
+                note!("{hint}");
+            }
+            FAILED
+        }
+    }
+}

@@ -1,0 +1,24 @@
+#![forbid(unsafe_code)]
+//! Single shells, as others than the pool see them.
+
+use std::os::fd::{AsFd, BorrowedFd};
+
+use super::{Forks, Shell};
+
+impl Forks {
+    fn shell(&self, id: u64) -> Option<&Shell> {
+        self.shells.iter().find(|shell| shell.id == id)
+    }
+
+    /// Becomes readable when the shell's process ends.
+    pub(in crate::clone) fn shell_pidfd(&self, id: u64) -> Option<BorrowedFd<'_>> {
+        self.shell(id).map(|shell| shell.process.as_fd())
+    }
+
+    /// Ends a shell; it is taken leave of when its end is heard of.
+    pub(in crate::clone) fn kill_shell(&self, id: u64) {
+        if let Some(shell) = self.shell(id) {
+            shell.process.kill();
+        }
+    }
+}

@@ -1,0 +1,152 @@
+#![forbid(unsafe_code)]
+//! Proves that a descriptor that somebody sent is what it should be, by what the kernel says of it.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use thiserror::Error;
+
+/// Features that make a userfaultfd of no use here: events other than faults, which stop every
+/// ioctl until they are read (one even makes descriptors), and SIGBUS in place of messages.
+const UNWANTED_FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 7;
+/// Most bytes of what the kernel says of a descriptor that are looked at.
+const MAX_INFO_BYTES: usize = 4096;
+
+/// Why a descriptor is refused.
+#[derive(Debug, Error)]
+pub enum WrongDescriptor {
+    /// More or fewer than the order takes.
+    #[error(
+        "{count} descriptors came with it where {expected} are needed (to attach: a userfaultfd and a pidfd)"
+    )]
+    Count {
+        /// How many came.
+        count: usize,
+        /// How many it takes.
+        expected: usize,
+    },
+    /// Something else.
+    #[error("its descriptor is no {kind}")]
+    Kind {
+        /// What it should be.
+        kind: &'static str,
+    },
+    /// A userfaultfd on which nothing was agreed.
+    #[error("its userfaultfd was not made ready (UFFDIO_API)")]
+    Handshake,
+    /// A userfaultfd that sends other messages than faults, or none.
+    #[error("its userfaultfd has features {features:#x}, of which {unwanted:#x} cannot be served")]
+    Features {
+        /// All of them.
+        features: u64,
+        /// Those that are in the way.
+        unwanted: u64,
+    },
+    /// The kernel does not say.
+    #[error("its descriptor cannot be examined")]
+    Examine(#[source] io::Error),
+}
+
+/// The userfaultfd and the pidfd that come with an order to serve a client.
+pub fn prove(descriptors: Vec<OwnedFd>) -> Result<(OwnedFd, OwnedFd), WrongDescriptor> {
+    let count = descriptors.len();
+    let wrong = WrongDescriptor::Count { count, expected: 2 };
+    let [uffd, pidfd] = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| wrong)?;
+    prove_uffd(uffd.as_fd())?;
+    prove_pidfd(pidfd.as_fd())?;
+    Ok((uffd, pidfd))
+}
+
+/// Proves that nothing came with an order that takes nothing.
+pub fn none(descriptors: &[OwnedFd]) -> Result<(), WrongDescriptor> {
+    let count = descriptors.len();
+    if count == 0 {
+        Ok(())
+    } else {
+        Err(WrongDescriptor::Count { count, expected: 0 })
+    }
+}
+
+/// Proves a userfaultfd that sends faults and nothing else, and makes it non-blocking.
+pub fn prove_uffd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
+    let kind = "userfaultfd";
+    let info = info(fd)?;
+    let api = field(&info, "API:").ok_or(WrongDescriptor::Kind { kind })?;
+    // Version, what was agreed on, what the kernel has.
+    let features = api.split(':').nth(1);
+    let features = features.and_then(|hex| u64::from_str_radix(hex, 16).ok());
+    let features = features.ok_or(WrongDescriptor::Kind { kind })?;
+    if features == 0 {
+        return Err(WrongDescriptor::Handshake);
+    }
+    let unwanted = features & UNWANTED_FEATURES;
+    if unwanted != 0 {
+        return Err(WrongDescriptor::Features { features, unwanted });
+    }
+    let examine = |errno: rustix::io::Errno| WrongDescriptor::Examine(errno.into());
+    let flags = fcntl_getfl(fd).map_err(examine)?;
+    fcntl_setfl(fd, flags | OFlags::NONBLOCK).map_err(examine)
+}
+
+/// Proves a pidfd.
+pub fn prove_pidfd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
+    match field(&info(fd)?, "Pid:") {
+        Some(_) => Ok(()),
+        None => Err(WrongDescriptor::Kind { kind: "pidfd" }),
+    }
+}
+
+fn info(fd: BorrowedFd<'_>) -> Result<String, WrongDescriptor> {
+    let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+    let mut text = fs::read_to_string(path).map_err(WrongDescriptor::Examine)?;
+    if text.len() > MAX_INFO_BYTES {
+        // Of epoll and the like, a line for each watched descriptor: none of what is looked for.
+        text.clear();
+    }
+    Ok(text)
+}
+
+fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines()
+        .find_map(|line| line.strip_prefix(name))
+        .map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pando_pager::Registration;
+    use rustix::process::{PidfdFlags, getpid, pidfd_open};
+
+    fn own_pidfd() -> OwnedFd {
+        pidfd_open(getpid(), PidfdFlags::empty()).unwrap()
+    }
+
+    fn uffd() -> OwnedFd {
+        let registration = Registration::new().unwrap();
+        registration.as_fd().try_clone_to_owned().unwrap()
+    }
+
+    #[test]
+    fn what_a_client_needs_is_taken_and_nothing_else() {
+        let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        prove(vec![uffd(), own_pidfd()]).unwrap();
+        let refused = |descriptors| prove(descriptors).unwrap_err().to_string();
+        assert!(refused(vec![]).contains("0 descriptors"));
+        assert!(refused(vec![uffd()]).contains("1 descriptors"));
+        assert!(refused(vec![uffd(), own_pidfd(), null()]).contains("3 descriptors"));
+        assert!(refused(vec![null(), own_pidfd()]).contains("no userfaultfd"));
+        assert!(refused(vec![own_pidfd(), uffd()]).contains("no userfaultfd"));
+        assert!(refused(vec![uffd(), null()]).contains("no pidfd"));
+        assert!(refused(vec![uffd(), uffd()]).contains("no pidfd"));
+    }
+
+    #[test]
+    fn what_the_kernel_says_is_understood() {
+        let info = "pos:\t0\nAPI:\taa:80004000:80000000000001ff\n";
+        assert_eq!(field(info, "API:"), Some("aa:80004000:80000000000001ff"));
+        assert_eq!(field(info, "Pid:"), None);
+    }
+}

@@ -1,0 +1,207 @@
+#![forbid(unsafe_code)]
+//! The monitor for people: a few words of it.
+
+use std::fmt::Write;
+
+use serde_json::Value;
+
+use super::migration::address;
+use super::qmp::message::{self, QmpError};
+use super::vm::Vm;
+
+/// What there is, with a line of help.
+pub const COMMANDS: &[(&str, &str)] = &[
+    ("help", "this"),
+    ("info status", "what the machine is doing"),
+    ("info name", "its name"),
+    ("info uuid", "its UUID"),
+    ("info version", "whose behaviour this is"),
+    ("info kvm", "KVM"),
+    ("info cpus", "vCPUs and their threads"),
+    ("info memdev", "memory backends"),
+    ("info memory-devices", "memory modules"),
+    ("info memory_size_summary", "RAM and modules"),
+    ("info numa", "nodes"),
+    ("info migrate", "the last save or load"),
+    ("info balloon", "there is none"),
+    ("stop", "stop the guest"),
+    ("cont", "let it run"),
+    ("system_reset", "boot anew"),
+    ("system_powerdown", "press the power button"),
+    ("migrate", "[-d] URI: save the state"),
+    ("migrate_incoming", "URI: load a state"),
+    ("migrate_cancel", "call a save off"),
+    ("migrate_set_capability", "NAME on|off"),
+    ("quit", "end"),
+];
+
+/// Does what a line says; its answer.
+pub fn execute(vm: &mut Vm, line: &str) -> String {
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let result = match words.as_slice() {
+        [] => Ok(String::new()),
+        ["help" | "?", ..] => Ok(help()),
+        ["info", rest @ ..] => info(vm, rest),
+        ["stop" | "s"] => vm.stop().map(|()| String::new()),
+        ["cont" | "c"] => vm.cont().map(|()| String::new()),
+        ["system_reset"] => vm.system_reset().map(|()| String::new()),
+        ["system_powerdown"] => vm.system_powerdown().map(|()| String::new()),
+        ["quit" | "q"] => {
+            vm.shut_down(false, "host-qmp-quit");
+            Ok(String::new())
+        }
+        ["migrate", uri] | ["migrate", "-d", uri] => migrate(vm, uri),
+        ["migrate_incoming", uri] => address::parse(uri)
+            .map_err(|error| QmpError::generic(error.to_string()))
+            .and_then(|address| vm.migrate_incoming(&address, true))
+            .map(|()| String::new()),
+        ["migrate_cancel"] => {
+            vm.cancel_migration();
+            Ok(String::new())
+        }
+        ["migrate_set_capability", name, state @ ("on" | "off")] => {
+            set_capability(vm, name, *state == "on")
+        }
+        [word, ..] => {
+            return format!("unknown command: '{word}', or one with other arguments: see help\r\n");
+        }
+    };
+    match result {
+        Ok(text) => text.replace('\n', "\r\n"),
+        Err(error) => format!("Error: {}\r\n", error.desc),
+    }
+}
+
+fn help() -> String {
+    COMMANDS
+        .iter()
+        .fold(String::new(), |mut text, (name, about)| {
+            let _ = writeln!(text, "{name} -- {about}");
+            text
+        })
+}
+
+fn migrate(vm: &mut Vm, uri: &str) -> Result<String, QmpError> {
+    let address = address::parse(uri).map_err(|error| QmpError::generic(error.to_string()))?;
+    vm.migrate(&address)?;
+    Ok(String::new())
+}
+
+fn set_capability(vm: &mut Vm, name: &str, on: bool) -> Result<String, QmpError> {
+    let mut arguments = serde_json::Map::new();
+    let list = serde_json::json!([{"capability": name, "state": on}]);
+    arguments.insert("capabilities".to_owned(), list);
+    super::qmp::commands::execute(vm, "migrate-set-capabilities", arguments)?;
+    Ok(String::new())
+}
+
+fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
+    Ok(match what {
+        ["status"] => status(vm),
+        ["name"] => text(&vm.query_name()["name"]),
+        ["uuid"] => format!("{}\n", vm.uuid()),
+        ["version"] => {
+            let (major, minor, micro) = message::QEMU_VERSION;
+            format!("{major}.{minor}.{micro} ({})\n", message::PACKAGE)
+        }
+        ["kvm"] => "kvm support: enabled\n".to_owned(),
+        ["cpus"] => each(&vm.query_cpus(), |cpu| {
+            format!(
+                "* CPU #{}: thread_id={}\n",
+                cpu["cpu-index"], cpu["thread-id"]
+            )
+        }),
+        ["memdev"] => each(&vm.query_memdev(), memdev) + "\n",
+        ["memory-devices"] => each(&vm.query_memory_devices(), dimm),
+        ["memory_size_summary"] => {
+            let sizes = vm.query_memory_size();
+            format!(
+                "base memory: {}\nplugged memory: {}\n",
+                sizes["base-memory"], sizes["plugged-memory"]
+            )
+        }
+        ["numa"] => vm.numa_text(),
+        ["migrate"] => migration(vm),
+        ["balloon"] => {
+            return Err(QmpError::generic("No balloon device has been activated"));
+        }
+        _ => {
+            return Err(QmpError::generic(format!(
+                "there is no 'info {}' here: see help",
+                what.join(" ")
+            )));
+        }
+    })
+}
+
+fn text(value: &Value) -> String {
+    value
+        .as_str()
+        .map_or_else(String::new, |text| format!("{text}\n"))
+}
+
+fn each(list: &Value, show: impl Fn(&Value) -> String) -> String {
+    list.as_array().into_iter().flatten().map(show).collect()
+}
+
+fn status(vm: &Vm) -> String {
+    match vm.status().name() {
+        "running" => "VM status: running\n".to_owned(),
+        "paused" => "VM status: paused\n".to_owned(),
+        other => format!("VM status: paused ({other})\n"),
+    }
+}
+
+fn memdev(backend: &Value) -> String {
+    let word = |name: &str| backend[name].as_str().unwrap_or("").to_owned();
+    format!(
+        "memory backend: {}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n  share: {}\n  reserve: {}\n  \
+         policy: {}\n  host nodes: \n",
+        word("id"),
+        backend["size"],
+        backend["merge"],
+        backend["dump"],
+        backend["prealloc"],
+        backend["share"],
+        backend["reserve"],
+        word("policy"),
+    )
+}
+
+fn dimm(device: &Value) -> String {
+    let data = &device["data"];
+    format!(
+        "Memory device [dimm]: {}\n  addr: {:#x}\n  slot: {}\n  node: {}\n  size: {}\n  memdev: {}\n  hotplugged: {}\n  \
+         hotpluggable: {}\n",
+        data["id"],
+        data["addr"].as_u64().unwrap_or(0),
+        data["slot"],
+        data["node"],
+        data["size"],
+        data["memdev"].as_str().unwrap_or(""),
+        data["hotplugged"],
+        data["hotpluggable"],
+    )
+}
+
+fn migration(vm: &Vm) -> String {
+    let answer = vm.query_migrate();
+    let Some(status) = answer["status"].as_str() else {
+        return String::new();
+    };
+    let mut text = format!("Migration status: {status}\n");
+    if let Some(why) = answer["error-desc"].as_str() {
+        let _ = writeln!(text, "error: {why}");
+    }
+    if !answer["ram"].is_null() {
+        let _ = write!(
+            text,
+            "total time: {} ms\ndowntime: {} ms\ntransferred ram: {} kbytes\ntotal ram: {} kbytes\n",
+            answer["total-time"],
+            answer["downtime"],
+            answer["ram"]["transferred"].as_u64().unwrap_or(0) / 1024,
+            answer["ram"]["total"].as_u64().unwrap_or(0) / 1024,
+        );
+    }
+    text
+}

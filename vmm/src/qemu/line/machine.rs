@@ -1,0 +1,235 @@
+#![forbid(unsafe_code)]
+//! The machine itself: `-machine`, `-accel`, `-cpu`, `-smp`.
+
+use crate::qemu::error::OptionError;
+use crate::qemu::words::{Form, Props};
+
+/// Names of the machine, with what QEMU's states call them.
+const KINDS: &[(&str, &str)] = &[
+    ("q35", "pc-q35-10.0"),
+    ("pc", "pc-i440fx-10.0"),
+    ("microvm", "microvm"),
+];
+
+/// Properties of `-machine` that only say what is so.
+const AS_IT_IS: &[(&str, &[&str])] = &[
+    ("usb", &["off"]),
+    ("vmport", &["off"]),
+    ("smm", &["off"]),
+    ("hpet", &["off"]),
+    ("sata", &["off"]),
+    ("smbus", &["off"]),
+    ("hmat", &["off"]),
+    ("nvdimm", &["off"]),
+    ("graphics", &["off"]),
+    ("dump-guest-core", &["on"]),
+    ("mem-merge", &["on"]),
+    ("kernel-irqchip", &["on"]),
+    ("acpi", &["on"]),
+    ("pit", &["on"]),
+    ("pic", &["on"]),
+    ("i8042", &["on"]),
+    ("suppress-vmdesc", &["on", "off"]),
+];
+
+/// What `-machine` says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineOption {
+    /// The machine in QEMU's full words.
+    pub kind: String,
+    /// The backend that is its RAM.
+    pub memory_backend: Option<String>,
+}
+
+impl Default for MachineOption {
+    fn default() -> Self {
+        Self {
+            kind: "pc-q35-10.0".to_owned(),
+            memory_backend: None,
+        }
+    }
+}
+
+impl MachineOption {
+    /// Reads `-machine`; several are one.
+    pub fn read(&mut self, text: &str) -> Result<(), OptionError> {
+        let mut props = Props::parse(text, Some("type"), Form::KeyValue)?;
+        if let Some(kind) = props.text("type")? {
+            self.kind = full_kind(&kind)?;
+        }
+        if let Some(backend) = props.text("memory-backend")? {
+            self.memory_backend = Some(backend);
+        }
+        if let Some(accel) = props.text("accel")? {
+            accelerator(&accel)?;
+        }
+        for (name, values) in AS_IT_IS {
+            if props.has(name) {
+                let value = match props.text(name) {
+                    Ok(value) => value.unwrap_or_default(),
+                    Err(_) => continue,
+                };
+                if !values.contains(&value.as_str()) {
+                    return Err(OptionError::new(format!(
+                        "{name}={value} cannot be had: on this machine {name} is {}",
+                        values[0]
+                    )));
+                }
+            }
+        }
+        match props.names().next() {
+            Some(name) => Err(OptionError::new(format!(
+                "Property '{}-machine.{name}' not found",
+                self.kind
+            ))),
+            None => Ok(()),
+        }
+    }
+}
+
+fn full_kind(kind: &str) -> Result<String, OptionError> {
+    if let Some((_, full)) = KINDS.iter().find(|(name, _)| *name == kind) {
+        return Ok((*full).to_owned());
+    }
+    let versioned = ["pc-q35-", "pc-i440fx-"].iter().any(|prefix| {
+        kind.strip_prefix(prefix).is_some_and(|version| {
+            !version.is_empty() && version.chars().all(|c| c.is_ascii_digit() || c == '.')
+        })
+    });
+    if versioned {
+        return Ok(kind.to_owned());
+    }
+    Err(OptionError::new(format!(
+        "unsupported machine type: {kind:?}"
+    ))
+    .hint("Pando has one machine, by the names q35, pc, microvm, pc-q35-VERSION and pc-i440fx-VERSION"))
+}
+
+/// Reads `-accel`.
+pub fn accel(text: &str) -> Result<(), OptionError> {
+    let mut props = Props::parse(text, Some("accel"), Form::Switches)?;
+    if let Some(name) = props.text("accel")? {
+        accelerator(&name)?;
+    }
+    if props.has("kernel-irqchip") && props.switch("kernel-irqchip")? == Some(false) {
+        return Err(OptionError::new(
+            "kernel-irqchip=off cannot be had: interrupt chips are KVM's",
+        ));
+    }
+    match props.names().next() {
+        Some(name) => Err(OptionError::new(format!(
+            "Property 'kvm-accel.{name}' not found"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// A list of accelerators is tried in its order; KVM is the one that there is.
+fn accelerator(list: &str) -> Result<(), OptionError> {
+    if list.split(':').any(|name| name == "kvm") {
+        return Ok(());
+    }
+    Err(OptionError::new(format!(
+        "invalid accelerator {list}: guests run on KVM alone; use -accel kvm"
+    )))
+}
+
+/// Reads `-cpu`.
+pub fn cpu(text: &str) -> Result<(), OptionError> {
+    let (model, features) = text.split_once(',').unwrap_or((text, ""));
+    if !matches!(model, "host" | "max") {
+        return Err(OptionError::new(format!(
+            "unable to find CPU model '{model}' here: a guest has the host's CPU as far as KVM offers it; \
+             use -cpu host"
+        )));
+    }
+    match features
+        .split(',')
+        .find(|feature| !feature.is_empty() && *feature != "migratable=on")
+    {
+        Some(feature) => Err(OptionError::new(format!(
+            "-cpu feature {feature} cannot be had: features are what KVM offers"
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Reads `-smp`: how many vCPUs.
+pub fn smp(text: &str) -> Result<u32, OptionError> {
+    let mut props = Props::parse(text, Some("cpus"), Form::KeyValue)?;
+    let cpus = props.number("cpus")?;
+    let most = props.number("maxcpus")?;
+    let mut product = 1_u64;
+    let mut said = false;
+    for name in ["sockets", "dies", "clusters", "modules", "cores", "threads"] {
+        let Some(count) = props.number(name)? else {
+            continue;
+        };
+        let wrong = match (name, count) {
+            (_, 0) => Some("CPU topology parameters must be greater than zero".to_owned()),
+            ("sockets" | "cores", _) | (_, 1) => None,
+            _ => Some(format!(
+                "{name}={count} cannot be had: use sockets and cores"
+            )),
+        };
+        if let Some(wrong) = wrong {
+            return Err(OptionError::new(wrong));
+        }
+        product = product.saturating_mul(count);
+        said = true;
+    }
+    props.finish()?;
+    let count = cpus.or(most).unwrap_or(product);
+    if said && product != count {
+        return Err(OptionError::new(format!(
+            "Invalid CPU topology: product of the hierarchy must match maxcpus: {product} != maxcpus ({count})"
+        )));
+    }
+    if most.is_some_and(|most| most != count) {
+        return Err(OptionError::new(
+            "maxcpus above cpus cannot be had: no vCPU can be added later",
+        ));
+    }
+    if count == 0 {
+        return Err(OptionError::new(
+            "CPU topology parameters must be greater than zero",
+        ));
+    }
+    Ok(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn machines_have_qemus_names() {
+        let mut machine = MachineOption::default();
+        machine
+            .read("q35,memory-backend=pc.ram,accel=kvm:tcg,usb=off")
+            .unwrap();
+        assert_eq!(machine.memory_backend.as_deref(), Some("pc.ram"));
+        machine.read("pc-q35-9.2").unwrap();
+        assert_eq!(machine.kind, "pc-q35-9.2");
+        let mut message = |text| machine.read(text).unwrap_err().to_string();
+        assert_eq!(
+            message("q35,foo=1"),
+            "Property 'pc-q35-10.0-machine.foo' not found"
+        );
+        assert!(message("q35,usb=on").starts_with("usb=on cannot be had"));
+        assert!(message("isapc").starts_with("unsupported machine type"));
+        assert!(message("q35,accel=tcg").contains("use -accel kvm"));
+    }
+
+    #[test]
+    fn vcpus_are_counted() {
+        assert_eq!(smp("2"), Ok(2));
+        assert_eq!(smp("cpus=4,sockets=2,cores=2,threads=1,maxcpus=4"), Ok(4));
+        for wrong in ["0", "2,maxcpus=4", "3,cores=2", "2,threads=2", "x"] {
+            assert!(smp(wrong).is_err(), "{wrong}");
+        }
+        assert!(cpu("host").is_ok() && cpu("max,migratable=on").is_ok());
+        assert!(cpu("Nehalem").is_err() && cpu("host,+x2apic").is_err());
+        assert!(accel("kvm").is_ok() && accel("tcg,thread=multi").is_err());
+    }
+}

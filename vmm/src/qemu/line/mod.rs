@@ -1,0 +1,17 @@
+#![forbid(unsafe_code)]
+//! The command line: from words to what is wanted. Pure, but for the files of `-readconfig`, whose
+//! content the caller brings.
+
+pub mod argv;
+pub mod chardev;
+pub mod device;
+pub mod global;
+pub mod identity;
+pub mod machine;
+pub mod memory;
+pub mod options;
+pub mod refused;
+pub mod wanted;
+
+pub use argv::{Argument, arguments};
+pub use wanted::Wanted;

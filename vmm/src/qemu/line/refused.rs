@@ -1,0 +1,233 @@
+#![forbid(unsafe_code)]
+//! What QEMU has and Pando has not: refused by name, with what to do instead. Nothing is ignored.
+
+/// An option with the text that follows "Pando has no ... :".
+#[derive(Debug, Clone, Copy)]
+pub struct Refused {
+    /// Names without `-`.
+    pub names: &'static [&'static str],
+    /// Whether something follows them.
+    pub argument: bool,
+    /// Why, and what to do.
+    pub instead: &'static str,
+}
+
+const NO_BLOCK: &str = "there is no block device: put the root file system into -initrd";
+const NO_NET: &str = "there is no network device: leave the option out, or say -net none";
+const NO_DISPLAY: &str =
+    "there is no graphics or input: use -nographic or -display none, and -serial";
+const NO_FIRMWARE: &str = "there is no firmware: give the kernel with -kernel";
+const NO_USB: &str = "there is no USB: leave the option out";
+const NO_SOUND: &str = "there is no sound: leave the option out";
+const NO_EMULATOR: &str = "guests run on KVM alone: leave the option out";
+const NO_PROCESS: &str = "start the program with the user, directory and limits that it is to have";
+
+/// Why `-mem-path` cannot be used: the templating page says so, and this is why.
+pub const MEM_PATH: &str = "-mem-path cannot be used for VM templating, neither to create the template \
+     VM nor to start new VMs based on it: its memory is share=off, so the file stays empty, and it cannot \
+     say readonly=on. Use -object memory-backend-file,id=ID,mem-path=FILE,size=SIZE with share=on (template) \
+     or share=off,readonly=on,rom=off (clone), and -machine memory-backend=ID";
+
+/// All options that are refused by name.
+pub const REFUSED: &[Refused] = &[
+    Refused {
+        names: &["mem-path"],
+        argument: true,
+        instead: MEM_PATH,
+    },
+    Refused {
+        names: &[
+            "drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd",
+            "mtdblock", "fsdev", "virtfs", "iscsi",
+        ],
+        argument: true,
+        instead: NO_BLOCK,
+    },
+    Refused {
+        names: &["snapshot"],
+        argument: false,
+        instead: NO_BLOCK,
+    },
+    Refused {
+        names: &["netdev"],
+        argument: true,
+        instead: NO_NET,
+    },
+    Refused {
+        names: &["vnc", "spice", "k", "g", "rotate"],
+        argument: true,
+        instead: NO_DISPLAY,
+    },
+    Refused {
+        names: &["curses", "full-screen", "no-fd-bootchk"],
+        argument: false,
+        instead: NO_DISPLAY,
+    },
+    Refused {
+        names: &[
+            "bios",
+            "pflash",
+            "L",
+            "boot",
+            "option-rom",
+            "acpitable",
+            "fw_cfg",
+            "dtb",
+        ],
+        argument: true,
+        instead: NO_FIRMWARE,
+    },
+    Refused {
+        names: &["usb"],
+        argument: false,
+        instead: NO_USB,
+    },
+    Refused {
+        names: &["usbdevice"],
+        argument: true,
+        instead: NO_USB,
+    },
+    Refused {
+        names: &["audio", "audiodev", "soundhw"],
+        argument: true,
+        instead: NO_SOUND,
+    },
+    Refused {
+        names: &[
+            "icount",
+            "tb-size",
+            "accel-tcg",
+            "seed",
+            "plugin",
+            "singlestep",
+            "dfilter",
+        ],
+        argument: true,
+        instead: NO_EMULATOR,
+    },
+    Refused {
+        names: &["loadvm"],
+        argument: true,
+        instead: "states are kept in files of their own: use -incoming file:PATH",
+    },
+    Refused {
+        names: &["rtc"],
+        argument: true,
+        instead: "the guest's clock is KVM's, which follows the host's: leave the option out",
+    },
+    Refused {
+        names: &["overcommit"],
+        argument: true,
+        instead: "guest memory is neither locked nor the host's CPUs given up: leave the option out",
+    },
+    Refused {
+        names: &["gdb"],
+        argument: true,
+        instead: "there is no debugger stub: leave the option out",
+    },
+    Refused {
+        names: &["s"],
+        argument: false,
+        instead: "there is no debugger stub: leave the option out",
+    },
+    Refused {
+        names: &["sandbox", "runas", "chroot", "run-with", "user"],
+        argument: true,
+        instead: NO_PROCESS,
+    },
+    Refused {
+        names: &["add-fd", "set"],
+        argument: true,
+        instead: "give files by name, and options where they belong",
+    },
+    Refused {
+        names: &[
+            "trace",
+            "semihosting-config",
+            "tpmdev",
+            "watchdog-action",
+            "action",
+            "debugcon",
+        ],
+        argument: true,
+        instead: "leave the option out",
+    },
+    Refused {
+        names: &["semihosting", "win2k-hack", "preconfig", "xen-attach"],
+        argument: false,
+        instead: "leave the option out",
+    },
+    Refused {
+        names: &["writeconfig", "dump-vmstate"],
+        argument: true,
+        instead: "`pando run --print-machine` shows a machine",
+    },
+    Refused {
+        names: &["no-acpi"],
+        argument: false,
+        instead: "the guest finds its CPUs by ACPI: leave the option out",
+    },
+];
+
+/// Why an option is refused; `None` when it is not one of QEMU's that are.
+pub fn option(name: &str) -> Option<&'static Refused> {
+    REFUSED.iter().find(|refused| refused.names.contains(&name))
+}
+
+/// Devices of QEMU, by how their names begin, with what to do instead. The first that fits counts.
+const DEVICES: &[(&str, &str)] = &[
+    (
+        "vhost-user",
+        "a device in another process needs shared memory, which a template's clones do not have, and \
+         Pando has no such device: leave it out",
+    ),
+    (
+        "x-pci-proxy-dev",
+        "a device in another process needs shared memory, which a template's clones do not have, and \
+         Pando has no such device: leave it out",
+    ),
+    (
+        "virtio-balloon",
+        "Pando has no balloon device yet: leave it out; memory of a clone that equals its template \
+         costs the host nothing",
+    ),
+    (
+        "virtio-mem",
+        "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
+    ),
+    (
+        "virtio-net",
+        "Pando has no network device yet: leave it out",
+    ),
+    ("e1000", "Pando has no network device yet: leave it out"),
+    ("rtl8139", "Pando has no network device yet: leave it out"),
+    (
+        "virtio-blk",
+        "Pando has no block device yet: put the root file system into -initrd",
+    ),
+    (
+        "vmgenid",
+        "Pando has no VM generation ID device yet: leave it out, and give each clone its own -uuid",
+    ),
+    (
+        "isa-serial",
+        "COM1 is there anyway: say with -serial where it goes",
+    ),
+    ("nvdimm", "Pando has no NVDIMM: use pc-dimm"),
+    ("pcie-root-port", "Pando has no PCI bus: leave it out"),
+];
+
+/// What to say of a device that Pando has not.
+pub fn device(driver: &str) -> String {
+    let instead = DEVICES
+        .iter()
+        .find(|(name, _)| driver.starts_with(name))
+        .map(|(_, instead)| *instead);
+    match instead {
+        Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
+        None => format!(
+            "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm is the \
+             only device to add"
+        ),
+    }
+}

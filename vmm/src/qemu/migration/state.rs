@@ -1,0 +1,63 @@
+#![forbid(unsafe_code)]
+//! What a state file holds, in plain types.
+
+use serde::{Deserialize, Serialize};
+
+use crate::template::seal::Seal;
+
+/// The body of a state file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedMachine {
+    /// The machine in QEMU's words, `pc-q35-10.0`.
+    pub kind: String,
+    /// Number of vCPUs.
+    pub cpus: u8,
+    /// What it was doing (a name of `query-status`).
+    pub status: String,
+    /// Whether a kernel was ever loaded: without one there is nothing to run.
+    pub has_program: bool,
+    /// Its UUID, where it had one.
+    pub uuid: Option<[u8; 16]>,
+    /// Whether `x-ignore-shared` was on.
+    pub ignore_shared: bool,
+    /// Whether `mapped-ram` was on.
+    pub mapped_ram: bool,
+    /// Its memory, in the machine's order.
+    pub backends: Vec<SavedBackend>,
+    /// vCPUs, chips and devices: a state file of a template, whole.
+    pub machine: Vec<u8>,
+}
+
+/// One memory backend.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedBackend {
+    /// Its id.
+    pub id: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Its first guest physical address.
+    pub guest_address: u64,
+    /// Where its content is.
+    pub content: SavedContent,
+}
+
+/// Where the content of a backend is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SavedContent {
+    /// In its own file.
+    LeftOut {
+        /// Where in that file it begins, in bytes.
+        offset_bytes: u64,
+        /// What the file was when the state was saved.
+        seal: Seal,
+        /// What each page is, with checksums: a page index with this one backend.
+        index: Vec<u8>,
+    },
+    /// In the state file, behind the body.
+    Here {
+        /// Runs of pages that are not all zero: first page and how many.
+        runs: Vec<(u64, u64)>,
+        /// XXH3-64 of those pages, one behind the other.
+        checksum: u64,
+    },
+}

@@ -1,0 +1,187 @@
+#![forbid(unsafe_code)]
+//! The object tree, as far as templating needs it: `/objects/ID` for each memory backend, and
+//! `/machine`.
+
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use super::message::{Class, QmpError};
+use crate::qemu::line::memory;
+use crate::qemu::vm::Vm;
+use crate::qemu::words::Props;
+use crate::spec::{BackendKind, BackendSpec};
+
+/// Where a path leads.
+enum Place<'a> {
+    Root,
+    Objects,
+    Machine,
+    Backend(&'a BackendSpec),
+}
+
+fn find<'a>(vm: &'a Vm, path: &str) -> Result<Place<'a>, QmpError> {
+    let not_found = || QmpError::of(Class::DeviceNotFound, format!("Device '{path}' not found"));
+    match path.trim_end_matches('/') {
+        "" => Ok(Place::Root),
+        "/objects" => Ok(Place::Objects),
+        "/machine" => Ok(Place::Machine),
+        other => {
+            let id = other.strip_prefix("/objects/").unwrap_or(other);
+            let backend = vm.objects().find(|backend| backend.id() == id);
+            backend.map(Place::Backend).ok_or_else(not_found)
+        }
+    }
+}
+
+/// `qom-list`
+pub fn list(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let mut properties = vec![json!({"name": "type", "type": "string"})];
+    match find(vm, args.text("path"))? {
+        Place::Root => properties.extend([
+            json!({"name": "objects", "type": "child<container>"}),
+            json!({"name": "machine", "type": format!("child<{}-machine>", vm.kind())}),
+        ]),
+        Place::Objects => properties.extend(vm.objects().map(|backend| {
+            json!({"name": backend.id(), "type": format!("child<{}>", backend.kind().qemu_name())})
+        })),
+        Place::Machine => {
+            properties.push(json!({"name": "memory-backend", "type": "string"}));
+        }
+        Place::Backend(backend) => properties.extend(
+            properties_of(backend)
+                .into_iter()
+                .map(|(name, kind, _)| json!({"name": name, "type": kind})),
+        ),
+    }
+    Ok(Value::Array(properties))
+}
+
+/// `qom-get`
+pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let name = args.text("property");
+    let not_found = |kind: &str| QmpError::generic(format!("Property '{kind}.{name}' not found"));
+    match find(vm, args.text("path"))? {
+        Place::Root | Place::Objects if name == "type" => Ok(json!("container")),
+        Place::Root | Place::Objects => Err(not_found("container")),
+        Place::Machine => match name {
+            "type" => Ok(json!(format!("{}-machine", vm.kind()))),
+            "memory-backend" => Ok(json!(vm.ram_object())),
+            _ => Err(not_found(&format!("{}-machine", vm.kind()))),
+        },
+        Place::Backend(backend) => {
+            let changed = vm.changed.get(&(backend.id().to_owned(), name.to_owned()));
+            if let Some(value) = changed {
+                return Ok(json!(value));
+            }
+            if name == "type" {
+                return Ok(json!(backend.kind().qemu_name()));
+            }
+            properties_of(backend)
+                .into_iter()
+                .find(|(known, ..)| *known == name)
+                .map(|(_, _, value)| value)
+                .ok_or_else(|| not_found(backend.kind().qemu_name()))
+        }
+    }
+}
+
+/// `qom-set`
+pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let name = args.text("property");
+    let value = args.any("value").cloned().unwrap_or_default();
+    let (id, kind) = match find(vm, args.text("path"))? {
+        Place::Backend(backend) => (backend.id().to_owned(), backend.kind()),
+        _ => {
+            return Err(QmpError::generic(format!(
+                "Property '{name}' cannot be set: only those of memory backends can"
+            )));
+        }
+    };
+    let on = match value {
+        Value::Bool(on) => on,
+        _ if matches!(name, "merge" | "dump" | "prealloc") => {
+            return Err(QmpError::generic(format!(
+                "Invalid parameter type for '{name}', expected: boolean"
+            )));
+        }
+        _ => false,
+    };
+    match name {
+        "merge" | "dump" => {
+            vm.changed.insert((id, name.to_owned()), on);
+            Ok(json!({}))
+        }
+        "prealloc" if on => {
+            vm.preallocate(&id)?;
+            vm.changed.insert((id, name.to_owned()), on);
+            Ok(json!({}))
+        }
+        "share" | "prealloc" | "reserve" => Err(QmpError::generic("cannot change property value")),
+        "size" => Err(QmpError::generic(format!(
+            "cannot change property size of {} ",
+            kind.qemu_name()
+        ))),
+        "readonly" | "rom" | "mem-path" | "align" | "offset" if kind == BackendKind::File => {
+            // QEMU ends some of these with a full stop.
+            let stop = if matches!(name, "readonly" | "rom") {
+                "."
+            } else {
+                ""
+            };
+            Err(QmpError::generic(format!(
+                "cannot change property '{name}' of {}{stop}",
+                kind.qemu_name()
+            )))
+        }
+        _ => Err(QmpError::generic(format!(
+            "Property '{}.{name}' not found, or one that cannot be set",
+            kind.qemu_name()
+        ))),
+    }
+}
+
+/// `object-add`
+pub fn add(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let backend = Props::from_json(Value::Object(args.to_map()))
+        .and_then(|props| memory::backend(props, false))
+        .map_err(|error| QmpError::generic(error.to_string()))?;
+    vm.add_object(backend)?;
+    Ok(json!({}))
+}
+
+/// `object-del`
+pub fn delete(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    vm.delete_object(args.text("id"))?;
+    Ok(json!({}))
+}
+
+/// Properties of a backend: name, type, value.
+fn properties_of(backend: &BackendSpec) -> Vec<(&'static str, &'static str, Value)> {
+    let mut all = vec![
+        ("share", "bool", json!(backend.is_shared())),
+        ("size", "int", json!(backend.bytes())),
+        ("merge", "bool", json!(backend.merge())),
+        ("dump", "bool", json!(backend.dump())),
+        ("prealloc", "bool", json!(backend.prealloc())),
+        ("reserve", "bool", json!(true)),
+        ("policy", "HostMemPolicy", json!("default")),
+        ("host-nodes", "int", json!([])),
+    ];
+    if let Some(file) = backend.file() {
+        let rom = if backend.is_rom() { "on" } else { "off" };
+        all.extend([
+            (
+                "mem-path",
+                "string",
+                json!(file.path().display().to_string()),
+            ),
+            ("readonly", "bool", json!(backend.is_readonly())),
+            ("rom", "OnOffAuto", json!(rom)),
+            ("offset", "int", json!(file.offset_bytes())),
+            ("align", "int", json!(backend.align_bytes())),
+            ("discard-data", "bool", json!(file.discard_data())),
+            ("pmem", "bool", json!(false)),
+        ]);
+    }
+    all
+}

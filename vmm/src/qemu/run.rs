@@ -1,0 +1,198 @@
+#![forbid(unsafe_code)]
+//! From an argument vector to the end of the machine.
+
+use std::fs;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
+
+use crossbeam::channel::Sender;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use super::background::{self, Background};
+use super::error::OptionError;
+use super::line::wanted::{self, ProgramOptions};
+use super::line::{Wanted, arguments, options};
+use super::link::{open_link, reason};
+use super::qmp::message::{PACKAGE, QEMU_VERSION};
+use super::qmp::server::{self, Monitor};
+use super::vm::{Message, Plan, Teller, Vm};
+use super::words::config_file;
+use crate::config::file::MachineFile;
+use crate::observe::log;
+use crate::report::exit;
+
+/// How long monitors have to send what waits when the program ends.
+const FLUSH: Duration = Duration::from_millis(500);
+
+/// What a command line comes to.
+#[derive(Debug)]
+pub enum Command {
+    /// Text for standard output, and nothing else.
+    Text(String),
+    /// A machine.
+    Machine(Box<Wanted>),
+}
+
+/// Reads an argument vector without the program's name.
+pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
+    let arguments = arguments(words, &mut read_file)?;
+    let has = |name: &str| arguments.iter().any(|argument| argument.name == name);
+    if has("help") || has("h") {
+        return Ok(Command::Text(options::help(program)));
+    }
+    if has("version") {
+        let (major, minor, micro) = QEMU_VERSION;
+        return Ok(Command::Text(format!(
+            "QEMU emulator version {major}.{minor}.{micro} ({PACKAGE})\n"
+        )));
+    }
+    let wanted = wanted::read(&arguments)?;
+    if wanted.program.print_machine {
+        let plan = Plan::new(wanted)?;
+        let file = MachineFile::of(&plan.spec, plan.boot.as_ref(), None);
+        let text = file.to_toml();
+        return text
+            .map(Command::Text)
+            .map_err(|error| OptionError::new(error.to_string()));
+    }
+    Ok(Command::Machine(Box::new(wanted)))
+}
+
+fn read_file(path: &str) -> Result<String, String> {
+    let mut content = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| {
+            file.take(config_file::MAX_FILE_BYTES + 1)
+                .read_to_end(&mut content)
+        })
+        .map_err(|error| reason(&error))?;
+    if content.len() as u64 > config_file::MAX_FILE_BYTES {
+        return Err(format!(
+            "it has more than {} bytes",
+            config_file::MAX_FILE_BYTES
+        ));
+    }
+    String::from_utf8(content).map_err(|_| "it is no text".to_owned())
+}
+
+/// Makes the machine and runs it until the end; the exit code.
+pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionError> {
+    let program = wanted.program.clone();
+    let background = match background::begin(&program, words)? {
+        Background::Parent(code) => return Ok(code),
+        Background::Child(child) => Some(child),
+        Background::No => None,
+    };
+    start_log(&program)?;
+    let _pid_file = program
+        .pid_file
+        .as_deref()
+        .map(PidFile::write)
+        .transpose()?;
+    let plan = Plan::new(wanted)?;
+    let monitors = plan.wanted.monitors.clone();
+    // Before the monitors: who can connect finds a machine.
+    let mut vm = Vm::new(plan, tell)?;
+    let sender = vm.sender();
+    let mut started = Vec::new();
+    for option in &monitors {
+        let link = open_link(&option.chardev, &option.id, &mut |line| vm.say(line))?;
+        let monitor = server::start(option, link, sender.clone(), Message::Ask)
+            .map_err(|error| OptionError::new(format!("cannot start a monitor: {error}")))?;
+        if option.control {
+            vm.bus().add(monitor.port.clone());
+        }
+        started.push(monitor);
+    }
+    watch_signals(sender)
+        .map_err(|error| OptionError::new(format!("cannot watch for signals: {error}")))?;
+    if let Some(child) = background {
+        child.ready()?;
+    }
+    let code = vm.run();
+    end(&started);
+    Ok(code)
+}
+
+fn start_log(program: &ProgramOptions) -> Result<(), OptionError> {
+    let filter = program
+        .log_items
+        .iter()
+        .map(|item| match item.as_str() {
+            "qmp" => "pando_vmm::qemu::qmp=debug",
+            "migration" => "pando_vmm::qemu=debug",
+            "machine" => "pando_vmm=debug",
+            "pager" => "pando_pager=debug",
+            _ => "debug",
+        })
+        .collect::<Vec<_>>()
+        .join(",");
+    log::start_to(program.log_file.as_deref(), &filter).map_err(|error| {
+        let path = program.log_file.clone().unwrap_or_default();
+        OptionError::new(format!(
+            "error opening log file {}: {}",
+            path.display(),
+            reason(&error)
+        ))
+    })
+}
+
+fn watch_signals(sender: Sender<Message>) -> std::io::Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    // Ends with the process: it waits for a signal, which need never come.
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .spawn(move || {
+            for signal in signals.forever() {
+                if sender.send(Message::Signal(signal)).is_err() {
+                    break;
+                }
+            }
+        })?;
+    Ok(())
+}
+
+/// Lets monitors send what waits; one whose client does not read is not waited for long.
+fn end(monitors: &[Monitor]) {
+    for monitor in monitors {
+        monitor.port.close();
+    }
+    for monitor in monitors {
+        let _ = monitor.ended.recv_timeout(FLUSH);
+        let dropped = monitor.port.dropped();
+        if dropped > 0 {
+            tracing::warn!(
+                dropped,
+                "events were dropped: a monitor's client did not read"
+            );
+        }
+    }
+}
+
+/// `-pidfile`: goes when this is dropped.
+struct PidFile(PathBuf);
+
+impl PidFile {
+    fn write(path: &Path) -> Result<Self, OptionError> {
+        fs::write(path, format!("{}\n", std::process::id())).map_err(|error| {
+            OptionError::new(format!(
+                "cannot create PID file: {}: {}",
+                path.display(),
+                reason(&error)
+            ))
+        })?;
+        Ok(Self(path.to_owned()))
+    }
+}
+
+impl Drop for PidFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// What a failure exits with.
+pub const FAILED: u8 = exit::FAILED;

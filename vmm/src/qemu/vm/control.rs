@@ -1,0 +1,242 @@
+#![forbid(unsafe_code)]
+//! Running, stopping, resetting and ending the machine.
+
+use serde_json::json;
+
+use super::memory::Made;
+use super::{After, End, Held, RunStatus, Vm};
+use crate::arch::x86_64::regs::InitialRegisters;
+use crate::arch::x86_64::smbios;
+use crate::machine::{Failure, Machine, MachineError, Outcome};
+use crate::memory::provide::Begin;
+use crate::qemu::error::OptionError;
+use crate::qemu::link::reason;
+use crate::qemu::qmp::message::QmpError;
+use crate::report::{exit, one_line};
+use crate::sys::lock::LockKind;
+
+/// What `cont` says of a machine that was never given a program.
+const NOTHING_TO_RUN: &str =
+    "there is nothing to run: Pando has no firmware; give a kernel with -kernel";
+
+impl Vm {
+    /// Makes the machine anew, from its beginning. What was there must have ended.
+    pub(super) fn make_machine(&mut self, begin: Begin<'_>) -> Result<(), OptionError> {
+        let Made { ram, pager } = self.memory.make(begin)?;
+        let identity = &self.plan.wanted.identity;
+        if self.plan.boot.is_some() && (identity.uuid.is_some() || identity.system.is_some()) {
+            let system = identity.system.clone().unwrap_or_default();
+            smbios::write(&ram, &system, identity.uuid.unwrap_or_default().0)
+                .map_err(|error| OptionError::new(one_line(&error)))?;
+        }
+        let target = self
+            .serial
+            .target()
+            .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
+        let spec = &self.plan.spec;
+        let machine = match &self.plan.boot {
+            Some(boot) => Machine::boot(spec, ram, boot, target),
+            // It never runs: `cont` refuses.
+            None => Machine::boot_at(spec, ram, &InitialRegisters::linux64(0), target),
+        };
+        let machine = machine.map_err(|error| OptionError::new(one_line(&error)))?;
+        self.replace(Held::Fresh(machine), pager);
+        Ok(())
+    }
+
+    /// Takes a machine in place of the one before.
+    pub(super) fn replace(
+        &mut self,
+        held: Held,
+        pager: Option<pando_pager::Pager<pando_pager::Serving>>,
+    ) {
+        self.number += 1;
+        self.held = held;
+        self.pager = pager;
+    }
+
+    /// Lets the guest run.
+    pub(in crate::qemu) fn cont(&mut self) -> Result<(), QmpError> {
+        match self.status {
+            RunStatus::Running => return Ok(()),
+            RunStatus::InMigrate => {
+                self.incoming.start = true;
+                return Ok(());
+            }
+            RunStatus::Shutdown | RunStatus::InternalError => {
+                return Err(QmpError::generic(
+                    "Resetting the Virtual Machine is required",
+                ));
+            }
+            RunStatus::FinishMigrate => {
+                return Err(QmpError::generic("There's a migration process in progress"));
+            }
+            RunStatus::Prelaunch | RunStatus::Paused | RunStatus::PostMigrate => (),
+        }
+        if !self.has_program {
+            return Err(QmpError::generic(NOTHING_TO_RUN));
+        }
+        // Clones may have begun to read the files while the state was there.
+        self.memory
+            .lock(LockKind::Exclusive)
+            .map_err(|error| QmpError::generic(error.to_string()))?;
+        self.held
+            .resume(self.number, &self.ends_sender)
+            .map_err(|error| QmpError::generic(one_line(&error)))?;
+        self.status = RunStatus::Running;
+        self.bus.send("RESUME", None);
+        Ok(())
+    }
+
+    /// Stops the guest.
+    pub(in crate::qemu) fn stop(&mut self) -> Result<(), QmpError> {
+        match self.status {
+            RunStatus::InMigrate => self.incoming.start = false,
+            RunStatus::Running => {
+                match self.held.pause() {
+                    // It has just ended: that comes next.
+                    Ok(()) | Err(MachineError::Gone) => (),
+                    Err(error) => return Err(QmpError::generic(one_line(&error))),
+                }
+                self.status = RunStatus::Paused;
+                self.bus.send("STOP", None);
+            }
+            _ => (),
+        }
+        Ok(())
+    }
+
+    /// Presses the power button; what comes of it is the guest's decision.
+    pub(in crate::qemu) fn system_powerdown(&mut self) -> Result<(), QmpError> {
+        self.held.press_power_button();
+        self.bus.send("POWERDOWN", None);
+        Ok(())
+    }
+
+    /// Takes the pages of a backend now.
+    pub(in crate::qemu) fn preallocate(&mut self, id: &str) -> Result<(), QmpError> {
+        let position = self.plan.spec.backends().iter().position(|b| b.id() == id);
+        position
+            .map_or(Ok(()), |position| self.memory.preallocate(position))
+            .map_err(|error| QmpError::generic(error.to_string()))
+    }
+
+    /// Resets the machine, as somebody outside asks.
+    pub(in crate::qemu) fn system_reset(&mut self) -> Result<(), QmpError> {
+        match self.status {
+            // There is nothing yet that could be reset.
+            RunStatus::InMigrate => return Ok(()),
+            RunStatus::FinishMigrate => {
+                return Err(QmpError::generic("There's a migration process in progress"));
+            }
+            _ => (),
+        }
+        if self.plan.boot.is_none() {
+            if self.status == RunStatus::Prelaunch && !self.has_program {
+                return Ok(());
+            }
+            return Err(QmpError::generic(format!(
+                "cannot reset: {NOTHING_TO_RUN}, of a clone too, and the reset boots it"
+            )));
+        }
+        let data = json!({"guest": false, "reason": "host-qmp-system-reset"});
+        self.bus.send("RESET", Some(data));
+        self.reset(self.status)
+            .map_err(|error| QmpError::generic(error.to_string()))
+    }
+
+    /// Makes the machine anew; it goes on as `status` says.
+    fn reset(&mut self, status: RunStatus) -> Result<(), OptionError> {
+        self.held.end();
+        self.pager = None;
+        self.make_machine(Begin::Zero)?;
+        self.has_program = true;
+        let runs = status == RunStatus::Running;
+        self.status = match status {
+            RunStatus::Prelaunch => RunStatus::Prelaunch,
+            _ => RunStatus::Paused,
+        };
+        if runs {
+            self.held
+                .resume(self.number, &self.ends_sender)
+                .map_err(|error| OptionError::new(one_line(&error)))?;
+            self.status = RunStatus::Running;
+        }
+        Ok(())
+    }
+
+    /// Ends everything.
+    pub(in crate::qemu) fn shut_down(&mut self, guest: bool, why: &'static str) {
+        self.migration.cancel();
+        let data = json!({"guest": guest, "reason": why});
+        self.bus.send("SHUTDOWN", Some(data));
+        self.after = After::Exit(exit::OK);
+    }
+
+    /// The guest has ended.
+    pub(super) fn ended(&mut self, end: End) {
+        if end.number != self.number {
+            return;
+        }
+        tracing::info!(outcome = %end.outcome, "the machine has ended");
+        match end.outcome {
+            Outcome::PowerOff => self.guest_is_off("guest-shutdown"),
+            Outcome::Reset => self.guest_resets(),
+            // With QEMU a triple fault is a reset.
+            Outcome::Failed(Failure::TripleFault { .. }) => self.guest_resets(),
+            Outcome::Stopped => self.shut_down(false, "host-ui"),
+            Outcome::Failed(failure) => self.failed(&failure),
+        }
+    }
+
+    fn guest_is_off(&mut self, why: &'static str) {
+        if !self.plan.wanted.program.no_shutdown {
+            self.shut_down(true, why);
+            return;
+        }
+        let data = json!({"guest": true, "reason": why});
+        self.bus.send("SHUTDOWN", Some(data));
+        self.bus.send("STOP", None);
+        self.held.end();
+        self.status = RunStatus::Shutdown;
+    }
+
+    fn guest_resets(&mut self) {
+        if self.plan.wanted.program.no_reboot {
+            self.guest_is_off("guest-reset");
+            return;
+        }
+        if self.plan.boot.is_none() {
+            self.say("the guest asks for a reset, and there is nothing to boot: give clones -kernel too if \
+                      they are to reboot");
+            self.guest_is_off("guest-reset");
+            return;
+        }
+        let data = json!({"guest": true, "reason": "guest-reset"});
+        self.bus.send("RESET", Some(data));
+        if let Err(error) = self.reset(RunStatus::Running) {
+            self.say(&error.to_string());
+            self.after = After::Exit(exit::FAILED);
+        }
+    }
+
+    fn failed(&mut self, failure: &Failure) {
+        self.say(&failure.to_string());
+        if let Failure::MemoryError { .. } = failure {
+            let poisoned = self
+                .pager
+                .as_ref()
+                .map(|pager| pager.health().poisoned())
+                .unwrap_or_default();
+            if let Some(page) = poisoned.first() {
+                self.say(&page.to_string());
+            }
+            self.shut_down(true, "guest-panic");
+            self.after = After::Exit(exit::MEMORY);
+            return;
+        }
+        self.held.end();
+        self.status = RunStatus::InternalError;
+        self.bus.send("STOP", None);
+    }
+}

@@ -1,0 +1,245 @@
+#![forbid(unsafe_code)]
+//! The machine as its monitors see it. One thread, [`Vm::run`], owns everything; monitors, signals
+//! and the machine's own end reach it through two queues.
+
+mod control;
+mod held;
+mod incoming;
+mod memory;
+mod objects;
+mod outgoing;
+mod plan;
+mod query;
+mod serial;
+mod status;
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use crossbeam::channel::{Receiver, Sender, bounded, select};
+use pando_pager::{Pager, Serving};
+
+pub use held::Held;
+pub use incoming::IncomingState;
+pub use outgoing::{MigrationStatus, Saved};
+pub use plan::Plan;
+pub use status::RunStatus;
+
+use self::memory::Memory;
+use self::outgoing::Migration;
+use self::serial::SerialPort;
+use super::error::OptionError;
+use super::line::wanted::Incoming;
+use super::qmp::port::{Ask, Bus, MAX_REQUESTS};
+use super::{hmp, qmp};
+use crate::machine::Outcome;
+use crate::memory::provide::Begin;
+
+/// Most ends of machines that wait: there is one machine at a time.
+const MAX_ENDS: usize = 8;
+/// Most descriptors that clients can leave with `getfd`.
+pub const MAX_FDS: usize = 64;
+
+/// What reaches the machine's thread.
+#[derive(Debug)]
+pub enum Message {
+    /// A monitor asks.
+    Ask(Ask),
+    /// A state was written, or not.
+    Saved(Saved),
+    /// A signal came.
+    Signal(i32),
+}
+
+/// A machine has ended.
+#[derive(Debug)]
+pub struct End {
+    /// Which machine of this process.
+    pub number: u64,
+    /// How.
+    pub outcome: Outcome,
+}
+
+/// What is done once the answer to a command is on its way.
+#[derive(Debug, Default)]
+pub enum After {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Save the state.
+    Save(Box<outgoing::Target>),
+    /// Load a state.
+    Load(Box<incoming::Source>),
+    /// End with this exit code.
+    Exit(u8),
+}
+
+/// Tells a person something, on standard error behind the program's name.
+pub type Teller = Box<dyn FnMut(&str)>;
+
+/// The machine and all that belongs to it.
+pub struct Vm {
+    pub(super) plan: Plan,
+    memory: Memory,
+    pub(super) held: Held,
+    /// Counts machines of this process.
+    pub(super) number: u64,
+    pub(super) pager: Option<Pager<Serving>>,
+    pub(super) status: RunStatus,
+    /// Whether the machine has anything to run.
+    pub(super) has_program: bool,
+    migration: Migration,
+    pub(super) incoming: IncomingState,
+    pub(super) bus: Bus,
+    /// Descriptors that clients left, by name.
+    pub(super) fds: BTreeMap<String, OwnedFd>,
+    /// What came with the command of the moment.
+    pub(super) passed: Vec<OwnedFd>,
+    pub(super) after: After,
+    /// Properties that `qom-set` changed, by object and name.
+    pub(super) changed: BTreeMap<(String, String), bool>,
+    /// Backends that monitors added.
+    added: Vec<objects::Added>,
+    serial: SerialPort,
+    sender: Sender<Message>,
+    inbox: Receiver<Message>,
+    ends_sender: Sender<End>,
+    ends: Receiver<End>,
+    tell: Teller,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("plan", &self.plan)
+            .field("status", &self.status)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Opens the memory and COM1, and makes the machine unless it waits for a state. Nothing runs
+    /// yet.
+    pub fn new(plan: Plan, mut tell: Teller) -> Result<Self, OptionError> {
+        let memory = Memory::open(&plan.spec)?;
+        let serial = SerialPort::open(plan.wanted.serial.as_ref(), &mut *tell)?;
+        let (sender, inbox) = bounded(MAX_REQUESTS);
+        let (ends_sender, ends) = bounded(MAX_ENDS);
+        let waits = plan.wanted.incoming.is_some();
+        let mut vm = Self {
+            has_program: plan.boot.is_some(),
+            migration: Migration::new(plan.wanted.capabilities),
+            incoming: IncomingState::new(waits, !plan.wanted.program.stopped),
+            status: if waits {
+                RunStatus::InMigrate
+            } else {
+                RunStatus::Prelaunch
+            },
+            plan,
+            memory,
+            held: Held::Nothing,
+            number: 0,
+            pager: None,
+            bus: Bus::default(),
+            fds: BTreeMap::new(),
+            passed: Vec::new(),
+            after: After::Nothing,
+            changed: BTreeMap::new(),
+            added: Vec::new(),
+            serial,
+            sender,
+            inbox,
+            ends_sender,
+            ends,
+            tell,
+        };
+        if !waits {
+            vm.make_machine(Begin::Files)?;
+        }
+        Ok(vm)
+    }
+
+    /// The way to this machine's thread.
+    pub fn sender(&self) -> Sender<Message> {
+        self.sender.clone()
+    }
+
+    /// Where monitors get their events from.
+    pub fn bus(&mut self) -> &mut Bus {
+        &mut self.bus
+    }
+
+    /// Runs until the end; the exit code.
+    pub fn run(&mut self) -> u8 {
+        self.start();
+        loop {
+            match std::mem::take(&mut self.after) {
+                After::Nothing => (),
+                After::Save(target) => self.save(*target),
+                After::Load(source) => self.load(*source),
+                After::Exit(code) => {
+                    self.held.end();
+                    return code;
+                }
+            }
+            if !matches!(self.after, After::Nothing) {
+                continue;
+            }
+            let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
+            select! {
+                recv(ends) -> end => if let Ok(end) = end {
+                    self.ended(end);
+                },
+                recv(inbox) -> message => if let Ok(message) = message {
+                    self.take(message);
+                },
+            }
+        }
+    }
+
+    fn take(&mut self, message: Message) {
+        match message {
+            Message::Ask(Ask::Qmp(request, fds, reply)) => {
+                self.passed = fds;
+                let result = qmp::commands::execute(self, &request.command, request.arguments);
+                self.passed.clear();
+                // A monitor that is gone wants no answer.
+                let _ = reply.send(result);
+            }
+            Message::Ask(Ask::Hmp(line, reply)) => {
+                let _ = reply.send(hmp::execute(self, &line));
+            }
+            Message::Saved(saved) => self.saved(saved),
+            Message::Signal(signal) => {
+                self.say(&format!("terminating on signal {signal}"));
+                self.shut_down(false, "host-signal");
+            }
+        }
+    }
+
+    /// What the command line asks for first.
+    fn start(&mut self) {
+        match self.plan.wanted.incoming.clone() {
+            Some(Incoming::From(address, typed)) => {
+                if let Err(error) = self.load_from_command_line(&address) {
+                    for line in error.at(&typed).lines() {
+                        self.say(&line);
+                    }
+                    self.after = After::Exit(1);
+                }
+            }
+            Some(Incoming::Defer) => (),
+            None if self.plan.wanted.program.stopped => (),
+            None => {
+                if let Err(error) = self.cont() {
+                    self.say(&error.desc);
+                    self.after = After::Exit(1);
+                }
+            }
+        }
+    }
+
+    pub(super) fn say(&mut self, line: &str) {
+        (self.tell)(line);
+    }
+}

@@ -1,0 +1,59 @@
+#![forbid(unsafe_code)]
+//! Memory backends: those of the machine, and those that a monitor added. The latter exist, with
+//! their files open, and belong to no device: none can be added to a machine that runs.
+
+use super::Vm;
+use crate::memory::open::{OpenedFile, open};
+use crate::qemu::qmp::message::QmpError;
+use crate::report::one_line;
+use crate::spec::{BackendSpec, MAX_BACKENDS};
+
+/// A backend that a monitor added.
+#[derive(Debug)]
+pub(super) struct Added {
+    spec: BackendSpec,
+    /// Open as long as the object is there.
+    _file: Option<OpenedFile>,
+}
+
+impl Vm {
+    /// Memory backends that were named by somebody.
+    pub(in crate::qemu) fn objects(&self) -> impl Iterator<Item = &BackendSpec> {
+        let own = usize::from(self.plan.wanted.has_own_ram());
+        let machine = self.plan.spec.backends().iter().skip(own);
+        machine.chain(self.added.iter().map(|added| &added.spec))
+    }
+
+    /// `object-add`
+    pub(in crate::qemu) fn add_object(&mut self, spec: BackendSpec) -> Result<(), QmpError> {
+        let id = spec.id();
+        if self.objects().any(|backend| backend.id() == id) {
+            return Err(QmpError::generic(format!(
+                "attempt to add duplicate property '{id}' to object (type 'container')"
+            )));
+        }
+        if self.added.len() >= MAX_BACKENDS {
+            return Err(QmpError::generic(format!(
+                "{MAX_BACKENDS} objects were added, the most that there can be: use object-del"
+            )));
+        }
+        let opened = spec.file().map(|source| open(&spec, source)).transpose();
+        let file = opened.map_err(|error| QmpError::generic(one_line(&error)))?;
+        self.added.push(Added { spec, _file: file });
+        Ok(())
+    }
+
+    /// `object-del`
+    pub(in crate::qemu) fn delete_object(&mut self, id: &str) -> Result<(), QmpError> {
+        if let Some(at) = self.added.iter().position(|added| added.spec.id() == id) {
+            self.added.remove(at);
+            return Ok(());
+        }
+        let is_there = self.objects().any(|backend| backend.id() == id);
+        Err(QmpError::generic(if is_there {
+            format!("object '{id}' is in use, can not be deleted")
+        } else {
+            format!("object '{id}' not found")
+        }))
+    }
+}

@@ -1,0 +1,203 @@
+#![forbid(unsafe_code)]
+use super::*;
+use crate::template::machine_entry::{DimmEntry, NodeEntry};
+use proptest::prelude::*;
+
+fn example() -> ManifestFile {
+    let seal = Seal {
+        inode: 7,
+        bytes: 64 << 20,
+        mtime_s: 1,
+        mtime_ns: 2,
+    };
+    let entry = |name: &str| FileEntry {
+        file: name.into(),
+        digest: "sha256:00".into(),
+        seal: Seal { bytes: 10, ..seal },
+    };
+    ManifestFile {
+        format: 1,
+        tool: "pando 0.1.0".into(),
+        created_unix_s: 1_700_000_000,
+        cpus: 2,
+        machine: None,
+        backends: vec![BackendEntry {
+            id: "ram0".into(),
+            file: "ram0.mem".into(),
+            bytes: 64 << 20,
+            guest_address: 0,
+            digest: "sha256-sparse:00".into(),
+            seal,
+        }],
+        state: entry("state.bin"),
+        index: entry("pages.idx"),
+        host: HostEntry {
+            cpuid: vec![[1, 0, 0, 2, 3, 4, 5]],
+            msrs: vec![0x10],
+            tsc_khz: Some(2_000_000),
+        },
+        checksum: String::new(),
+    }
+}
+
+fn path() -> &'static Path {
+    Path::new("t/manifest.json")
+}
+
+#[test]
+fn what_is_written_is_read_back() {
+    let manifest = Manifest::seal(path(), example()).unwrap();
+    assert_eq!(
+        Manifest::parse(path(), &manifest.to_json()).unwrap(),
+        manifest
+    );
+}
+
+#[test]
+fn a_newer_format_is_named_even_with_fields_unknown_here() {
+    let error = Manifest::parse(path(), br#"{"format": 9, "moon": true}"#).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("has format 9, and this pando reads formats up to 2")
+    );
+}
+
+#[test]
+fn names_that_leave_the_directory_are_refused() {
+    for name in [
+        "../ram0.mem",
+        "/etc/passwd",
+        "",
+        "a/b",
+        ".",
+        "..",
+        "a/",
+        "a\0b",
+    ] {
+        let mut file = example();
+        file.backends[0].file = name.into();
+        let error = Manifest::seal(path(), file).unwrap_err().to_string();
+        assert!(
+            error.contains("is not a plain file name"),
+            "{name}: {error}"
+        );
+    }
+}
+
+#[test]
+fn the_name_of_the_working_set_is_taken() {
+    let mut file = example();
+    file.backends[0].file = "working-set".into();
+    let error = Manifest::seal(path(), file).unwrap_err().to_string();
+    assert!(error.contains("the name of another file"), "{error}");
+}
+
+#[test]
+fn a_backend_at_the_wrong_address_is_refused() {
+    let mut file = example();
+    file.backends[0].guest_address = 4096;
+    let error = Manifest::seal(path(), file).unwrap_err().to_string();
+    assert!(
+        error.contains("backend ram0 is at 0x1000, the machine has it at 0x0;"),
+        "{error}"
+    );
+}
+
+/// Two backends as two nodes, and a module.
+fn with_nodes() -> ManifestFile {
+    let mut file = example();
+    for (number, guest_address) in [(1, 64 << 20), (2, 4_u64 << 30)] {
+        let mut more = file.backends[0].clone();
+        more.id = format!("ram{number}");
+        more.file = format!("ram{number}.mem");
+        more.guest_address = guest_address;
+        file.backends.push(more);
+    }
+    let node = |cpu: u32| NodeEntry {
+        cpus: vec![cpu],
+        backend: Some(format!("ram{cpu}")),
+    };
+    file.format = 2;
+    file.machine = Some(MachineEntry {
+        nodes: vec![node(0), node(1)],
+        distances: vec![vec![10, 20], vec![21, 10]],
+        slots: 1,
+        max_bytes: 1 << 30,
+        dimms: vec![DimmEntry {
+            id: "dimm0".into(),
+            backend: "ram2".into(),
+            node: 1,
+            slot: 0,
+            guest_address: 4 << 30,
+        }],
+    });
+    file
+}
+
+#[test]
+fn nodes_and_modules_are_written_and_read_back() {
+    let manifest = Manifest::seal(path(), with_nodes()).unwrap();
+    let read = Manifest::parse(path(), &manifest.to_json()).unwrap();
+    assert_eq!(read, manifest);
+    let spec = read.spec();
+    assert_eq!(spec.numa().nodes()[1].cpus(), [1]);
+    assert_eq!(spec.numa().distance(1, 0), 21);
+    assert_eq!(spec.dimms()[0].guest_address(), 4 << 30);
+    assert_eq!(
+        MachineEntry::of(spec).as_ref(),
+        read.file().machine.as_ref()
+    );
+}
+
+#[test]
+fn nodes_and_modules_that_do_not_fit_are_refused() {
+    let refused = |change: fn(&mut ManifestFile)| {
+        let mut file = with_nodes();
+        change(&mut file);
+        Manifest::seal(path(), file).unwrap_err().to_string()
+    };
+    let old = refused(|file| file.format = 1);
+    assert!(old.contains("format 1 has no nodes"), "{old}");
+    let order = refused(|file| file.backends.swap(0, 1));
+    assert!(order.contains("not in the order of the machine"), "{order}");
+    let moved = refused(|file| file.backends[2].guest_address = 5 << 30);
+    assert!(moved.contains("ram2 is at 0x140000000"), "{moved}");
+    let unused = refused(|file| file.machine.as_mut().unwrap().dimms.clear());
+    assert!(unused.contains("\"ram2\" is used by nothing"), "{unused}");
+    let cpu = refused(|file| file.machine.as_mut().unwrap().nodes[0].cpus.push(7));
+    assert!(cpu.contains("CPU index (7)"), "{cpu}");
+    let distance = refused(|file| file.machine.as_mut().unwrap().distances[0].push(20));
+    assert!(distance.contains("node 2"), "{distance}");
+}
+
+#[test]
+fn a_machine_that_cannot_be_is_refused_with_its_cause() {
+    let mut file = example();
+    file.backends[0].bytes = (64 << 20) + 1;
+    let error = Manifest::seal(path(), file).unwrap_err().to_string();
+    assert!(
+        error.contains("memory size must be multiple of 4 KiB, 67108865 bytes"),
+        "{error}"
+    );
+    let error = Manifest::parse(path(), br#"{"format": 0}"#).unwrap_err();
+    assert!(error.to_string().contains("it has format 0"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_are_refused_without_a_panic(bytes: Vec<u8>) {
+        prop_assert!(Manifest::parse(path(), &bytes).is_err());
+    }
+
+    #[test]
+    fn any_changed_byte_is_noticed_or_means_the_same(at in 0_usize..1000, bit in 0_u8..8) {
+        let manifest = Manifest::seal(path(), example()).unwrap();
+        let mut json = manifest.to_json();
+        let at = at % json.len();
+        json[at] ^= 1 << bit;
+        if let Ok(read) = Manifest::parse(path(), &json) {
+            prop_assert_eq!(read, manifest);
+        }
+    }
+}
