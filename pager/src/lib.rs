@@ -47,6 +47,7 @@ mod serve;
 mod shard;
 mod shared;
 pub mod source;
+mod spin;
 mod stale;
 mod sys;
 mod token;

@@ -45,8 +45,9 @@ pub struct PagerOptions {
     pub budget: Budget,
     /// The CPU to pin the pager thread to: best the one where the faults are raised.
     pub cpu: Option<usize>,
-    /// How long the pager thread looks for the next fault before it sleeps. Worth it only with a
-    /// CPU to spare for it: a sleeping thread is slow to wake on another CPU. Zero: sleep at once.
+    /// How long at most the pager thread looks for the next fault before it sleeps; how long follows
+    /// what its waits turn out to be. Worth it only with a CPU to spare for it: a sleeping thread is
+    /// slow to wake on another CPU. Zero: sleep at once, always.
     pub spin: Duration,
     /// Record the clone's first touches, at most so many. Nothing is installed ahead of a walk then:
     /// what was would never be seen to be touched.

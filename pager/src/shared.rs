@@ -47,7 +47,7 @@ pub struct SharedOptions {
     pub budget: Budget,
     /// One shard for each: a thread, pinned to the CPU if one is given. At least one.
     pub shards: Vec<Option<usize>>,
-    /// How long a shard looks for the next fault before it sleeps; see `PagerOptions::spin`.
+    /// How long at most a shard looks for the next fault before it sleeps; see `PagerOptions::spin`.
     pub spin: Duration,
     /// What is done about a page that cannot be had: a mark, or (as on kernels without
     /// UFFDIO_POISON) nothing, so that who waits for it sleeps until its process is ended.

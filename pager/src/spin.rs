@@ -43,6 +43,11 @@ impl Spin {
         }
     }
 
+    /// Whether it ever looks.
+    pub(crate) fn is_used(&self) -> bool {
+        !self.limit.is_zero()
+    }
+
     /// How long to look now.
     pub(crate) fn window(&self) -> Duration {
         self.window
@@ -103,7 +108,8 @@ mod tests {
         let mut spin = Spin::new(us(20));
         assert_eq!(windows(&mut spin, &[70; 6]), [10, 20, 20, 20, 20, 0]);
         let rest = usize::try_from(REST).unwrap();
-        assert!(windows(&mut spin, &vec![1; rest]).iter().all(|&window| window == 0));
+        let resting = windows(&mut spin, &vec![1; rest]);
+        assert!(resting.iter().all(|&window| window == 0));
         assert_eq!(windows(&mut spin, &[1]), [10]);
     }
 

@@ -28,6 +28,7 @@ use crate::counts::{Tally, add};
 use crate::port::{Inbox, Port, WaitLimits};
 use crate::queue::{ClientKey, Queue, RegionKey};
 use crate::source::{PageSource, ReadDone};
+use crate::spin::Spin;
 use crate::sys::buffers::BufferPool;
 use crate::sys::uring::MESSAGES_PER_READ;
 use client::Clients;
@@ -45,6 +46,7 @@ pub(crate) struct Parts {
     pub(crate) budget: Budget,
     pub(crate) verify: bool,
     pub(crate) fault_deadline: Duration,
+    /// Most time to look for messages before sleeping.
     pub(crate) spin: Duration,
     pub(crate) tally: Arc<Tally>,
     pub(crate) commands: Receiver<Command>,
@@ -72,6 +74,7 @@ pub(crate) struct Server {
     unarmed: Vec<ClientKey>,
     /// Clients with pages of a plan to be brought, the next one first.
     planned: VecDeque<ClientKey>,
+    spin: Spin,
     /// Reads in flight for plans.
     planned_reads: usize,
     /// Clients that an install found gone.
@@ -99,6 +102,7 @@ impl Server {
             turns: VecDeque::new(),
             unarmed: Vec::new(),
             planned: VecDeque::new(),
+            spin: Spin::new(parts.spin),
             planned_reads: 0,
             lost: Vec::new(),
             done: Vec::with_capacity(slots),
@@ -154,10 +158,16 @@ impl Server {
             self.time_to_next_event()
         };
         let limits = WaitLimits {
-            spin: self.parts.spin,
+            spin: self.spin.window(),
             total,
         };
+        let began = self.spin.is_used().then(Instant::now);
         self.parts.port.wait(limits, &mut self.inbox)?;
+        if let Some(began) = began
+            && !self.inbox.messages.is_empty()
+        {
+            self.spin.waited(began.elapsed());
+        }
         Ok(false)
     }
 
