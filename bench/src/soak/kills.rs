@@ -24,6 +24,10 @@ const CLONES: [(u32, u32); 2] = [(8, 500), (3, 24)];
 const ROOTS: [(u32, u32); 2] = [(8, 7), (3, 3)];
 /// Clones that fault while the pager is killed, and batches of them.
 const PAGERS: [(u32, u32); 2] = [(100, 3), (8, 1)];
+/// Pagers are killed no more often: on a machine that is busy with other things a new one may not come
+/// to serve anybody before it is killed too, and the clones would never be done. A supervisor allows
+/// 300 in a minute.
+const MOST_PAGER_KILLS: u64 = 200;
 /// A victim lives at most this long.
 const LIFE_US: u64 = 60_000;
 /// A root lives at most so long before it is killed.
@@ -171,7 +175,7 @@ pub(super) fn pager(stage: &Stage<'_>, engine: Engine) -> Result<Found> {
         let mut next = Instant::now() + every;
         while grove.owing() > 0 {
             grove.look(Duration::from_millis(10))?;
-            if Instant::now() >= next {
+            if kills < MOST_PAGER_KILLS && Instant::now() >= next {
                 next = Instant::now() + every;
                 for pid in pagers()? {
                     kills += u64::from(kill_hard(pid).is_ok());
