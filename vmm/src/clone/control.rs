@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pando_pager::{IoMode, Verify};
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
@@ -110,6 +111,27 @@ pub enum Io {
     Uring,
     /// pread in a few threads.
     Pread,
+}
+
+impl From<Io> for IoMode {
+    fn from(io: Io) -> Self {
+        match io {
+            Io::Auto => Self::Auto,
+            Io::Uring => Self::Uring,
+            Io::Pread => Self::Pread,
+        }
+    }
+}
+
+impl PagerConfig {
+    /// Whether chunks are compared, as a pager takes it.
+    pub fn verify(&self) -> Verify {
+        if self.verify {
+            Verify::OnRead
+        } else {
+            Verify::Off
+        }
+    }
 }
 
 /// Where a clone's COM1 goes.

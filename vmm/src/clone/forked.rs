@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use pando_pager::RootMemory;
 use pando_pager::working_set::Plan;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{
     Ready, run_to_end, send, send_metrics, stop_with, watch_signals, watch_to_end,
@@ -146,7 +145,7 @@ fn work(
     )
     .map_err(CloneError::from)?;
     add_stages(&mut stages, machine.stages());
-    let is_warm = !has_orders(channel);
+    let is_warm = !channel.has_message();
     if is_warm {
         send(channel, &FromWorker::Warm);
     }
@@ -226,9 +225,4 @@ fn connect(
         .context("cannot connect its serial port")?;
     stages.push(("identity".to_owned(), start.elapsed()));
     Ok(())
-}
-
-fn has_orders(channel: &Channel) -> bool {
-    let mut fds = [PollFd::new(channel, PollFlags::IN)];
-    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
 }
