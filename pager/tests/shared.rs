@@ -354,7 +354,9 @@ fn an_order_to_forget_too_much_is_refused_and_forgets_nothing() {
     let PagerError::Client { reason, .. } = &error else {
         panic!("{error}");
     };
-    assert!(matches!(reason, SpecError::TooManyForgotten { pages } if *pages > MAX_FORGOTTEN_PAGES));
+    assert!(
+        matches!(reason, SpecError::TooManyForgotten { pages } if *pages > MAX_FORGOTTEN_PAGES)
+    );
     pager.forget(id(1), &[whole]).unwrap();
 }
 

@@ -17,6 +17,9 @@ use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
 
+/// Most bytes of a delta of metrics in one message, which has a few of its own.
+pub const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
+
 /// From the supervisor to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
