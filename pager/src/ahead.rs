@@ -2,13 +2,14 @@
 //! Installing what clones are known to need, before the pager serves and the guest runs: in bulk,
 //! without a message and without a waiter.
 
-use crate::handle::{Idle, Pager};
 use crate::image::{CHUNK_PAGES, Image, PageKind};
-use crate::install::{Content, install};
+use crate::install::{Content, Installed, install};
+use crate::metrics::{Metrics, Origin};
 use crate::own_memory::{OwnMemory, read_proven};
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
-use crate::residency::PageState;
-use crate::working_set::Plan;
+use crate::region::Region;
+use crate::registration::Registration;
+use crate::working_set::{Plan, PlannedRun};
 
 /// Pages that are read and installed at a time; a whole number of chunks.
 const BATCH_PAGES: u64 = 64;
@@ -24,93 +25,137 @@ pub struct Ahead {
     pub failed_pages: u64,
 }
 
-impl Pager<Idle> {
-    /// Installs every page of `plan` in the memory that was attached, in the plan's order, its zero
-    /// pages last. Images are counted as they were attached; pages of others are left out.
-    pub fn install_ahead(&mut self, plan: &Plan) -> Ahead {
-        let mut ahead = Ahead::default();
-        let mut buffer = Vec::new();
-        for run in plan.private.iter().chain(&plan.share).chain(&plan.whole) {
-            let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
-            for batch in batches(run.pages) {
-                let done = self.install_batch(backend, batch, &mut buffer);
-                ahead.pages += done;
-                ahead.failed_pages += batch.count().get() - done;
-            }
-        }
-        for run in &plan.zero {
-            let backend = usize::try_from(run.backend).unwrap_or(usize::MAX);
-            ahead.zero_pages += self.install_zeros(backend, run.pages);
-        }
-        ahead
-    }
+/// What bringing a plan came to.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Brought {
+    pub(crate) ahead: Ahead,
+    /// Pages that were not there before.
+    pub(crate) fresh: u64,
+    /// Pages without data that were not.
+    pub(crate) fresh_zeros: u64,
+}
 
-    /// Maps the kernel's zero page at `pages`, none of which has data. How many there are now.
-    fn install_zeros(&mut self, backend: usize, pages: PageRange) -> u64 {
-        let (uffd, tracking, regions) = self.for_installing();
-        let Some(served) = regions.get_mut(backend) else {
-            return 0;
-        };
-        if !are_zeros(served.image().image(), pages) {
-            return 0;
-        }
-        let Some(memory) = served.pin() else {
-            return 0;
-        };
-        let mut place = OwnMemory {
-            uffd,
-            memory: &memory,
-            tracking,
-        };
-        let report = install(&mut place, pages, Content::Zero);
-        let done = PageRange::new(pages.start(), PageCount::new(report.done()));
-        served.set_all(done, PageState::Present);
-        self.zeros_ahead(report.fresh);
-        report.done()
-    }
-
-    /// How many pages of `batch`, from its first on, are there now.
-    fn install_batch(&mut self, backend: usize, batch: PageRange, buffer: &mut Vec<u8>) -> u64 {
-        let verify = self.verifies();
-        let (uffd, tracking, regions) = self.for_installing();
-        let Some(served) = regions.get_mut(backend) else {
-            return 0;
-        };
-        let Some(memory) = served.pin() else {
-            return 0;
-        };
-        let image = served.image().image();
-        let read = batch.aligned(CHUNK_PAGES, image.pages());
-        if !is_inside(image, batch) || !read_proven(image, read, buffer, verify) {
-            return 0;
-        }
-        let before = (batch.start().get() - read.start().get()) * PAGE_BYTES;
-        let bytes = usize::try_from(before).ok().and_then(|at| buffer.get(at..));
-        let mut place = OwnMemory {
-            uffd,
-            memory: &memory,
-            tracking,
-        };
-        let report = install(&mut place, batch, Content::Bytes(bytes.unwrap_or(&[])));
-        let done = PageRange::new(batch.start(), PageCount::new(report.done()));
-        served.set_all(done, PageState::Present);
-        self.installed_ahead(report.fresh);
-        report.done()
+impl Brought {
+    pub(crate) fn count(&self, metrics: &Metrics) {
+        metrics.installed(Origin::Cache, self.fresh);
+        metrics.installed(Origin::Zero, self.fresh_zeros);
+        metrics.ahead(self.fresh);
     }
 }
 
-pub(crate) fn is_inside(image: &Image, pages: PageRange) -> bool {
+impl Registration {
+    /// Installs every page of `plan`, in the plan's order, its zero pages last, read from `images`,
+    /// which are those that were registered. With `verify` each chunk is compared with its index
+    /// first. Pages that cannot be had are left to the pager. `template` is the label in metrics.
+    pub fn install_ahead(
+        &self,
+        images: &[Image],
+        plan: &Plan,
+        verify: bool,
+        template: &str,
+    ) -> Ahead {
+        let brought = self.bring(plan, verify, |number| images.get(number), |_, _| ());
+        if brought.fresh + brought.fresh_zeros > 0 {
+            brought.count(&Metrics::new(template));
+        }
+        brought.ahead
+    }
+
+    /// The same. `image` gives images by number, `there` hears which pages of which are there.
+    pub(crate) fn bring<'a>(
+        &self,
+        plan: &Plan,
+        verify: bool,
+        image: impl Fn(usize) -> Option<&'a Image>,
+        mut there: impl FnMut(usize, PageRange),
+    ) -> Brought {
+        let mut brought = Brought::default();
+        let mut buffer = Vec::new();
+        for run in plan.private.iter().chain(&plan.share).chain(&plan.whole) {
+            let number = number_of(run);
+            for batch in batches(run.pages) {
+                let report = image(number).map_or_else(Installed::default, |image| {
+                    self.install_batch(number, image, batch, verify, &mut buffer)
+                });
+                there(number, first(batch, report.done()));
+                brought.fresh += report.fresh;
+                brought.ahead.pages += report.done();
+                brought.ahead.failed_pages += batch.count().get() - report.done();
+            }
+        }
+        for run in &plan.zero {
+            let number = number_of(run);
+            let report = image(number).map_or_else(Installed::default, |image| {
+                self.install_zeros(number, image, run.pages)
+            });
+            there(number, first(run.pages, report.done()));
+            brought.fresh_zeros += report.fresh;
+            brought.ahead.zero_pages += report.done();
+        }
+        brought
+    }
+
+    /// Maps the kernel's zero page at `pages`, if none of them has data.
+    fn install_zeros(&self, number: usize, image: &Image, pages: PageRange) -> Installed {
+        if !are_zeros(image, pages) {
+            return Installed::default();
+        }
+        self.install(number, pages, Content::Zero)
+    }
+
+    /// Reads `batch` and installs it from its first page on.
+    fn install_batch(
+        &self,
+        number: usize,
+        image: &Image,
+        batch: PageRange,
+        verify: bool,
+        buffer: &mut Vec<u8>,
+    ) -> Installed {
+        let read = batch.aligned(CHUNK_PAGES, image.pages());
+        if !is_inside(image, batch) || !read_proven(image, read, buffer, verify) {
+            return Installed::default();
+        }
+        let before = (batch.start().get() - read.start().get()) * PAGE_BYTES;
+        let bytes = usize::try_from(before).ok().and_then(|at| buffer.get(at..));
+        self.install(number, batch, Content::Bytes(bytes.unwrap_or(&[])))
+    }
+
+    /// Nothing is done where the memory was dropped.
+    fn install(&self, number: usize, pages: PageRange, content: Content<'_>) -> Installed {
+        let Some(memory) = self.memory(number).and_then(Region::pin) else {
+            return Installed::default();
+        };
+        let mut place = OwnMemory {
+            uffd: self.uffd(),
+            memory: &memory,
+            tracking: self.tracking(),
+        };
+        install(&mut place, pages, content)
+    }
+}
+
+fn number_of(run: &PlannedRun) -> usize {
+    usize::try_from(run.backend).unwrap_or(usize::MAX)
+}
+
+/// The first `count` of `pages`.
+fn first(pages: PageRange, count: u64) -> PageRange {
+    PageRange::new(pages.start(), PageCount::new(count))
+}
+
+fn is_inside(image: &Image, pages: PageRange) -> bool {
     pages.end().get() <= image.pages().get()
 }
 
 /// Whether `image` has all of `pages`, and no data in any of them.
-pub(crate) fn are_zeros(image: &Image, pages: PageRange) -> bool {
+fn are_zeros(image: &Image, pages: PageRange) -> bool {
     let has_data = |page| image.index().kind(page) == PageKind::Data;
     is_inside(image, pages) && !pages.iter().any(has_data)
 }
 
 /// Pieces that begin and end at multiples of [`BATCH_PAGES`], but for the ends of the whole.
-pub(crate) fn batches(pages: PageRange) -> impl Iterator<Item = PageRange> {
+fn batches(pages: PageRange) -> impl Iterator<Item = PageRange> {
     let (first, end) = (pages.start().get(), pages.end().get());
     (first / BATCH_PAGES..end.div_ceil(BATCH_PAGES)).map(move |batch| {
         let start = (batch * BATCH_PAGES).max(first);
@@ -124,41 +169,41 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+    use crate::handle::Pager;
     use crate::image::BackendIndex;
+    use crate::memory::CloneMemory;
     use crate::options::PagerOptions;
-    use crate::working_set::PlannedRun;
 
-    #[test]
-    fn planned_pages_are_there_before_anybody_asks() {
+    /// 200 pages whose first byte is their number (but for page 0), then 40 of zeros.
+    fn image() -> Image {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         for page in 0..200_u8 {
             file.write_all(&[page.max(1); 4096]).unwrap();
         }
         file.as_file().set_len(240 * 4096).unwrap();
         let index = BackendIndex::scan(file.as_file(), 240 * 4096, &mut |_, _| ()).unwrap();
-        let image = Image::open(file.path(), "ram0", index).unwrap();
-        let mut pager = Pager::new(PagerOptions::default()).unwrap();
-        let memory = pager.attach(image).unwrap();
-        let run = |start, count| PlannedRun {
-            backend: 0,
+        Image::open(file.path(), "ram0", index).unwrap()
+    }
+
+    fn plan() -> Plan {
+        let run = |backend, start, count| PlannedRun {
+            backend,
             pages: PageRange::new(PageIndex::new(start), PageCount::new(count)),
             rank: 0,
         };
-        let elsewhere = PlannedRun {
-            backend: 9,
-            ..run(0, 3)
-        };
-        let plan = Plan {
-            private: vec![run(5, 130), elsewhere],
-            share: vec![run(190, 10), run(230, 20)],
+        Plan {
+            private: vec![run(0, 5, 130), run(9, 0, 3)],
+            share: vec![run(0, 190, 10), run(0, 230, 20)],
             // The first has data, the last reaches over the end.
-            zero: vec![run(199, 2), run(205, 30), run(236, 10)],
+            zero: vec![run(0, 199, 2), run(0, 205, 30), run(0, 236, 10)],
             ..Plan::default()
-        };
-        let ahead = pager.install_ahead(&plan);
+        }
+    }
+
+    /// Nobody serves `memory`: a page that is missing would hang.
+    fn is_there(ahead: Ahead, memory: &CloneMemory) {
         assert_eq!((ahead.pages, ahead.failed_pages), (140, 23), "{ahead:?}");
         assert_eq!(ahead.zero_pages, 30);
-        // Nobody serves: a page that is missing would hang.
         for page in [5, 6, 70, 134, 190, 199] {
             let byte = memory.mapping().touch(PageIndex::new(page)).unwrap();
             assert_eq!(u64::from(byte), page);
@@ -166,11 +211,35 @@ mod tests {
         for page in [205, 234] {
             assert_eq!(memory.mapping().touch(PageIndex::new(page)).unwrap(), 0);
         }
+    }
+
+    #[test]
+    fn planned_pages_are_there_before_anybody_asks() {
+        let mut pager = Pager::new(PagerOptions::default()).unwrap();
+        let memory = pager.attach(image()).unwrap();
+        is_there(pager.install_ahead(&plan()), &memory);
         let pager = pager.serve().unwrap();
         assert_eq!(memory.mapping().touch(PageIndex::new(150)).unwrap(), 150);
         assert_eq!(memory.mapping().touch(PageIndex::new(6)).unwrap(), 6);
         let counts = pager.counts();
         assert_eq!((counts.faults, counts.pages_zero), (1, 30));
+    }
+
+    #[test]
+    fn planned_pages_are_there_and_the_others_wait_for_a_pager() {
+        let images = [image()];
+        let mut registration = Registration::new().unwrap();
+        let memory = registration.map(&images[0]).unwrap();
+        let region = registration.regions()[0];
+        assert_eq!(region.address, memory.host_address() as u64);
+        assert_eq!(
+            (region.image.number(), region.pages.count().get()),
+            (0, 240)
+        );
+        is_there(
+            registration.install_ahead(&images, &plan(), true, "t"),
+            &memory,
+        );
     }
 
     #[test]

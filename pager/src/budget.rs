@@ -2,12 +2,12 @@
 //! Every limit of a pager that a caller can choose, by name. The fixed ones stand where they are
 //! enforced: [`crate::install`] (tries of one install), [`crate::retry`] (tries of one read).
 
-/// What one pager may use. Each limit has a counter or a gauge that shows when it is reached; see
+/// What one shard of a pager may use. Each limit has a counter or a gauge that shows when it is reached; see
 /// `pando_pager_limit_hits_total`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// Read buffers in chunks of 16 KiB, and with that the most reads in flight. The memory is
-    /// pinned while the pager serves. Reached: faults wait for a buffer (`limit="buffers"`).
+    /// pinned once a shard has made some reads. Reached: faults wait for a buffer (`limit="buffers"`).
     pub read_chunks: usize,
     /// Faults of one client that wait for bytes; at least 64, as many as one read takes. Reached:
     /// further ones stay in the kernel's queue until there is room (`limit="queue"`); their

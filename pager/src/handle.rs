@@ -5,25 +5,26 @@ use std::sync::Arc;
 
 use userfaultfd::Uffd;
 
-use crate::client::{ClientId, ForgottenRun};
+use crate::ahead::{Ahead, Brought};
+use crate::client::{ClientId, ImageRun};
 use crate::counts::{Counts, Tally};
 use crate::error::PagerError;
 use crate::health::{Health, PoisonMethod};
 use crate::image::Image;
 use crate::memory::CloneMemory;
-use crate::metrics::{Metrics, Origin};
+use crate::metrics::Metrics;
 use crate::options::{PagerOptions, Verify};
-use crate::page::{PageIndex, PageRange};
 use crate::port::IoPath;
 use crate::record::Recorder;
 use crate::region::Region;
+use crate::registration::Registration;
+use crate::residency::PageState;
 use crate::root_memory::RootMemory;
 use crate::serve::{Attach, Client, Command, Served, ServedImage, Stop, Tells};
 use crate::shard::{Decorate, Shard, ShardPlan};
 use crate::source::PageSource;
-use crate::sys::mmap::ServedMapping;
-use crate::sys::userfaultfd::{self as uffd_sys, Opened, Tracking};
-use crate::working_set::Trace;
+use crate::sys::userfaultfd::{self as uffd_sys, Tracking};
+use crate::working_set::{Plan, Trace};
 
 /// The one client of such a pager.
 const LOCAL: ClientId = ClientId::new(0);
@@ -31,16 +32,13 @@ const LOCAL: ClientId = ClientId::new(0);
 /// State of a pager that does not serve yet.
 pub struct Idle {
     options: PagerOptions,
-    uffd: Arc<Uffd>,
-    tracking: Tracking,
+    registration: Registration,
     regions: Vec<Served>,
     health: Health,
     metrics: Arc<Metrics>,
     decorate: Option<Decorate>,
-    /// Pages that were installed before serving.
-    ahead_pages: u64,
-    /// Pages without data that were.
-    ahead_zero_pages: u64,
+    /// What was installed before serving.
+    brought: Brought,
     recorder: Option<Recorder>,
 }
 
@@ -71,17 +69,9 @@ pub struct Pager<S> {
 impl Pager<Idle> {
     /// Gets a userfaultfd and fetches the metric handles: install a recorder before.
     pub fn new(options: PagerOptions) -> Result<Self, PagerError> {
-        let tracking = if options.track_writes {
-            Tracking::On
-        } else {
-            Tracking::Off
-        };
-        let Opened {
-            uffd,
-            poison,
-            tracks,
-        } = uffd_sys::open(tracking).map_err(PagerError::Userfaultfd)?;
-        let method = if poison {
+        let opened = uffd_sys::open(Tracking::wanted(options.track_writes))
+            .map_err(PagerError::Userfaultfd)?;
+        let method = if opened.poison {
             PoisonMethod::Marker
         } else {
             PoisonMethod::Protect
@@ -91,14 +81,12 @@ impl Pager<Idle> {
         Ok(Self {
             state: Idle {
                 options,
-                uffd: Arc::new(uffd),
-                tracking: if tracks { Tracking::On } else { Tracking::Off },
+                registration: Registration::of(opened),
                 regions: Vec::new(),
                 health: Health::new(method),
                 metrics,
                 decorate: None,
-                ahead_pages: 0,
-                ahead_zero_pages: 0,
+                brought: Brought::default(),
                 recorder,
             },
         })
@@ -125,27 +113,15 @@ impl Pager<Idle> {
     /// Whether the kernel will know which pages of this clone were written: that was asked for
     /// (`PagerOptions::track_writes`), and it can.
     pub fn tracks_writes(&self) -> bool {
-        self.state.tracking == Tracking::On
+        self.state.registration.tracks_writes()
     }
 
     /// Maps memory for a clone of `image`. Nothing is read; what touches it before the pager
     /// serves sleeps until then.
     pub fn attach(&mut self, image: Image) -> Result<CloneMemory, PagerError> {
-        let bytes = image.bytes();
-        if bytes == 0 {
-            let image = image.id().to_owned();
-            return Err(PagerError::Empty { image });
-        }
-        let map = |source| PagerError::Map {
-            image: image.id().to_owned(),
-            bytes,
-            source,
-        };
-        let mapping = Arc::new(ServedMapping::new(bytes).map_err(map)?);
-        let whole = PageRange::new(PageIndex::default(), image.pages());
-        self.register(&image, &mapping, whole)
-            .map_err(|error| error.of(&image))?;
-        self.serve_in(image, mapping)
+        let memory = self.state.registration.map(&image)?;
+        self.serve_in(image, &memory);
+        Ok(memory)
     }
 
     /// Takes over memory that this process inherited from a root: registers its holes, so that
@@ -155,73 +131,43 @@ impl Pager<Idle> {
         image: Image,
         memory: RootMemory,
     ) -> Result<CloneMemory, PagerError> {
-        let holes = |source| PagerError::Holes {
-            image: image.id().to_owned(),
-            source,
-        };
-        let (mapping, runs) = memory.into_parts().map_err(holes)?;
-        for run in runs {
-            self.register(&image, &mapping, run)
-                .map_err(|error| match error {
-                    Unregistered::Kernel(source) => holes(source),
-                    Unregistered::Ioctls(_) => error.of(&image),
-                })?;
-        }
-        self.serve_in(image, mapping)
+        let memory = self.state.registration.inherit(&image, memory)?;
+        self.serve_in(image, &memory);
+        Ok(memory)
     }
 
-    fn register(
-        &self,
-        image: &Image,
-        mapping: &ServedMapping,
-        pages: PageRange,
-    ) -> Result<(), Unregistered> {
-        let state = &self.state;
-        let missing = uffd_sys::register(&state.uffd, mapping, pages, state.tracking)
-            .map_err(Unregistered::Kernel)?;
-        if missing.is_empty() {
-            return Ok(());
-        }
-        tracing::debug!(image = image.id(), ?missing, "memory cannot be served");
-        Err(Unregistered::Ioctls(missing))
-    }
-
-    /// Memory of `image` that is registered: the pager's part of it, and the clone's.
-    fn serve_in(
-        &mut self,
-        image: Image,
-        mapping: Arc<ServedMapping>,
-    ) -> Result<CloneMemory, PagerError> {
-        let own = uffd_sys::duplicate(&self.state.uffd).map_err(|source| PagerError::Map {
-            image: image.id().to_owned(),
-            bytes: image.bytes(),
-            source,
-        })?;
-        let metrics = Arc::clone(&self.state.metrics);
-        let image = ServedImage::new(image, self.state.regions.len(), metrics);
-        let served = Served::new(Arc::new(image), Region::own(&mapping));
-        self.state.regions.push(served);
-        Ok(CloneMemory::new(mapping, own))
-    }
-
-    pub(crate) fn verifies(&self) -> bool {
-        self.state.options.verify == Verify::OnRead
-    }
-
-    pub(crate) fn installed_ahead(&mut self, pages: u64) {
-        self.state.ahead_pages += pages;
-        self.state.metrics.installed(Origin::Cache, pages);
-        self.state.metrics.ahead(pages);
-    }
-
-    pub(crate) fn zeros_ahead(&mut self, pages: u64) {
-        self.state.ahead_zero_pages += pages;
-        self.state.metrics.installed(Origin::Zero, pages);
-    }
-
-    pub(crate) fn for_installing(&mut self) -> (&Uffd, Tracking, &mut [Served]) {
+    fn serve_in(&mut self, image: Image, memory: &CloneMemory) {
         let state = &mut self.state;
-        (&state.uffd, state.tracking, &mut state.regions)
+        let image = ServedImage::new(image, state.regions.len(), Arc::clone(&state.metrics));
+        let served = Served::new(Arc::new(image), memory.region());
+        state.regions.push(served);
+    }
+
+    /// Installs every page of `plan` in the memory that was attached, in the plan's order, its zero
+    /// pages last. Images are counted as they were attached; pages of others are left out, and so
+    /// are those that cannot be had: whoever touches them meets the pager's own tries.
+    pub fn install_ahead(&mut self, plan: &Plan) -> Ahead {
+        let state = &mut self.state;
+        let images: Vec<Arc<ServedImage>> = state
+            .regions
+            .iter()
+            .map(|served| Arc::clone(served.image()))
+            .collect();
+        let verify = state.options.verify == Verify::OnRead;
+        let brought = state.registration.bring(
+            plan,
+            verify,
+            |number| images.get(number).map(|served| served.image()),
+            |number, pages| {
+                if let Some(served) = state.regions.get_mut(number) {
+                    served.set_all(pages, PageState::Present);
+                }
+            },
+        );
+        brought.count(&state.metrics);
+        state.brought.fresh += brought.fresh;
+        state.brought.fresh_zeros += brought.fresh_zeros;
+        brought.ahead
     }
 
     /// What goes wrong later, to be listened to before it does.
@@ -233,10 +179,10 @@ impl Pager<Idle> {
     pub fn serve(self) -> Result<Pager<Serving>, PagerError> {
         let idle = self.state;
         let tally = Arc::new(Tally::default());
-        crate::counts::add(&tally.pages_cache, idle.ahead_pages);
-        crate::counts::add(&tally.pages_zero, idle.ahead_zero_pages);
+        crate::counts::add(&tally.pages_cache, idle.brought.fresh);
+        crate::counts::add(&tally.pages_zero, idle.brought.fresh_zeros);
         let (health, recorder) = (idle.health.clone(), idle.recorder.clone());
-        let tracks_writes = idle.tracking == Tracking::On;
+        let tracks_writes = idle.registration.tracks_writes();
         let shard = Shard::start(plan(idle, tally)).map_err(|error| match health.failure() {
             Some(reason) => PagerError::Failed { reason },
             None => error,
@@ -252,26 +198,6 @@ impl Pager<Idle> {
     }
 }
 
-/// Why memory could not be registered.
-enum Unregistered {
-    Kernel(std::io::Error),
-    Ioctls(Vec<&'static str>),
-}
-
-impl Unregistered {
-    fn of(self, image: &Image) -> PagerError {
-        let (id, bytes) = (image.id().to_owned(), image.bytes());
-        match self {
-            Self::Kernel(source) => PagerError::Register {
-                image: id,
-                bytes,
-                source,
-            },
-            Self::Ioctls(missing) => PagerError::Ioctls { image: id, missing },
-        }
-    }
-}
-
 /// The shard of one local client.
 fn plan(idle: Idle, tally: Arc<Tally>) -> ShardPlan {
     let options = idle.options;
@@ -280,11 +206,13 @@ fn plan(idle: Idle, tally: Arc<Tally>) -> ShardPlan {
         .iter()
         .map(|served| served.region().clone())
         .collect();
-    let (uffd, health, metrics) = (Arc::clone(&idle.uffd), idle.health.clone(), idle.metrics);
+    let (health, metrics) = (idle.health.clone(), idle.metrics);
     let tells = Tells::Health(idle.health.clone());
-    let mut client = Client::new(LOCAL, idle.uffd, idle.regions, tells);
+    let tracking = idle.registration.tracking();
+    let uffd = Arc::new(idle.registration.into_uffd());
+    let mut client = Client::new(LOCAL, Arc::clone(&uffd), idle.regions, tells);
     client.poison = idle.health.poison_method();
-    client.tracking = idle.tracking;
+    client.tracking = tracking;
     client.recorder = idle.recorder;
     ShardPlan {
         name: "pando-pager".to_owned(),
@@ -342,7 +270,7 @@ impl Pager<Serving> {
     /// Makes pages absent again: the next touch brings the template's bytes. In force when this
     /// returns. Call it while nothing touches the pages, and discard them (MADV_DONTNEED) then.
     /// Images are counted in the order in which they were attached.
-    pub fn forget(&self, runs: &[ForgottenRun]) -> Result<(), PagerError> {
+    pub fn forget(&self, runs: &[ImageRun]) -> Result<(), PagerError> {
         let runs = runs.to_vec();
         let answer = self
             .state

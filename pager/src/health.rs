@@ -151,11 +151,6 @@ impl Health {
         self.state().poisoned.clone()
     }
 
-    /// How many pages could not be had.
-    pub fn poisoned_total(&self) -> u64 {
-        self.state().total
-    }
-
     /// What touching such a page does here.
     pub fn poison_method(&self) -> PoisonMethod {
         self.method

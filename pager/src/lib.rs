@@ -56,8 +56,8 @@ pub mod working_set;
 pub use ahead::Ahead;
 pub use budget::Budget;
 pub use client::{
-    AheadRun, Attached, ClientEvent, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId,
-    MAX_REGIONS, SpecError, check_regions,
+    Attached, ClientEvent, ClientId, ClientRegion, ClientSpec, ImageId, ImageRun,
+    MAX_FORGOTTEN_PAGES, MAX_REGIONS, SpecError, check_regions,
 };
 pub use counts::Counts;
 pub use error::PagerError;
@@ -69,6 +69,6 @@ pub use options::{IoMode, PagerOptions, Verify};
 pub use page::{ByteOffset, PAGE_BYTES, PageCount, PageIndex, PageRange};
 pub use port::IoPath;
 pub use probe::{HostFacts, Refusal, UffdAccess, UffdFacts, UffdFeatures, probe};
-pub use registration::{RegisteredPlace, Registration};
+pub use registration::Registration;
 pub use root_memory::{Filled, Root, RootMemory, RootPlan, RootRange};
 pub use shared::{Decorate, Listener, SharedOptions, SharedPager};

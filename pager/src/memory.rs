@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::page::PageRange;
+use crate::region::Region;
 use crate::sys::mmap::ServedMapping;
 
 /// Anonymous memory of a clone that its pager fills. It has no way to reach the template's file.
@@ -33,6 +34,11 @@ impl CloneMemory {
             mapping,
             uffd: None,
         }
+    }
+
+    /// Where the pages of its image lie; not held mapped.
+    pub(crate) fn region(&self) -> Region {
+        Region::own(&self.mapping)
     }
 
     #[cfg(test)]

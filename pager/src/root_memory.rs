@@ -16,7 +16,6 @@
 mod inherited;
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 
 use userfaultfd::Uffd;
 
@@ -26,6 +25,7 @@ use crate::install::{Content, install};
 use crate::own_memory::{OwnMemory, read_proven};
 use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 use crate::promotion::{self, HoleDemand};
+use crate::registration::map_registered;
 use crate::sys::mmap::{HUGE_BYTES, ServedMapping};
 use crate::sys::userfaultfd::{self as sys, Tracking};
 
@@ -39,7 +39,7 @@ const UNIT_PAGES: u64 = HUGE_BYTES / PAGE_BYTES;
 pub struct Filled {
     /// Pages that it holds, for all its clones together.
     pub pages: u64,
-    /// Pages of ranges with data that it does not hold: its clones' pagers bring them.
+    /// Pages of ranges with data that it does not hold: a pager brings them to its clones.
     pub hole_pages: u64,
     /// Ranges that could not be read or were not what the index says; holes, too.
     pub failed_ranges: u64,
@@ -125,34 +125,13 @@ impl Root {
 
     /// Maps the memory of one backend; all of it with data is a hole.
     fn map_one(&self, image: &Image) -> Result<RootMemory, PagerError> {
-        let (id, bytes) = (|| image.id().to_owned(), image.bytes());
-        if bytes == 0 {
-            return Err(PagerError::Empty { image: id() });
-        }
-        let map = |source| PagerError::Map {
-            image: id(),
-            bytes,
-            source,
-        };
-        let mapping = ServedMapping::inherited(bytes).map_err(map)?;
-        let missing =
-            sys::register(&self.uffd, &mapping, whole(image), Tracking::Off).map_err(|source| {
-                PagerError::Register {
-                    image: id(),
-                    bytes,
-                    source,
-                }
-            })?;
-        if !missing.is_empty() {
-            let image = id();
-            return Err(PagerError::Ioctls { image, missing });
-        }
+        let mapping = map_registered(&self.uffd, Tracking::Off, image, ServedMapping::inherited)?;
         let with_data = units(image.pages())
             .enumerate()
             .filter(|(_, unit)| unit.iter().any(|page| is_data(image, page)))
             .map(|(number, _)| number as u64);
         Ok(RootMemory {
-            mapping: Arc::new(mapping),
+            mapping,
             pages: image.pages(),
             holes: with_data.collect(),
             served_too: Vec::new(),
@@ -344,11 +323,6 @@ impl Root {
     pub fn into_memories(self) -> Vec<RootMemory> {
         self.memories
     }
-}
-
-/// All pages of an image.
-fn whole(image: &Image) -> PageRange {
-    PageRange::new(PageIndex::default(), image.pages())
 }
 
 /// The ranges of an image; the last may be short.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::budget::Budget;
 use crate::client::{
-    Attached, ClientEvent, ClientId, ClientSpec, ForgottenRun, ImageId, SpecError, check,
+    Attached, ClientEvent, ClientId, ClientSpec, ImageId, ImageRun, SpecError, check_regions,
 };
 use crate::counts::Counts;
 use crate::error::PagerError;
@@ -191,7 +191,7 @@ impl SharedPager {
     /// A client of what was asked for, if that can be served.
     fn prove(&self, id: ClientId, mut spec: ClientSpec) -> Result<Attach, SpecError> {
         let images = lock(&self.images).clone();
-        check(&mut spec.regions, |image| {
+        check_regions(&mut spec.regions, |image| {
             images.get(image.index()).map(|known| known.image().pages())
         })?;
         let unknown = spec
@@ -209,11 +209,7 @@ impl SharedPager {
                 Served::new(image, Region::other(region.address, region.pages))
             })
             .collect();
-        let tracking = if spec.track_writes {
-            Tracking::On
-        } else {
-            Tracking::Off
-        };
+        let tracking = Tracking::wanted(spec.track_writes);
         let wrong = |(what, source)| SpecError::Uffd { what, source };
         let first = regions.first().and_then(Served::pin);
         let first = first.ok_or(SpecError::NoRegions)?;
@@ -240,7 +236,7 @@ impl SharedPager {
 
     /// Makes pages of a client absent again: the next touch brings the template's bytes. In force
     /// when it returns. Call it while nothing touches the pages, and discard them then.
-    pub fn forget(&self, id: ClientId, runs: &[ForgottenRun]) -> Result<(), PagerError> {
+    pub fn forget(&self, id: ClientId, runs: &[ImageRun]) -> Result<(), PagerError> {
         let refused = |reason| PagerError::Client { client: id, reason };
         let shard = self
             .shard_of(id)

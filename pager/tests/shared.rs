@@ -17,8 +17,8 @@ use common::sys::guest::Guest;
 use common::{MODES, Random, Template};
 use pando_pager::source::faulty::FaultPlan;
 use pando_pager::{
-    AheadRun, Budget, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId, IoMode, PageCount,
-    PageIndex, PageRange, SharedOptions, SharedPager,
+    Budget, ClientId, ClientRegion, ClientSpec, ImageId, ImageRun, IoMode, MAX_FORGOTTEN_PAGES,
+    PageCount, PageIndex, PageRange, PagerError, SharedOptions, SharedPager, SpecError,
 };
 
 fn all(_: u64) -> bool {
@@ -208,7 +208,7 @@ fn what_cannot_be_served_is_refused_by_name_and_harms_nobody() {
         ),
         (
             ClientSpec {
-                ahead: vec![AheadRun {
+                ahead: vec![ImageRun {
                     image: ImageId::new(7),
                     pages: pages(0, 1),
                 }],
@@ -296,7 +296,7 @@ fn a_forgotten_page_comes_back_as_in_the_template() {
                 );
                 guest.write_word(page, !page);
             }
-            let run = |start, count| ForgottenRun {
+            let run = |start, count| ImageRun {
                 image,
                 pages: pages(start, count),
             };
@@ -323,7 +323,7 @@ fn a_touch_between_forgetting_and_discarding_loses_nothing() {
     let guest = Guest::new(64);
     pager.attach(id(1), guest.spec(image)).unwrap();
     (0..32).for_each(|page| _ = guest.read_page(page));
-    let runs = [ForgottenRun {
+    let runs = [ImageRun {
         image,
         pages: pages(8, 16),
     }];
@@ -335,6 +335,29 @@ fn a_touch_between_forgetting_and_discarding_loses_nothing() {
         assert_eq!(guest.read_page(page), template.expected(page));
     }
     assert_eq!(pager.counts().poisoned, 0);
+}
+
+#[test]
+fn an_order_to_forget_too_much_is_refused_and_forgets_nothing() {
+    let template = Template::new(64, all);
+    let (pager, _) = start(SharedOptions::default());
+    let image = pager.add_image(template.image(), "test").unwrap();
+    let guest = Guest::new(64);
+    pager.attach(id(1), guest.spec(image)).unwrap();
+    assert_eq!(guest.read_page(9), template.expected(9));
+    let whole = ImageRun {
+        image,
+        pages: pages(0, 64),
+    };
+    let too_many = usize::try_from(MAX_FORGOTTEN_PAGES / 64).unwrap() + 1;
+    let error = pager.forget(id(1), &vec![whole; too_many]).unwrap_err();
+    let PagerError::Client { reason, .. } = &error else {
+        panic!("{error}");
+    };
+    assert!(
+        matches!(reason, SpecError::TooManyForgotten { pages } if *pages > MAX_FORGOTTEN_PAGES)
+    );
+    pager.forget(id(1), &[whole]).unwrap();
 }
 
 #[test]

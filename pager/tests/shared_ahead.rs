@@ -14,7 +14,7 @@ use common::sys::guest::Guest;
 use common::{MODES, Template};
 use pando_pager::source::faulty::FaultPlan;
 use pando_pager::{
-    AheadRun, Budget, ClientEvent, ClientId, ClientSpec, PageCount, PageIndex, PageRange,
+    Budget, ClientEvent, ClientId, ClientSpec, ImageRun, PageCount, PageIndex, PageRange,
     SharedOptions,
 };
 
@@ -42,7 +42,7 @@ fn planned_pages_are_brought_and_those_who_fault_are_not_recorded_for_them() {
         let (pager, told) = start(options);
         let image = pager.add_image(template.image(), "test").unwrap();
         let guest = Guest::new(256);
-        let run = |start, count| AheadRun {
+        let run = |start, count| ImageRun {
             image,
             pages: pages(start, count),
         };
@@ -99,7 +99,7 @@ fn demand_comes_before_plans() {
         let asked = pager.add_image(template.image(), "test").unwrap();
         let (first, second) = (Guest::new(1024), Guest::new(1024));
         let spec = ClientSpec {
-            ahead: vec![AheadRun {
+            ahead: vec![ImageRun {
                 image: planned,
                 pages: pages(0, 1024),
             }],

@@ -23,7 +23,7 @@ use common::sys::memory::{discard_page, read_page, write_word};
 use common::{MODES, Template, options};
 use pando_pager::source::faulty::FaultPlan;
 use pando_pager::{
-    ClientEvent, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId, PageCount, PageIndex,
+    ClientEvent, ClientId, ClientRegion, ClientSpec, ImageId, ImageRun, PageCount, PageIndex,
     PageRange, PagerOptions, PoisonMethod, PoisonReason, SharedOptions, SharedPager,
 };
 use rustix::net::{
@@ -105,7 +105,7 @@ fn pages_that_another_pager_installed_are_no_obstacle() {
         }
         (10..30).for_each(|page| assert_eq!(guest.read_page(page)[..8], page.to_ne_bytes()));
         // It never saw these pages installed; given back, they come as in the template.
-        let run = ForgottenRun {
+        let run = ImageRun {
             image,
             pages: PageRange::new(PageIndex::new(12), PageCount::new(4)),
         };
@@ -284,7 +284,7 @@ fn a_pager_of_this_process_forgets_and_tracks_too() {
             page_map(address) >> 57 & 1 != 0
         };
         assert!((0..PAGES).all(|page| is_clean(page) == (page >= 8)));
-        let run = ForgottenRun {
+        let run = ImageRun {
             image: ImageId::new(0),
             pages: PageRange::new(PageIndex::new(8), PageCount::new(PAGES - 8)),
         };

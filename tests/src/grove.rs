@@ -34,10 +34,12 @@ pub struct Grove {
     pub plan: Plan,
     /// What each clone has not answered yet.
     pub open: HashMap<usize, VecDeque<Step>>,
-    dir: tempfile::TempDir,
+    /// Where the template is, if it is this grove's own.
+    _dir: Option<tempfile::TempDir>,
 }
 
-fn template_in(dir: &Path) -> Result<PathBuf> {
+/// A template in `dir`, of a guest that has done `steps`.
+pub(crate) fn template_in(dir: &Path, steps: &[Step]) -> Result<PathBuf> {
     let (spec, _) = config::resolve(&MachineRequest {
         kernel: config::EMBEDDED_KERNEL.into(),
         initrd: None,
@@ -46,38 +48,60 @@ fn template_in(dir: &Path) -> Result<PathBuf> {
         cpus: 1,
     })?;
     let path = dir.join("template");
-    Demo::make_template(&path, &spec, Arc::new(AtomicBool::new(false)))?;
+    Demo::make_template_of(&path, &spec, Arc::new(AtomicBool::new(false)), steps)?;
     Ok(path)
+}
+
+/// What most clones of `template` are started with.
+pub(crate) fn usual_options(template: PathBuf) -> Result<CloneOptions> {
+    Ok(CloneOptions {
+        program: built_program("pando")?,
+        template,
+        name: "grove".into(),
+        engine: Engine::Copy,
+        pager: PagerConfig::default(),
+        verbosity: 0,
+        overcommit: true,
+        measure_memory: false,
+        host_check: HostCheck::Due,
+        root: RootOptions::default(),
+    })
 }
 
 impl Grove {
     /// A supervisor with a template and no clone.
     pub fn new(engine: Engine, pager: PagerConfig, root: RootOptions) -> Result<Self> {
         let dir = tempfile::tempdir()?;
-        let supervisor = Supervisor::new(CloneOptions {
-            program: built_program("pando")?,
-            template: template_in(dir.path())?,
-            name: "grove".into(),
+        let template = template_in(dir.path(), &Plan::new(MEMORY_BYTES).template)?;
+        let mut grove = Self::of(CloneOptions {
             engine,
             pager,
-            verbosity: 0,
-            overcommit: true,
-            measure_memory: false,
-            host_check: HostCheck::Due,
             root,
+            ..usual_options(template)?
         })?;
+        grove._dir = Some(dir);
+        Ok(grove)
+    }
+
+    /// No clone yet, of a template that somebody else keeps.
+    pub(crate) fn of(options: CloneOptions) -> Result<Self> {
         Ok(Self {
-            supervisor,
+            supervisor: Supervisor::new(options)?,
             plan: Plan::new(MEMORY_BYTES),
             open: HashMap::new(),
-            dir,
+            _dir: None,
         })
     }
 
     /// Starts a clone that verifies what the template holds and what it writes itself.
     pub fn start(&mut self) -> usize {
         let number = self.supervisor.clones().len();
-        let steps = self.plan.clone(number as u64);
+        self.start_with(self.plan.clone(number as u64))
+    }
+
+    /// Starts a clone that does `steps`.
+    pub fn start_with(&mut self, steps: Vec<Step>) -> usize {
+        let number = self.supervisor.clones().len();
         self.supervisor
             .start(&SerialPlan::Supervisor, &plan::lines(&steps));
         self.open.insert(number, steps.into());
@@ -95,7 +119,7 @@ impl Grove {
 
     /// Waits for `until`; every answer is checked, and a clone that ends is an error unless it is
     /// in `may_end`.
-    pub fn run(&mut self, may_end: &[usize], until: impl Fn(&Self) -> bool) -> Result<()> {
+    pub fn run(&mut self, may_end: &[usize], mut until: impl FnMut(&Self) -> bool) -> Result<()> {
         let deadline = Instant::now() + HANG;
         while !until(self) {
             ensure!(Instant::now() < deadline, "open: {:?}", self.open.keys());
@@ -113,11 +137,6 @@ impl Grove {
         Ok(())
     }
 
-    /// The directory of the template.
-    pub fn template(&self) -> PathBuf {
-        self.dir.path().join("template")
-    }
-
     fn hear(&mut self, number: usize) -> Result<()> {
         let clone = self.supervisor.clone_mut(number).context("no clone")?;
         let console = clone.console.as_mut().context("no console")?;
@@ -127,8 +146,10 @@ impl Grove {
             let (command, expected) = open.pop_front().context("more answers than questions")?;
             let outcome = Reply::parse(&line)?.outcome;
             ensure!(
-                expected.is_none_or(|expected| expected == outcome),
-                "clone {number}: {command:?} gave {outcome:?}"
+                expected
+                    .as_ref()
+                    .is_none_or(|expected| *expected == outcome),
+                "clone {number}: {command:?} gave {outcome:?} and not {expected:?}"
             );
         }
         if !is_open {
@@ -143,7 +164,7 @@ impl Grove {
     }
 
     /// Ends all clones; each must have lived until now.
-    pub fn stop(mut self) -> Result<()> {
+    pub fn stop(&mut self) -> Result<()> {
         self.supervisor.stop_all(STOP_GRACE)?;
         for (number, clone) in self.supervisor.clones().iter().enumerate() {
             ensure!(

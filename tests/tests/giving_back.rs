@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 
 use anyhow::{Context, Result};
 use pando_tests::command::{Running, eventually, finish, make_template, pando};
+use pando_tests::grove::Grove;
 use pando_tests::herd::{Herd, Pasture};
 use pando_vmm::clone::Engine;
 use pando_vmm::clone::control::PagerPlace;
@@ -51,8 +52,8 @@ fn giving(options: &mut CloneOptions, policy: &str) -> Result<()> {
     Ok(())
 }
 
-fn ram(herd: &Herd, clone: usize) -> Option<RamMemory> {
-    let memory = herd.supervisor.usage().of(clone)?;
+fn ram(grove: &Grove, clone: usize) -> Option<RamMemory> {
+    let memory = grove.supervisor.usage().of(clone)?;
     // In what a root filled nothing tracks writes: private pages there are those that were written.
     assert_ne!(memory.accuracy, Accuracy::Sums);
     Some(memory.ram)
@@ -104,17 +105,17 @@ fn idle_clones_shrink(engine: Engine, place: PagerPlace, root_bytes: Option<u64>
     for clone in 0..CLONES {
         herd.start(&life(clone));
     }
-    herd.all_answer()?;
+    herd.grove.all_answer()?;
     for round in 1..=2 {
-        herd.run(|herd| {
+        herd.grove.run(&[], |grove| {
             (0..CLONES).all(|clone| {
-                let given = herd.supervisor.clones()[clone].given_back.bytes;
-                let clean = ram(herd, clone).map(|ram| ram.private_clean_bytes);
+                let given = grove.supervisor.clones()[clone].given_back.bytes;
+                let clean = ram(grove, clone).map(|ram| ram.private_clean_bytes);
                 given > round * (8 << 20) && clean.is_some_and(|clean| clean <= BUDGET)
             })
         })?;
         for clone in 0..CLONES {
-            let ram = ram(&herd, clone).context("not measured")?;
+            let ram = ram(&herd.grove, clone).context("not measured")?;
             let wrote = OWN_PAGES * PAGE;
             // The guest's own stack and the like come on top.
             assert!(
@@ -133,11 +134,11 @@ fn idle_clones_shrink(engine: Engine, place: PagerPlace, root_bytes: Option<u64>
             };
             herd.ask(clone, &[verify, life(clone)[0].clone(), checksum])?;
         }
-        herd.all_answer()?;
+        herd.grove.all_answer()?;
     }
-    let all = herd.supervisor.given_back();
+    let all = herd.grove.supervisor.given_back();
     assert!(all.pauses >= 2 * CLONES as u64, "{all:?}");
-    herd.stop()
+    herd.grove.stop()
 }
 
 #[test]
@@ -178,9 +179,9 @@ fn what_the_working_set_brought_in_vain_goes_back() -> Result<()> {
             salt: 1,
         };
         (0..2).for_each(|_| _ = teachers.start(std::slice::from_ref(&write)));
-        teachers.all_answer()?;
-        teachers.stop()?;
-        assert_eq!(teachers.supervisor.finish_lessons().learned, 2);
+        teachers.grove.all_answer()?;
+        teachers.grove.stop()?;
+        assert_eq!(teachers.grove.supervisor.finish_lessons().learned, 2);
         let mut policy = Ok(());
         let mut herd = Herd::new(&pasture, |options| {
             options.engine = engine;
@@ -188,13 +189,13 @@ fn what_the_working_set_brought_in_vain_goes_back() -> Result<()> {
         })?;
         policy?;
         let clone = herd.start(&[Command::Echo(vec![1])]);
-        herd.all_answer()?;
-        herd.run(|herd| {
-            let given = herd.supervisor.clones()[clone].given_back.bytes;
+        herd.grove.all_answer()?;
+        herd.grove.run(&[], |grove| {
+            let given = grove.supervisor.clones()[clone].given_back.bytes;
             given >= OWN_PAGES * PAGE
-                && ram(herd, clone).is_some_and(|ram| ram.private_clean_bytes == 0)
+                && ram(grove, clone).is_some_and(|ram| ram.private_clean_bytes == 0)
         })?;
-        let ram = ram(&herd, clone).context("not measured")?;
+        let ram = ram(&herd.grove, clone).context("not measured")?;
         // Pages that a root made huge since are the fork's alone, untracked: they count as dirty.
         let is_told = engine == Engine::Copy;
         assert!(
@@ -215,8 +216,8 @@ fn what_the_working_set_brought_in_vain_goes_back() -> Result<()> {
                 },
             ],
         )?;
-        herd.all_answer()?;
-        herd.stop()?;
+        herd.grove.all_answer()?;
+        herd.grove.stop()?;
     }
     Ok(())
 }

@@ -91,13 +91,14 @@ fn generation(
     for clone in 0..CLONES {
         herd.start(&life(number * CLONES + clone));
     }
-    herd.all_answer()?;
-    herd.stop()?;
+    herd.grove.all_answer()?;
+    herd.grove.stop()?;
     let faults = herd
+        .grove
         .supervisor
         .pager_stats
         .counter("pando_pager_faults_total");
-    Ok((faults, herd.supervisor.finish_lessons()))
+    Ok((faults, herd.grove.supervisor.finish_lessons()))
 }
 
 /// The measure of a working set: 95 % fewer demand faults, though a tenth of each clone's pages are

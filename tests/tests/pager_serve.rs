@@ -88,8 +88,8 @@ impl Guest {
     }
 
     fn region(&self) -> Value {
-        let place = self.registration.places()[0];
-        json!({"image": 0, "address": place.address, "first_page": 0, "pages": place.pages.count().get()})
+        let region = self.registration.regions()[0];
+        json!({"image": 0, "address": region.address, "first_page": 0, "pages": region.pages.count().get()})
     }
 
     /// Touches every page, on a thread of its own: what is not served sleeps.
@@ -269,7 +269,7 @@ fn what_cannot_be_served_is_refused_by_name() -> Result<()> {
         region[field] = value;
         attach(json!([region]))
     };
-    let address = guest.registration.places()[0].address;
+    let address = guest.registration.regions()[0].address;
     peer.refuses(&attach(json!([])), &right, "no regions")?;
     peer.refuses(&change("image", json!(1)), &right, "no image 1")?;
     peer.refuses(&change("first_page", json!(1)), &right, "has 64 pages")?;

@@ -3,7 +3,7 @@
 
 use thiserror::Error;
 
-use super::spec::{ClientRegion, ImageId, MAX_REGIONS};
+use super::spec::{ClientRegion, ImageId, MAX_FORGOTTEN_PAGES, MAX_REGIONS};
 use crate::page::{PAGE_BYTES, PageCount, PageRange};
 
 /// Why a client is refused.
@@ -74,6 +74,14 @@ pub enum SpecError {
     /// No client of that id.
     #[error("there is no such client: it was never attached, or is gone")]
     Unknown,
+    /// More than [`MAX_FORGOTTEN_PAGES`] at once.
+    #[error(
+        "{pages} pages or more are to be forgotten at once; send several orders of {MAX_FORGOTTEN_PAGES} at most"
+    )]
+    TooManyForgotten {
+        /// How many there are at least, counted for each region that has them.
+        pages: u64,
+    },
     /// The shard has as many as it can.
     #[error("the shard serves {limit} clients, which is its limit; use another shard or pager")]
     Full {
@@ -92,7 +100,7 @@ pub enum SpecError {
 }
 
 /// Proves `regions` and sorts them by address. `pages_of` says how many pages an image has.
-pub fn check(
+pub fn check_regions(
     regions: &mut [ClientRegion],
     pages_of: impl Fn(ImageId) -> Option<PageCount>,
 ) -> Result<(), SpecError> {
@@ -167,7 +175,9 @@ mod tests {
     }
 
     fn refused(mut regions: Vec<ClientRegion>) -> String {
-        check(&mut regions, pages_of).unwrap_err().to_string()
+        check_regions(&mut regions, pages_of)
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -186,7 +196,7 @@ mod tests {
     #[test]
     fn good_regions_are_sorted() {
         let mut regions = vec![region(1, 0x6000, 0, 4), region(0, 0x1000, 5, 5)];
-        check(&mut regions, pages_of).unwrap();
+        check_regions(&mut regions, pages_of).unwrap();
         assert_eq!(regions[0].address, 0x1000);
     }
 
@@ -199,7 +209,7 @@ mod tests {
                 .iter()
                 .map(|&(image, page, start, count)| region(image, page * PAGE_BYTES, start, count))
                 .collect();
-            if check(&mut regions, pages_of).is_ok() {
+            if check_regions(&mut regions, pages_of).is_ok() {
                 let mut seen = std::collections::HashSet::new();
                 for region in &regions {
                     prop_assert!(region.pages.end().get() <= pages_of(region.image).unwrap().get());

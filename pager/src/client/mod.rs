@@ -4,9 +4,10 @@
 mod check;
 mod spec;
 
-pub(crate) use check::check;
-pub use check::{SpecError, check as check_regions};
-pub use spec::{AheadRun, ClientId, ClientRegion, ClientSpec, ForgottenRun, ImageId, MAX_REGIONS};
+pub use check::{SpecError, check_regions};
+pub use spec::{
+    ClientId, ClientRegion, ClientSpec, ImageId, ImageRun, MAX_FORGOTTEN_PAGES, MAX_REGIONS,
+};
 
 use crate::ahead::Ahead;
 use crate::health::PoisonedPage;

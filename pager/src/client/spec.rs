@@ -9,6 +9,9 @@ use crate::page::PageRange;
 /// Most regions of one client: a fork of a root has one per run of holes.
 pub const MAX_REGIONS: usize = 4096;
 
+/// Most pages of one order to forget, 1 GiB: it is done at once, while the shard serves nobody.
+pub const MAX_FORGOTTEN_PAGES: u64 = 1 << 18;
+
 /// Name of a client; its owner chooses it, each once at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ClientId(u64);
@@ -75,18 +78,9 @@ impl ClientRegion {
     }
 }
 
-/// Pages that are to be absent again.
+/// A run of an image's pages: to be absent again, or to be brought before anybody asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ForgottenRun {
-    /// Of which image.
-    pub image: ImageId,
-    /// Which pages.
-    pub pages: PageRange,
-}
-
-/// Pages to be brought before they are asked for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AheadRun {
+pub struct ImageRun {
     /// Of which image.
     pub image: ImageId,
     /// Which pages.
@@ -112,7 +106,7 @@ pub struct ClientSpec {
     /// Record its first touches, at most so many; no walk is brought ahead then.
     pub record: Option<usize>,
     /// Pages to bring, in this order and in bounded batches that yield to demand.
-    pub ahead: Vec<AheadRun>,
+    pub ahead: Vec<ImageRun>,
     /// Install pages write-protected, so that the kernel knows which were written: the regions are
     /// registered for write protection too, with UFFD_FEATURE_WP_ASYNC.
     pub track_writes: bool,

@@ -65,14 +65,19 @@ impl Server {
         {
             return;
         }
+        while self
+            .planned
+            .front()
+            .is_some_and(|&key| self.clients.get(key).is_none())
+        {
+            self.planned.pop_front();
+        }
         let Some(key) = self.planned.pop_front() else {
             return;
         };
         let took = self.start_batch(key);
-        let Some(client) = self.clients.get_mut(key) else {
-            return;
-        };
-        if client.ahead.has_left() {
+        let client = self.clients.get(key);
+        if client.is_some_and(|client| client.ahead.has_left()) {
             self.planned.push_back(key);
         } else {
             self.tell_when_done(key);

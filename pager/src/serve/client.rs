@@ -8,7 +8,7 @@ use userfaultfd::Uffd;
 
 use super::ahead::AheadWork;
 use super::served::Served;
-use crate::client::{AheadRun, ClientEvent, ClientId};
+use crate::client::{ClientEvent, ClientId, ImageRun};
 use crate::fault::Message;
 use crate::health::{Health, PoisonMethod, PoisonedPage};
 use crate::page::{PageIndex, PageRange};
@@ -104,7 +104,7 @@ impl Client {
     }
 
     /// Takes over a plan, in pieces of its regions; at most `limit` pages of it.
-    pub(crate) fn plan(&mut self, runs: &[AheadRun], limit: u64) {
+    pub(crate) fn plan(&mut self, runs: &[ImageRun], limit: u64) {
         let pieces = runs
             .iter()
             .flat_map(|run| self.parts_of(run.image.index(), run.pages));

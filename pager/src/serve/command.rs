@@ -8,7 +8,7 @@ use crossbeam::channel::Sender;
 
 use super::Server;
 use super::client::Client;
-use crate::client::{ClientEvent, ClientId, ForgottenRun, SpecError};
+use crate::client::{ClientEvent, ClientId, ImageRun, MAX_FORGOTTEN_PAGES, SpecError};
 use crate::port::IoPath;
 use crate::queue::{ClientKey, RegionKey};
 use crate::working_set::Trace;
@@ -36,7 +36,7 @@ pub(crate) enum Stop {
 #[derive(Debug)]
 pub(crate) enum Command {
     Attach(Box<Attach>, Sender<Result<IoPath, SpecError>>),
-    Forget(ClientId, Vec<ForgottenRun>, Sender<Result<(), SpecError>>),
+    Forget(ClientId, Vec<ImageRun>, Sender<Result<(), SpecError>>),
     Detach(ClientId, Sender<()>),
     Trace(ClientId, Sender<Option<Trace>>),
     Stop(Stop),
@@ -142,13 +142,25 @@ impl Server {
         self.parts.port.look(&mut self.inbox)
     }
 
-    fn forget(&mut self, id: ClientId, runs: &[ForgottenRun]) -> Result<(), SpecError> {
+    /// All of `runs`, or nothing.
+    fn forget(&mut self, id: ClientId, runs: &[ImageRun]) -> Result<(), SpecError> {
         let key = *self.ids.get(&id).ok_or(SpecError::Unknown)?;
         let client = self.clients.get_mut(key).ok_or(SpecError::Unknown)?;
+        let mut parts = Vec::new();
+        let mut pages = 0;
         for run in runs {
-            for (region, pages) in client.parts_of(run.image.index(), run.pages) {
-                client.regions[region as usize].forget(pages);
+            let of_run = client.parts_of(run.image.index(), run.pages);
+            pages += of_run
+                .iter()
+                .map(|(_, part)| part.count().get())
+                .sum::<u64>();
+            if pages > MAX_FORGOTTEN_PAGES {
+                return Err(SpecError::TooManyForgotten { pages });
             }
+            parts.extend(of_run);
+        }
+        for (region, pages) in parts {
+            client.regions[region as usize].forget(pages);
         }
         Ok(())
     }

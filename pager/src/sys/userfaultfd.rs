@@ -109,8 +109,8 @@ pub(crate) struct Opened {
     pub(crate) uffd: Uffd,
     /// Whether it can POISON.
     pub(crate) poison: bool,
-    /// Whether writes to its memory can be tracked: asked for, and the kernel can.
-    pub(crate) tracks: bool,
+    /// Whether writes to its memory are tracked: asked for, and the kernel can.
+    pub(crate) tracking: Tracking,
 }
 
 /// Whether the kernel is to know which installed pages were written.
@@ -120,6 +120,13 @@ pub(crate) enum Tracking {
     Off,
     /// Yes: pages are installed write-protected, and the kernel lifts that at the first write.
     On,
+}
+
+impl Tracking {
+    /// On where it `is_wanted`.
+    pub(crate) fn wanted(is_wanted: bool) -> Self {
+        if is_wanted { Self::On } else { Self::Off }
+    }
 }
 
 /// Makes a userfaultfd with all that this kernel has of POISON and `tracking`.
@@ -135,7 +142,7 @@ pub(crate) fn open(tracking: Tracking) -> io::Result<Opened> {
     let opened = |uffd, features: u64| Opened {
         uffd,
         poison: features & UffdFeatures::POISON != 0,
-        tracks: features & UffdFeatures::WP_ASYNC != 0,
+        tracking: Tracking::wanted(features & UffdFeatures::WP_ASYNC != 0),
     };
     let wanted = match tracking {
         Tracking::Off => UffdFeatures::POISON,
@@ -364,12 +371,7 @@ mod tests {
         let whole = PageRange::single(crate::page::PageIndex::default());
         for tracking in [Tracking::Off, Tracking::On] {
             let opened = open(tracking).unwrap();
-            let tracking = if opened.tracks {
-                tracking
-            } else {
-                Tracking::Off
-            };
-            let missing = register(&opened.uffd, &mapping, whole, tracking).unwrap();
+            let missing = register(&opened.uffd, &mapping, whole, opened.tracking).unwrap();
             assert!(missing.is_empty());
         }
     }

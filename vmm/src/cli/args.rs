@@ -357,8 +357,8 @@ pub struct CloneArgs {
     /// How the clones' pagers work.
     #[command(flatten)]
     pub pager: PagerArgs,
-    /// Engine root: most template memory that the root holds for all clones; each clone's pager
-    /// brings the rest [default: half of what the host has free]
+    /// Engine root: most template memory that the root holds for all clones; a pager brings the
+    /// rest (see --pager) [default: half of what the host has free]
     #[arg(long, value_name = "SIZE")]
     pub root_memory: Option<Size>,
     /// Engine root: have this many clones made ahead, but for their console (`4`); more of them

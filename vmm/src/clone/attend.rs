@@ -12,7 +12,7 @@ use pando_pager::{Health, Pager, Serving};
 use rustix::event::{PollFd, PollFlags};
 
 use super::END_SIGNALS;
-use super::control::{Channel, Ending, FromWorker, MAX_MESSAGE_BYTES, ToWorker};
+use super::control::{Channel, Ending, FromWorker, MAX_DELTA_BYTES, ToWorker};
 use super::give_back::keeper::Keeper;
 use super::give_back::running::Running;
 use super::instantiate::{CloneError, Paging};
@@ -26,18 +26,15 @@ use crate::report::{chain, exit};
 
 /// How often metrics go to the supervisor.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
-/// Most bytes of a delta in one message, which has a few of its own.
-const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 
 /// What to say when a thread cannot be made.
 const NO_THREAD: &str =
     "cannot start a thread: is the limit of processes reached (ulimit -u, pids.max)?";
 
-/// A clone that is ready to run, or runs.
-pub(super) struct Ready<'a, State> {
+/// What a clone that is ready to run, or runs, has beside its machine.
+pub(super) struct Ready<'a> {
     pub(super) channel: &'a Channel,
     pub(super) relay: Option<&'a Relay>,
-    pub(super) machine: Machine<State>,
     /// Who brings missing pages.
     pub(super) paging: Paging,
     pub(super) placement: Option<Placement>,
@@ -49,7 +46,6 @@ pub(super) struct Ready<'a, State> {
     pub(super) began: Duration,
     /// How long each step took so far.
     pub(super) stages: Vec<(String, Duration)>,
-    pub(super) signals: &'a UnixStream,
 }
 
 /// Readable once one of [`END_SIGNALS`] came.
@@ -72,51 +68,35 @@ pub(super) fn stop_with(pager: Option<&Pager<Serving>>, handle: &MachineHandle) 
     }
 }
 
-/// Lets the guest run until it ends or is stopped.
-pub(super) fn run_to_end(ready: Ready<'_, Paused>) -> anyhow::Result<Ending> {
-    let Ready {
-        channel,
-        relay,
-        machine,
-        paging,
-        placement,
-        record,
-        keeper,
-        began,
-        mut stages,
-        signals,
-    } = ready;
-    stop_with(paging.own(), &machine.handle());
+/// Lets the guest run until it ends or is stopped. `signals` is that of [`watch_signals`].
+pub(super) fn run_to_end(
+    machine: Machine<Paused>,
+    mut ready: Ready<'_>,
+    signals: &UnixStream,
+) -> anyhow::Result<Ending> {
+    stop_with(ready.paging.own(), &machine.handle());
     let resume_start = Instant::now();
     let machine = machine.resume().map_err(CloneError::from)?;
-    stages.push(("resume".to_owned(), resume_start.elapsed()));
-    watch_to_end(Ready {
-        channel,
-        relay,
-        machine,
-        paging,
-        placement,
-        record,
-        keeper,
-        began,
-        stages,
-        signals,
-    })
+    let took = resume_start.elapsed();
+    ready.stages.push(("resume".to_owned(), took));
+    watch_to_end(machine, ready, signals)
 }
 
 /// Watches over a guest that runs until it ends or is stopped.
-pub(super) fn watch_to_end(ready: Ready<'_, machine::Running>) -> anyhow::Result<Ending> {
+pub(super) fn watch_to_end(
+    machine: Machine<machine::Running>,
+    ready: Ready<'_>,
+    signals: &UnixStream,
+) -> anyhow::Result<Ending> {
     let Ready {
         channel,
         relay,
-        machine,
         paging,
         mut placement,
         record,
         mut keeper,
         began,
         stages,
-        signals,
     } = ready;
     let health = paging.own().map(Pager::<Serving>::health);
     let io = paging.io().to_owned();

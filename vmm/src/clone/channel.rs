@@ -7,6 +7,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
@@ -90,6 +91,12 @@ impl Channel {
     /// An end that another process gave us.
     pub fn new(socket: OwnedFd) -> Self {
         Self(socket)
+    }
+
+    /// Whether there is something to receive, or the other end is closed.
+    pub fn has_message(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
     }
 
     /// Sends a message, with descriptors beside it. Blocks while the other end has too much unread.

@@ -5,6 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use pando_pager::{IoMode, Verify};
 use serde::{Deserialize, Serialize};
 
 use super::Engine;
@@ -15,6 +16,9 @@ use super::record::{Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
+
+/// Most bytes of a delta of metrics in one message, which has a few of its own.
+pub const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 
 /// From the supervisor to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -110,6 +114,27 @@ pub enum Io {
     Uring,
     /// pread in a few threads.
     Pread,
+}
+
+impl From<Io> for IoMode {
+    fn from(io: Io) -> Self {
+        match io {
+            Io::Auto => Self::Auto,
+            Io::Uring => Self::Uring,
+            Io::Pread => Self::Pread,
+        }
+    }
+}
+
+impl PagerConfig {
+    /// Whether chunks are compared, as a pager takes it.
+    pub fn verify(&self) -> Verify {
+        if self.verify {
+            Verify::OnRead
+        } else {
+            Verify::Off
+        }
+    }
 }
 
 /// Where a clone's COM1 goes.

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use pando_pager::RootMemory;
 use pando_pager::working_set::Plan;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::attend::{
     Ready, run_to_end, send, send_metrics, stop_with, watch_signals, watch_to_end,
@@ -89,7 +88,7 @@ fn work(
         supervisor_pid,
         ..
     } = inheritance;
-    let mut began = monotonic();
+    let began = monotonic();
     let start = Instant::now();
     die_with(supervisor_pid)?;
     let placement = placement(&memories, &config, &template);
@@ -104,8 +103,16 @@ fn work(
     };
     let (backings, paging) = inherited(&template, memories, &config, record, &brought, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
-    let mut stages = vec![("memory".to_owned(), start.elapsed())];
-    let record = record.map(|record| Recorded::new(record, &template, brought));
+    let mut ready = Ready {
+        channel,
+        relay,
+        paging,
+        placement,
+        record: record.map(|record| Recorded::new(record, &template, brought)),
+        keeper,
+        began,
+        stages: vec![("memory".to_owned(), start.elapsed())],
+    };
     if is_wanted {
         let Some((config, descriptors)) = receive_orders(channel)? else {
             return Ok(Ending::Stopped);
@@ -117,24 +124,13 @@ fn work(
             template.state(),
             serial_target(&config.serial, descriptors)?,
             host_check,
-            |handle| stop_with(paging.own(), handle),
+            |handle| stop_with(ready.paging.own(), handle),
         )
         .map_err(CloneError::from)?;
-        add_stages(&mut stages, machine.stages());
+        add_stages(&mut ready.stages, machine.stages());
         // Nobody knows of this process before it says that it has started.
         let signals = watch_signals()?;
-        return watch_to_end(Ready {
-            channel,
-            relay,
-            machine,
-            paging,
-            placement,
-            record,
-            keeper,
-            began,
-            stages,
-            signals: &signals,
-        });
+        return watch_to_end(machine, ready, &signals);
     }
     let signals = watch_signals()?;
     let machine = Machine::restore(
@@ -145,8 +141,8 @@ fn work(
         host_check,
     )
     .map_err(CloneError::from)?;
-    add_stages(&mut stages, machine.stages());
-    let is_warm = !has_orders(channel);
+    add_stages(&mut ready.stages, machine.stages());
+    let is_warm = !channel.has_message();
     if is_warm {
         send(channel, &FromWorker::Warm);
     }
@@ -155,22 +151,11 @@ fn work(
     };
     if is_warm {
         // Made ahead of the request: what counts begins now.
-        began = monotonic();
-        stages.clear();
+        ready.began = monotonic();
+        ready.stages.clear();
     }
-    connect(&machine, orders, &mut stages)?;
-    run_to_end(Ready {
-        channel,
-        relay,
-        machine,
-        paging,
-        placement,
-        record,
-        keeper,
-        began,
-        stages,
-        signals: &signals,
-    })
+    connect(&machine, orders, &mut ready.stages)?;
+    run_to_end(machine, ready, &signals)
 }
 
 /// Keeps the clone on one CPU, where that is of use: one vCPU, and a pager that it waits for.
@@ -226,9 +211,4 @@ fn connect(
         .context("cannot connect its serial port")?;
     stages.push(("identity".to_owned(), start.elapsed()));
     Ok(())
-}
-
-fn has_orders(channel: &Channel) -> bool {
-    let mut fds = [PollFd::new(channel, PollFlags::IN)];
-    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
 }

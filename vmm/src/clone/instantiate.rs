@@ -7,16 +7,14 @@ use std::time::{Duration, Instant};
 
 use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules, ZeroReads};
 use pando_pager::{
-    IoMode, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange,
-    Serving, Verify,
+    PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange, Serving,
 };
 use thiserror::Error;
 
 use super::Engine;
 use super::brought::Brought;
 use super::control::{
-    Channel, ClientMemory, ControlError, FromWorker, IO_SHARED, Io, PagerConfig, PagerPlace,
-    RawRegion,
+    Channel, ClientMemory, ControlError, FromWorker, IO_SHARED, PagerConfig, PagerPlace, RawRegion,
 };
 use super::give_back::keeper::Keeper;
 use super::record::Record;
@@ -38,8 +36,8 @@ pub enum CloneError {
     /// More memories than the template has RAM files.
     #[error("the root has more memories than its template has RAM files")]
     MemoryCount,
-    /// The pager.
-    #[error("the clone's pager cannot start")]
+    /// The memory, or the pager of its own.
+    #[error("memory that a pager serves cannot be made")]
     Pager(#[from] PagerError),
     /// The supervisor cannot be told.
     #[error("cannot hand the clone's memory over to the pager process")]
@@ -107,14 +105,14 @@ pub struct Handover<'a> {
 impl Handover<'_> {
     /// Hands it over. What touches it sleeps until it is served; nobody waits for that here.
     fn give(&self, registration: &Registration) -> Result<(), CloneError> {
-        let places = registration.places().iter();
+        let regions = registration.regions().iter();
         let memory = ClientMemory {
-            regions: places
-                .map(|place| RawRegion {
-                    image: place.image,
-                    address: place.address,
-                    first_page: place.pages.start().get(),
-                    pages: place.pages.count().get(),
+            regions: regions
+                .map(|region| RawRegion {
+                    image: region.image.number(),
+                    address: region.address,
+                    first_page: region.pages.start().get(),
+                    pages: region.pages.count().get(),
                 })
                 .collect(),
             cpu: self.cpu,
@@ -339,16 +337,8 @@ fn options(template: &Template, config: &PagerConfig, record: Option<Record>) ->
         record: record.map(Record::max_touches),
         track_writes: config.give_back.is_some() || record.is_some(),
         template: template.name(),
-        io: match config.io {
-            Io::Auto => IoMode::Auto,
-            Io::Uring => IoMode::Uring,
-            Io::Pread => IoMode::Pread,
-        },
-        verify: if config.verify {
-            Verify::OnRead
-        } else {
-            Verify::Off
-        },
+        io: config.io.into(),
+        verify: config.verify(),
         fault_deadline: config.fault_deadline,
         ..PagerOptions::default()
     }

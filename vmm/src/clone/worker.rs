@@ -109,10 +109,9 @@ fn run_instance(
     let keeper = keeper(&config.pager);
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);
-    run_to_end(Ready {
+    let ready = Ready {
         channel,
         relay,
-        machine,
         paging,
         placement,
         record: config
@@ -121,8 +120,8 @@ fn run_instance(
         keeper,
         began,
         stages,
-        signals,
-    })
+    };
+    run_to_end(machine, ready, signals)
 }
 
 /// Keeps the clone on one CPU, where that is of use: one vCPU, and a pager that it waits for.
@@ -160,7 +159,7 @@ pub fn take_channel() -> anyhow::Result<Channel> {
 pub fn die_with(supervisor_pid: u32) -> anyhow::Result<()> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))
         .map_err(io::Error::from)
-        .context("cannot tie the clone to its supervisor")?;
+        .context("cannot tie this process to its supervisor")?;
     let parent = rustix::process::getppid().map_or(0, |pid| pid.as_raw_nonzero().get());
     if u32::try_from(parent) != Ok(supervisor_pid) {
         bail!("the supervisor, process {supervisor_pid}, is gone");

@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pando_pager::{
-    Budget, ClientEvent, ClientSpec, Image, ImageId, IoMode, Listener, PageCount, PagerError,
-    SharedOptions, SharedPager, Verify,
+    Budget, ClientEvent, ClientSpec, Image, ImageId, Listener, PageCount, PagerError,
+    SharedOptions, SharedPager,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::{CpuSet, sched_getaffinity};
@@ -20,7 +20,7 @@ use super::protocol::{
     forgotten_runs, prove_regions,
 };
 use super::registry::{PeerId, Registry};
-use crate::clone::control::{Io, PagerConfig};
+use crate::clone::control::PagerConfig;
 use crate::host;
 use crate::report::{chain, exit};
 
@@ -118,16 +118,8 @@ impl Hub {
             .map(|&cpu| config.keep_together.then_some(cpu))
             .collect();
         let options = SharedOptions {
-            io: match config.io {
-                Io::Auto => IoMode::Auto,
-                Io::Uring => IoMode::Uring,
-                Io::Pread => IoMode::Pread,
-            },
-            verify: if config.verify {
-                Verify::OnRead
-            } else {
-                Verify::Off
-            },
+            io: config.io.into(),
+            verify: config.verify(),
             fault_deadline: config.fault_deadline,
             budget: Budget {
                 clients: SHARD_CLIENTS,

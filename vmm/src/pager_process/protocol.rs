@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use pando_pager::{
-    ClientRegion, ForgottenRun, ImageId, PageCount, PageIndex, PageRange, SpecError, check_regions,
+    ClientRegion, ImageId, ImageRun, PageCount, PageIndex, PageRange, SpecError, check_regions,
 };
 use serde::{Deserialize, Serialize};
 
@@ -216,8 +216,8 @@ pub fn prove_regions(
 
 /// What is to be forgotten; `None` for more runs than [`MAX_FORGOTTEN_RUNS`]. Whether the pages exist
 /// is the pager's to prove.
-pub fn forgotten_runs(raw: &[RawRun]) -> Option<Vec<ForgottenRun>> {
-    let run = |run: &RawRun| ForgottenRun {
+pub fn forgotten_runs(raw: &[RawRun]) -> Option<Vec<ImageRun>> {
+    let run = |run: &RawRun| ImageRun {
         image: ImageId::new(run.image),
         pages: range(run.first_page, run.pages),
     };

@@ -44,7 +44,11 @@ const BACKLOG: i32 = 16;
 #[derive(Debug, Error)]
 pub enum ServeError {
     /// The socket.
-    #[error("cannot {action} socket {}", path.display())]
+    #[error(
+        "cannot {action} socket {}; is its directory there and its path short, and does nobody listen \
+         there or have a file of that name?",
+        path.display()
+    )]
     Socket {
         /// What was tried.
         action: &'static str,

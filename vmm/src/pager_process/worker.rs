@@ -19,7 +19,7 @@ use super::outlet::{Form, Outlet};
 use super::peer::Peer;
 use super::protocol::{BEAT, FromPager, PagerStart, RawImage, ToPager};
 use super::registry::PeerId;
-use crate::clone::control::{Channel, MAX_MESSAGE_BYTES};
+use crate::clone::control::{Channel, MAX_DELTA_BYTES};
 use crate::clone::worker::{die_with, take_channel};
 use crate::host;
 use crate::observe::log;
@@ -30,8 +30,6 @@ use crate::template::TemplateError;
 
 /// Most clients of a supervisor: more than `pando clone` starts.
 const MAX_CLIENTS: usize = 1 << 14;
-/// Most bytes of a delta in one message, which has a few of its own.
-const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 /// More than the index of 1 TiB needs; a bound on what is read into memory.
 const MAX_INDEX_BYTES: u64 = 1 << 30;
 

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail};
 use pando_pager::working_set::Plan;
 use pando_pager::{PAGE_BYTES, Root, RootPlan, RootRange};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::protocol::{FromRoot, RangeFaults, RootConfig, ToRoot};
 use crate::clone::END_SIGNALS;
@@ -68,8 +67,8 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
     let mut forks = 0;
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
-        while !has_order(&channel) && (ready.root.promote_next() || ready.root.collapse_next()) {}
-        if owes_answer && !has_order(&channel) {
+        while !channel.has_message() && (ready.root.promote_next() || ready.root.collapse_next()) {}
+        if owes_answer && !channel.has_message() {
             owes_answer = false;
             if let Err(error) = channel.send(&filled(&ready.root), &[]) {
                 return Err((channel, error.into()));
@@ -174,7 +173,8 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
             let _ = channel.send(&FromRoot::Filling { filled_bytes }, &[]);
         }
     })
-    .map_err(CloneError::from)?;
+    .map_err(CloneError::from)
+    .context("a root cannot hold the template's memory")?;
     let filled = root.filled();
     machine::prepare_for_forks().map_err(CloneError::from)?;
     map_for_forks();
@@ -204,11 +204,6 @@ pub(crate) fn ignore_end_signals() -> anyhow::Result<()> {
         signal_hook::flag::register(signal, seen).context("cannot ignore signals")?;
     }
     Ok(())
-}
-
-fn has_order(channel: &Channel) -> bool {
-    let mut fds = [PollFd::new(channel, PollFlags::IN)];
-    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
 }
 
 /// A fork to make.

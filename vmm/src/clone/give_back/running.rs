@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::io;
 use std::time::{Duration, Instant};
 
-use pando_pager::{ForgottenRun, ImageId};
+use pando_pager::{ImageId, ImageRun};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{GiveBackError, GivenRun, Subject};
@@ -93,7 +93,7 @@ impl Subject for Running<'_> {
             Paging::Own(pager) => {
                 let runs: Vec<_> = runs
                     .iter()
-                    .map(|run| ForgottenRun {
+                    .map(|run| ImageRun {
                         image: ImageId::new(u32::try_from(run.backend).unwrap_or(u32::MAX)),
                         pages: run.pages,
                     })
