@@ -154,10 +154,11 @@ impl Supervisor {
         self.forks.demand.note(self.options.root.shells, requested);
         self.forks.refill.starting.insert(number);
         while let Some(shell) = self.forks.take_warm() {
+            let id = shell.id;
             match self.activate(shell, number, serial, input, requested) {
                 Ok(()) => return,
                 // It died unseen: the next one.
-                Err(error) => tracing::warn!("a shell could not be used: {}", chain(&error)),
+                Err(error) => self.forget_shell(id, number, &chain(&error)),
             }
         }
         self.forks.waiting.push_back(Purpose::Clone {
