@@ -107,11 +107,13 @@ fn a_shell_is_served_before_it_is_a_clone_and_after() -> Result<()> {
     grove.stop()
 }
 
-/// Whether a process has ended and waits for its parent to take its exit status.
+/// Whether a process has ended, with all its threads, and waits for its parent to take its exit status:
+/// then its sockets are closed.
 fn is_zombie(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let after = stat.rsplit_once(") ").map(|(_, after)| after.to_owned());
-    after.is_some_and(|after| after.starts_with('Z'))
+    threads == 1 && after.is_some_and(|after| after.starts_with('Z'))
 }
 
 #[test]
