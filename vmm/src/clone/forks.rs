@@ -11,6 +11,7 @@
 //!              +------ the root died -------------+
 //! ```
 
+mod ended;
 mod failed;
 mod rooms;
 mod shells;
@@ -458,15 +459,6 @@ impl Supervisor {
         }
         self.land_flights();
         self.send_forks();
-    }
-
-    fn drop_root(&mut self) {
-        if let Some(root) = self.forks.root.take() {
-            let _ = rustix::event::epoll::delete(&self.epoll, root.channel());
-        }
-        self.forks.is_ready = false;
-        self.forks.filled = None;
-        metrics::set_root_memory(&self.options.name, 0);
     }
 
     /// A fork whose making was not confirmed ends when its control socket closes.
