@@ -13,6 +13,7 @@ use pando_vmm::clone::control::{Ending, PagerConfig, PagerPlace};
 use pando_vmm::clone::pool::PoolLimits;
 use pando_vmm::clone::supervise::{Event, RootOptions, STOP_GRACE};
 use rustix::process::Signal;
+use rustix::thread::gettid;
 
 /// How many clones fault at once while their pager dies; more by hand, as in
 /// `PANDO_TEST_CLONES=100 cargo nextest run -p pando-tests --test shared_pager`.
@@ -103,6 +104,53 @@ fn a_shell_is_served_before_it_is_a_clone_and_after() -> Result<()> {
         grove.start();
         grove.all_answer()?;
     }
+    grove.stop()
+}
+
+/// Whether a process has ended, with all its threads, and waits for its parent to take its exit status:
+/// then its sockets are closed.
+fn is_zombie(pid: u32) -> bool {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let after = stat.rsplit_once(") ").map(|(_, after)| after.to_owned());
+    threads == 1 && after.is_some_and(|after| after.starts_with('Z'))
+}
+
+#[test]
+fn a_shell_that_died_unseen_leaves_nothing_when_it_is_to_be_a_clone() -> Result<()> {
+    let shells = PoolLimits {
+        floor: 1,
+        ceiling: 1,
+    };
+    let mut grove = grove(
+        Engine::Root,
+        RootOptions {
+            shells,
+            ..small_root()
+        },
+    )?;
+    grove.run(&[], |grove| grove.supervisor.forks().warm() == 1)?;
+    let known = [
+        grove.supervisor.forks().root_pid(),
+        Some(pager_pid(&grove)?),
+    ];
+    let children = fs::read_to_string(format!(
+        "/proc/self/task/{}/children",
+        gettid().as_raw_nonzero()
+    ))?;
+    let children = children.split_whitespace().map(str::parse);
+    let shell = children
+        .collect::<Result<Vec<u32>, _>>()?
+        .into_iter()
+        .find(|pid| !known.contains(&Some(*pid)))
+        .context("no shell")?;
+    signal_pid(shell, Signal::KILL)?;
+    eventually("the shell is dead", || is_zombie(shell))?;
+    // The supervisor has not looked since.
+    grove.start();
+    grove.all_answer()?;
+    grove.run(&[], |grove| grove.supervisor.forks().warm() == 1)?;
+    assert_eq!(grove.supervisor.paging().clients(), 2);
     grove.stop()
 }
 

@@ -14,7 +14,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::END_SIGNALS;
 use super::control::{Channel, Ending, FromWorker, MAX_DELTA_BYTES, ToWorker};
 use super::give_back::keeper::Keeper;
-use super::give_back::running::Running;
+use super::give_back::running::{Asking, Running};
 use super::instantiate::{CloneError, Paging};
 use super::placement::{Placement, resident_pages};
 use super::record::{self, Recorded};
@@ -114,6 +114,7 @@ pub(super) fn watch_to_end(
     send(channel, &started);
     let (ended, ended_end) = UnixStream::pair().context("cannot watch the machine")?;
     let ended = &ended;
+    let mut given = 0;
     let outcome = thread::scope(|scope| {
         let handle = &handle;
         let mut review = || {
@@ -127,17 +128,21 @@ pub(super) fn watch_to_end(
             {
                 tell(channel, record, paging.own(), &ram);
             }
-            let is_stopped = Cell::new(false);
+            let (orders, is_stopped) = (Cell::new(given), Cell::new(false));
             if let Some(keeper) = &mut keeper {
                 let mut clone = Running {
                     handle,
                     paging: &paging,
                     ram: &ram,
-                    channel,
-                    is_stopped: &is_stopped,
+                    asking: Asking {
+                        channel,
+                        orders: &orders,
+                        is_stopped: &is_stopped,
+                    },
                 };
                 give_back(keeper, &mut clone);
             }
+            given = orders.get();
             is_stopped.get()
         };
         thread::Builder::new()
@@ -182,7 +187,7 @@ fn give_back(keeper: &mut Keeper, clone: &mut Running<'_>) {
             bytes: given.given_bytes,
             pauses: given.pauses,
         };
-        send(clone.channel, &gave);
+        send(clone.asking.channel, &gave);
     }
 }
 

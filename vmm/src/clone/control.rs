@@ -29,6 +29,8 @@ pub enum ToWorker {
     Stop,
     /// The answer to [`FromWorker::Forget`].
     Forgotten {
+        /// Which order this answers: one that was given up may be answered late.
+        order: u64,
         /// Whether the pager process brings the pages again; else they must stay.
         is_done: bool,
     },
@@ -235,7 +237,12 @@ pub enum FromWorker {
     Judged(Judged),
     /// Have the pager process bring these pages again when they are touched the next time. The guest
     /// stands until [`ToWorker::Forgotten`] comes.
-    Forget(Vec<RawRun>),
+    Forget {
+        /// Its number, which the answer has too.
+        order: u64,
+        /// Which pages.
+        runs: Vec<RawRun>,
+    },
     /// It gave memory back since the last time it said so.
     GaveBack {
         /// How much.

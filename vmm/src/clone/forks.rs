@@ -11,6 +11,7 @@
 //!              +------ the root died -------------+
 //! ```
 
+mod ended;
 mod failed;
 mod rooms;
 mod shells;
@@ -154,10 +155,11 @@ impl Supervisor {
         self.forks.demand.note(self.options.root.shells, requested);
         self.forks.refill.starting.insert(number);
         while let Some(shell) = self.forks.take_warm() {
+            let id = shell.id;
             match self.activate(shell, number, serial, input, requested) {
                 Ok(()) => return,
                 // It died unseen: the next one.
-                Err(error) => tracing::warn!("a shell could not be used: {}", chain(&error)),
+                Err(error) => self.forget_shell(id, number, &chain(&error)),
             }
         }
         self.forks.waiting.push_back(Purpose::Clone {
@@ -457,15 +459,6 @@ impl Supervisor {
         }
         self.land_flights();
         self.send_forks();
-    }
-
-    fn drop_root(&mut self) {
-        if let Some(root) = self.forks.root.take() {
-            let _ = rustix::event::epoll::delete(&self.epoll, root.channel());
-        }
-        self.forks.is_ready = false;
-        self.forks.filled = None;
-        metrics::set_root_memory(&self.options.name, 0);
     }
 
     /// A fork whose making was not confirmed ends when its control socket closes.

@@ -26,7 +26,7 @@ use super::supervise::Supervisor;
 use crate::observe::metrics;
 use crate::report::chain;
 use crate::template::Template;
-use crate::template::working_set::WorkingSetFile;
+use crate::template::working_set::{LearnError, WorkingSetFile};
 
 /// The first clones of a run are recorded, so many: what they touch is news more often than what
 /// later ones do.
@@ -236,11 +236,19 @@ fn learn_all(dir: &Path, name: &str, traces: &Receiver<Trace>, lessons: &Mutex<L
         tracing::warn!("nothing is learned: {}", chain(error));
     }
     let mut is_said = false;
+    // Who holds the lock for so long is not waited for once for each clone: the supervisor's end
+    // waits for this.
+    let mut is_locked = false;
     for trace in traces {
-        let learned = template
-            .as_ref()
-            .ok()
-            .map(|template| WorkingSetFile::of(template).learn_run(&trace));
+        let learned = template.as_ref().ok().map(|template| {
+            let file = WorkingSetFile::of(template);
+            if is_locked {
+                file.learn_run_now(&trace)
+            } else {
+                file.learn_run(&trace)
+            }
+        });
+        is_locked = matches!(learned, Some(Err(LearnError::Locked { .. })));
         let fate = match learned {
             Some(Ok(learned)) => {
                 let pages: u64 = learned.merged.iter().map(|run| run.known + run.new).sum();

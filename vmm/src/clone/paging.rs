@@ -74,8 +74,9 @@ pub struct SharedPaging {
     waiting: BTreeSet<u64>,
     /// At most [`SENT_LIMIT`].
     sent: HashSet<u64>,
-    /// Those whose pages are being forgotten: each waits for it.
-    forgetting: HashSet<u64>,
+    /// Those whose pages are being forgotten, with the numbers of their orders in the order in which
+    /// the pager has them; each at most `forget::ORDERS_LIMIT`.
+    forgetting: HashMap<u64, VecDeque<u64>>,
     /// At most `restart::RESTART_LIMIT`.
     starts: VecDeque<Instant>,
     unready: usize,

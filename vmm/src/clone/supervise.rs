@@ -419,8 +419,8 @@ impl Supervisor {
                 metrics::count_judgement(&self.options.name, &judged);
                 None
             }
-            FromWorker::Forget(runs) => {
-                self.forget_pages(number, runs);
+            FromWorker::Forget { order, runs } => {
+                self.forget_pages(number, order, runs);
                 None
             }
             FromWorker::GaveBack { bytes, pauses } => {

@@ -282,7 +282,7 @@ impl Underway {
                 | FromWorker::Warm
                 | FromWorker::Judged(_)
                 | FromWorker::GaveBack { .. }
-                | FromWorker::Forget(_)
+                | FromWorker::Forget { .. }
                 // A recorded clone has a pager of its own.
                 | FromWorker::Memory(_),
                 _,

@@ -70,4 +70,9 @@ impl RootProcess {
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
+
+    /// The process, without a word to it any more.
+    pub fn into_process(self) -> ChildProcess {
+        self.process
+    }
 }

@@ -37,11 +37,13 @@ pub enum LearnError {
     #[error(
         "the working set of {} was not updated: another process held the lock of the directory \
          for {} ms; try again when it has ended",
-        dir.display(), LOCK_TRIES * 5
+        dir.display(), tries.saturating_mul(5)
     )]
     Locked {
         /// The template.
         dir: PathBuf,
+        /// How often it was tried.
+        tries: u32,
     },
     /// The directory or its file system refuses.
     #[error(
@@ -177,11 +179,25 @@ impl<'a> WorkingSetFile<'a> {
         self.learn(std::slice::from_ref(trace), &MergeRules::default())
     }
 
+    /// The same, but does not wait for a lock that somebody else holds.
+    pub fn learn_run_now(&self, trace: &Trace) -> Result<Learned, LearnError> {
+        self.learn_in(1, std::slice::from_ref(trace), &MergeRules::default())
+    }
+
     /// Merges runs into what is there now and puts the result in its place. Traces without a page
     /// that counts are no runs; with none at all nothing is written.
     pub fn learn(&self, traces: &[Trace], rules: &MergeRules) -> Result<Learned, LearnError> {
+        self.learn_in(LOCK_TRIES, traces, rules)
+    }
+
+    fn learn_in(
+        &self,
+        tries: u32,
+        traces: &[Trace],
+        rules: &MergeRules,
+    ) -> Result<Learned, LearnError> {
         // Held until the new file is in place.
-        let _lock = self.lock()?;
+        let _lock = self.lock(tries)?;
         let (mut set, replaced) = match self.read() {
             Found::Known(set) => (set, None),
             Found::Absent => (self.nothing(), None),
@@ -214,13 +230,17 @@ impl<'a> WorkingSetFile<'a> {
         }
     }
 
-    fn lock(&self) -> Result<File, LearnError> {
+    /// Tries to get the lock so often, with a pause between.
+    fn lock(&self, tries: u32) -> Result<File, LearnError> {
         let dir = File::open(self.dir)
             .map_err(|error| self.refused(TemplateError::io("open", self.dir)(error)))?;
-        for _ in 0..LOCK_TRIES {
+        for attempt in 1..=tries {
             match flock(&dir, FlockOperation::NonBlockingLockExclusive) {
                 Ok(()) => return Ok(dir),
-                Err(Errno::WOULDBLOCK | Errno::INTR) => std::thread::sleep(LOCK_PAUSE),
+                Err(Errno::WOULDBLOCK | Errno::INTR) if attempt < tries => {
+                    std::thread::sleep(LOCK_PAUSE);
+                }
+                Err(Errno::WOULDBLOCK | Errno::INTR) => (),
                 Err(errno) => {
                     return Err(self.refused(TemplateError::errno("lock", self.dir)(errno)));
                 }
@@ -228,6 +248,7 @@ impl<'a> WorkingSetFile<'a> {
         }
         Err(LearnError::Locked {
             dir: self.dir.to_owned(),
+            tries,
         })
     }
 

@@ -4,6 +4,8 @@
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::{Forks, Shell};
+use crate::clone::paging::Owner;
+use crate::clone::supervise::Supervisor;
 
 impl Forks {
     fn shell(&self, id: u64) -> Option<&Shell> {
@@ -20,5 +22,17 @@ impl Forks {
         if let Some(shell) = self.shell(id) {
             shell.process.kill();
         }
+    }
+}
+
+impl Supervisor {
+    /// A shell did not become clone `number`: nothing of it is left, whichever of both the pager
+    /// knows it as.
+    pub(super) fn forget_shell(&mut self, id: u64, number: usize, why: &str) {
+        tracing::warn!(shell = id, "a shell could not be used: {why}");
+        self.paging.forget(Owner::Shell(id));
+        self.paging.forget(Owner::Clone(number));
+        self.usage.unmade();
+        self.publish_counts();
     }
 }

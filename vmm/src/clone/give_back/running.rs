@@ -29,14 +29,24 @@ pub struct Running<'a> {
     /// Its memory.
     pub ram: &'a GuestRam,
     /// The way to the supervisor, for [`Paging::Shared`].
+    pub asking: Asking<'a>,
+}
+
+/// The way to a pager elsewhere, through the supervisor.
+#[derive(Debug, Clone, Copy)]
+pub struct Asking<'a> {
+    /// To the supervisor.
     pub channel: &'a Channel,
+    /// How many orders were given: the number of the last.
+    pub orders: &'a Cell<u64>,
     /// Set when an order to stop came instead of an answer.
     pub is_stopped: &'a Cell<bool>,
 }
 
-impl Running<'_> {
-    /// Asks the pager process, by way of the supervisor.
-    fn ask(&self, runs: &[GivenRun]) -> bool {
+impl Asking<'_> {
+    /// Asks the pager process and waits for the answer at most for `limit`. An order that was given up
+    /// is answered late, perhaps while the next one is waited for: it says nothing of that one.
+    fn ask(&self, runs: &[GivenRun], limit: Duration) -> bool {
         let runs = runs
             .iter()
             .map(|run| RawRun {
@@ -45,11 +55,14 @@ impl Running<'_> {
                 pages: run.pages.count().get(),
             })
             .collect();
-        if let Err(error) = self.channel.send(&FromWorker::Forget(runs), &[]) {
+        let order = self.orders.get().wrapping_add(1);
+        self.orders.set(order);
+        let forget = FromWorker::Forget { order, runs };
+        if let Err(error) = self.channel.send(&forget, &[]) {
             tracing::debug!("{}", chain(&error));
             return false;
         }
-        let deadline = Instant::now() + ANSWER_LIMIT;
+        let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let pause = Timespec {
@@ -63,7 +76,17 @@ impl Running<'_> {
                 Ok(0) | Err(_) => return false,
             }
             match self.channel.receive::<ToWorker>() {
-                Ok(Some((ToWorker::Forgotten { is_done }, _))) => return is_done,
+                Ok(Some((
+                    ToWorker::Forgotten {
+                        order: answered,
+                        is_done,
+                    },
+                    _,
+                ))) => {
+                    if answered == order {
+                        return is_done;
+                    }
+                }
                 _ => {
                     self.is_stopped.set(true);
                     return false;
@@ -89,7 +112,7 @@ impl Subject for Running<'_> {
     fn forget(&mut self, runs: &[GivenRun]) -> bool {
         match self.paging {
             Paging::None => false,
-            Paging::Shared => self.ask(runs),
+            Paging::Shared => self.asking.ask(runs, ANSWER_LIMIT),
             Paging::Own(pager) => {
                 let runs: Vec<_> = runs
                     .iter()
@@ -108,5 +131,47 @@ impl Subject for Running<'_> {
             Some(RamBacking::Paged(memory)) => memory.discard(run.pages),
             _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pando_pager::{PageCount, PageIndex, PageRange};
+
+    #[test]
+    fn a_late_answer_is_none_to_the_next_order() {
+        let (ours, theirs) = Channel::pair().unwrap();
+        let supervisor = Channel::new(theirs);
+        let (orders, is_stopped) = (Cell::new(0), Cell::new(false));
+        let asking = Asking {
+            channel: &ours,
+            orders: &orders,
+            is_stopped: &is_stopped,
+        };
+        let runs = [GivenRun {
+            backend: 0,
+            pages: PageRange::new(PageIndex::new(3), PageCount::new(2)),
+        }];
+        let next = || match supervisor.receive::<FromWorker>().unwrap().unwrap().0 {
+            FromWorker::Forget { order, .. } => order,
+            other => panic!("{other:?}"),
+        };
+        let answer = |order, is_done| {
+            let answer = ToWorker::Forgotten { order, is_done };
+            supervisor.send(&answer, &[]).unwrap();
+        };
+        assert!(!asking.ask(&runs, Duration::ZERO), "nobody answers");
+        let first = next();
+        answer(first, true);
+        assert!(!asking.ask(&runs, Duration::ZERO), "of the first alone");
+        let second = next();
+        assert_ne!(first, second);
+        answer(second, false);
+        answer(second + 1, true);
+        assert!(asking.ask(&runs, Duration::from_secs(10)));
+        supervisor.send(&ToWorker::Stop, &[]).unwrap();
+        assert!(!asking.ask(&runs, Duration::from_secs(10)));
+        assert!(is_stopped.get());
     }
 }

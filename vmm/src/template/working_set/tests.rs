@@ -158,6 +158,11 @@ fn a_held_directory_is_waited_for_and_named() {
     let error = file.learn(&[trace(&[1])], &MergeRules::default());
     let error = error.unwrap_err().to_string();
     assert!(error.contains("another process held the lock"), "{error}");
+    let error = file.learn_run_now(&trace(&[1])).unwrap_err();
+    assert!(
+        matches!(error, LearnError::Locked { tries: 1, .. }),
+        "{error}"
+    );
     drop(held);
     learn(&file, &[1]);
 }
