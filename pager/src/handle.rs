@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use userfaultfd::Uffd;
 
-use crate::client::{ClientId, ForgottenRun};
+use crate::client::{ClientId, ForgottenRun, ImageId};
 use crate::counts::{Counts, Tally};
 use crate::error::PagerError;
 use crate::health::{Health, PoisonMethod};
@@ -15,6 +15,7 @@ use crate::metrics::{Metrics, Origin};
 use crate::options::{PagerOptions, Verify};
 use crate::page::{PageIndex, PageRange};
 use crate::port::IoPath;
+use crate::range_faults::RangeFaults;
 use crate::record::Recorder;
 use crate::region::Region;
 use crate::root_memory::RootMemory;
@@ -60,6 +61,7 @@ pub struct Serving {
     health: Health,
     recorder: Option<Recorder>,
     tracks_writes: bool,
+    images: Vec<Arc<ServedImage>>,
 }
 
 /// Serves the pages of images to memory of this process: one thread, one userfaultfd.
@@ -198,7 +200,8 @@ impl Pager<Idle> {
             source,
         })?;
         let metrics = Arc::clone(&self.state.metrics);
-        let image = ServedImage::new(image, self.state.regions.len(), metrics);
+        let counts = self.state.options.fault_counts;
+        let image = ServedImage::new(image, self.state.regions.len(), metrics, counts);
         let served = Served::new(Arc::new(image), Region::own(&mapping));
         self.state.regions.push(served);
         Ok(CloneMemory::new(mapping, own))
@@ -237,6 +240,8 @@ impl Pager<Idle> {
         crate::counts::add(&tally.pages_zero, idle.ahead_zero_pages);
         let (health, recorder) = (idle.health.clone(), idle.recorder.clone());
         let tracks_writes = idle.tracking == Tracking::On;
+        let regions = idle.regions.iter();
+        let images = regions.map(|served| Arc::clone(served.image())).collect();
         let shard = Shard::start(plan(idle, tally)).map_err(|error| match health.failure() {
             Some(reason) => PagerError::Failed { reason },
             None => error,
@@ -247,6 +252,7 @@ impl Pager<Idle> {
                 health,
                 recorder,
                 tracks_writes,
+                images,
             },
         })
     }
@@ -331,6 +337,18 @@ impl Pager<Serving> {
     /// What was done so far.
     pub fn counts(&self) -> Counts {
         self.state.shard.counts()
+    }
+
+    /// Faults by image and range since the last call, in order; none where they are not counted so
+    /// (`PagerOptions::fault_counts`). Images are counted in the order in which they were attached.
+    pub fn take_range_faults(&self) -> Vec<RangeFaults> {
+        let mut taken = Vec::new();
+        for (number, image) in (0..).zip(&self.state.images) {
+            if let Some(ranges) = image.ranges() {
+                ranges.take(ImageId::new(number), &mut taken);
+            }
+        }
+        taken
     }
 
     /// What the clone has touched so far, if that is recorded. Images are counted in the order in
