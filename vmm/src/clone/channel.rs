@@ -17,7 +17,7 @@ use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 /// Version of the messages; both ends are the same program, so another one is refused.
-const VERSION: u32 = 6;
+const VERSION: u32 = 7;
 /// The longest message in bytes.
 pub const MAX_MESSAGE_BYTES: usize = 128 << 10;
 /// The most descriptors beside a message.
@@ -268,11 +268,12 @@ mod tests {
 
     #[test]
     fn another_version_is_refused() {
-        let mut bytes = 7_u32.to_le_bytes().to_vec();
+        let other = VERSION + 1;
+        let mut bytes = other.to_le_bytes().to_vec();
         bytes.push(1);
         let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
         assert!(
-            error.contains(&format!("version 7, this end speaks {VERSION}")),
+            error.contains(&format!("version {other}, this end speaks {VERSION}")),
             "{error}"
         );
     }

@@ -15,6 +15,7 @@ use super::record::{Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
+use crate::root::faults::RawRangeFaults;
 
 /// From the supervisor to a worker.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -204,6 +205,8 @@ pub enum FromWorker {
     },
     /// What was recorded since the last time.
     Metrics(Delta),
+    /// Faults of a fork in holes of its root since the last time, by its own pager; not proven.
+    HoleFaults(Vec<RawRangeFaults>),
     /// A part of what a recorded clone touched; all parts come before the last message.
     Touched(TracePiece),
     /// What bringing pages ahead of a recorded clone was good for.

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules, ZeroReads};
 use pando_pager::{
-    IoMode, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange,
-    Serving, Verify,
+    FaultCounts, IoMode, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory,
+    RootRange, Serving, Verify,
 };
 use thiserror::Error;
 
@@ -228,7 +228,12 @@ fn inherited_own(
     record: Option<Record>,
     ahead: &Plan,
 ) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
-    let mut pager = Pager::new(options(template, config, record))?;
+    let options = PagerOptions {
+        // Its root may fill for others what this one asks for.
+        fault_counts: FaultCounts::ByRange,
+        ..options(template, config, record)
+    };
+    let mut pager = Pager::new(options)?;
     let backings = template
         .images()?
         .into_iter()
