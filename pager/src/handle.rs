@@ -162,14 +162,18 @@ impl Pager<Idle> {
             source,
         };
         let (mapping, runs) = memory.into_parts().map_err(holes)?;
-        for run in runs {
+        for &run in &runs {
             self.register(&image, &mapping, run)
                 .map_err(|error| match error {
                     Unregistered::Kernel(source) => holes(source),
                     Unregistered::Ioctls(_) => error.of(&image),
                 })?;
         }
-        self.serve_in(image, mapping)
+        let memory = self.serve_in(image, mapping)?;
+        if let Some(served) = self.state.regions.last_mut() {
+            served.inherits_all_but(&runs);
+        }
+        Ok(memory)
     }
 
     fn register(

@@ -140,6 +140,20 @@ impl Served {
         self.image.image.index().kind(page)
     }
 
+    /// Pages of this fork's memory outside of `registered`, ascending runs of it, are there already:
+    /// nothing is to be brought there.
+    pub(crate) fn inherits_all_but(&mut self, registered: &[PageRange]) {
+        let mut start = self.region.pages().start();
+        let end = PageRange::between(self.region.pages().end(), self.region.pages().end());
+        for run in registered.iter().chain([&end]) {
+            if start < run.start() {
+                let there = PageRange::between(self.own(start), self.own(run.start()));
+                self.residency.begin_present(there);
+            }
+            start = run.end();
+        }
+    }
+
     /// Whether `page` may be brought though nobody asked for it.
     pub(super) fn may_bring_ahead(&self, page: PageIndex) -> bool {
         self.region.pages().contains(page)
