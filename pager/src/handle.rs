@@ -6,7 +6,7 @@ use std::sync::Arc;
 use userfaultfd::Uffd;
 
 use crate::ahead::{Ahead, Brought};
-use crate::client::{ClientId, ImageRun};
+use crate::client::{ClientId, ImageId, ImageRun};
 use crate::counts::{Counts, Tally};
 use crate::error::PagerError;
 use crate::health::{Health, PoisonMethod};
@@ -15,6 +15,7 @@ use crate::memory::CloneMemory;
 use crate::metrics::Metrics;
 use crate::options::{PagerOptions, Verify};
 use crate::port::IoPath;
+use crate::range_faults::RangeFaults;
 use crate::record::Recorder;
 use crate::region::Region;
 use crate::registration::Registration;
@@ -58,6 +59,7 @@ pub struct Serving {
     health: Health,
     recorder: Option<Recorder>,
     tracks_writes: bool,
+    images: Vec<Arc<ServedImage>>,
 }
 
 /// Serves the pages of images to memory of this process: one thread, one userfaultfd.
@@ -131,14 +133,24 @@ impl Pager<Idle> {
         image: Image,
         memory: RootMemory,
     ) -> Result<CloneMemory, PagerError> {
+        let missing = memory.holes();
         let memory = self.state.registration.inherit(&image, memory)?;
         self.serve_in(image, &memory);
+        if let Some(served) = self.state.regions.last_mut() {
+            served.inherits_all_but(&missing);
+        }
         Ok(memory)
     }
 
     fn serve_in(&mut self, image: Image, memory: &CloneMemory) {
+        let counts = self.state.options.fault_counts;
         let state = &mut self.state;
-        let image = ServedImage::new(image, state.regions.len(), Arc::clone(&state.metrics));
+        let image = ServedImage::new(
+            image,
+            state.regions.len(),
+            Arc::clone(&state.metrics),
+            counts,
+        );
         let served = Served::new(Arc::new(image), memory.region());
         state.regions.push(served);
     }
@@ -183,6 +195,8 @@ impl Pager<Idle> {
         crate::counts::add(&tally.pages_zero, idle.brought.fresh_zeros);
         let (health, recorder) = (idle.health.clone(), idle.recorder.clone());
         let tracks_writes = idle.registration.tracks_writes();
+        let regions = idle.regions.iter();
+        let images = regions.map(|served| Arc::clone(served.image())).collect();
         let shard = Shard::start(plan(idle, tally)).map_err(|error| match health.failure() {
             Some(reason) => PagerError::Failed { reason },
             None => error,
@@ -193,6 +207,7 @@ impl Pager<Idle> {
                 health,
                 recorder,
                 tracks_writes,
+                images,
             },
         })
     }
@@ -259,6 +274,18 @@ impl Pager<Serving> {
     /// What was done so far.
     pub fn counts(&self) -> Counts {
         self.state.shard.counts()
+    }
+
+    /// Faults by image and range since the last call, in order; none where they are not counted so
+    /// (`PagerOptions::fault_counts`). Images are counted in the order in which they were attached.
+    pub fn take_range_faults(&self) -> Vec<RangeFaults> {
+        let mut taken = Vec::new();
+        for (number, image) in (0..).zip(&self.state.images) {
+            if let Some(ranges) = image.ranges() {
+                ranges.take(ImageId::new(number), &mut taken);
+            }
+        }
+        taken
     }
 
     /// What the clone has touched so far, if that is recorded. Images are counted in the order in

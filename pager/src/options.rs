@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use crate::budget::Budget;
+use crate::range_faults::FaultCounts;
 
 /// How a pager reads its files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,6 +57,8 @@ pub struct PagerOptions {
     /// which were written: what a clone did not write can be given back (`Pager::forget`). A first
     /// write lifts the protection of its page without a message.
     pub track_writes: bool,
+    /// How faults are counted.
+    pub fault_counts: FaultCounts,
 }
 
 impl Default for PagerOptions {
@@ -70,6 +73,7 @@ impl Default for PagerOptions {
             spin: Duration::ZERO,
             record: None,
             track_writes: false,
+            fault_counts: FaultCounts::default(),
         }
     }
 }

@@ -38,10 +38,13 @@ pub(crate) fn worth_it(holes: &[HoleDemand]) -> Vec<RootRange> {
 
 /// What to give up so that `pages` become free, out of `unknown`, the first ones first; nothing if
 /// all of them would not be enough.
-pub(crate) fn victims(pages: u64, unknown: &[(RootRange, u64)]) -> Vec<RootRange> {
+pub(crate) fn victims(
+    pages: u64,
+    unknown: impl IntoIterator<Item = (RootRange, u64)>,
+) -> Vec<RootRange> {
     let mut free = 0;
     let mut given_up = Vec::new();
-    for &(range, count) in unknown {
+    for (range, count) in unknown {
         if free >= pages {
             break;
         }
@@ -87,9 +90,9 @@ mod tests {
     #[test]
     fn no_more_is_given_up_than_is_needed_and_nothing_for_nothing() {
         let unknown = [(range(7), 512), (range(5), 512), (range(3), 512)];
-        assert_eq!(victims(0, &unknown), []);
-        assert_eq!(victims(1, &unknown), [range(7)]);
-        assert_eq!(victims(513, &unknown), [range(7), range(5)]);
-        assert_eq!(victims(2000, &unknown), []);
+        assert_eq!(victims(0, unknown), []);
+        assert_eq!(victims(1, unknown), [range(7)]);
+        assert_eq!(victims(513, unknown), [range(7), range(5)]);
+        assert_eq!(victims(2000, unknown), []);
     }
 }

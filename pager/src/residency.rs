@@ -13,11 +13,11 @@
 //! ([`Residency::forget`]): a page is filled from the template once, and a page that was removed
 //! behind the pager's back is never filled again.
 
-#[cfg(test)]
-use crate::page::PageRange;
-use crate::page::{PageCount, PageIndex};
+use crate::page::{PageCount, PageIndex, PageRange};
 
 const PAGES_PER_WORD: u64 = 32;
+/// A word of pages that are all present.
+const ALL_PRESENT: u64 = 0xaaaa_aaaa_aaaa_aaaa;
 
 /// State of one page.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,6 +102,28 @@ impl Residency {
         true
     }
 
+    /// Before anything is asked for: `pages` are there already. Whole words at a time: it may be
+    /// nearly all of a large memory.
+    pub(crate) fn begin_present(&mut self, pages: PageRange) {
+        let mut page = pages.start().get();
+        while page < pages.end().get() {
+            let word = usize::try_from(page / PAGES_PER_WORD).unwrap_or(usize::MAX);
+            let is_whole = page.is_multiple_of(PAGES_PER_WORD)
+                && page + PAGES_PER_WORD <= pages.end().get().min(self.pages.get());
+            match self.words.get_mut(word) {
+                Some(word) if is_whole => {
+                    *word = ALL_PRESENT;
+                    page += PAGES_PER_WORD;
+                }
+                Some(_) => {
+                    self.set(PageIndex::new(page), PageState::Present);
+                    page += 1;
+                }
+                None => return,
+            }
+        }
+    }
+
     /// A page that is present is to be absent again: its clone gives it back. Others stay.
     pub(crate) fn forget(&mut self, page: PageIndex) {
         if self.get(page) == PageState::Present
@@ -131,6 +153,26 @@ mod tests {
         PageState::Present,
         PageState::Poisoned,
     ];
+
+    #[test]
+    fn what_is_there_from_the_beginning_is_present_and_nothing_else() {
+        let pages = |start, end| PageRange::between(PageIndex::new(start), PageIndex::new(end));
+        for there in [
+            pages(0, 100),
+            pages(5, 70),
+            pages(32, 96),
+            pages(40, 41),
+            pages(64, 200),
+        ] {
+            let mut residency = Residency::new(PageCount::new(100));
+            residency.begin_present(there);
+            for page in (0..100).map(PageIndex::new) {
+                let is_present = residency.get(page) == PageState::Present;
+                assert_eq!(is_present, there.contains(page), "{there} {page}");
+            }
+            assert_eq!(residency.get(PageIndex::new(100)), PageState::Poisoned);
+        }
+    }
 
     proptest! {
         #[test]

@@ -32,7 +32,7 @@ use crate::sys::userfaultfd::{self as sys, Tracking};
 pub use inherited::RootMemory;
 
 /// Pages of one range that is filled, and collapsed, as a whole.
-const UNIT_PAGES: u64 = HUGE_BYTES / PAGE_BYTES;
+pub(crate) const UNIT_PAGES: u64 = HUGE_BYTES / PAGE_BYTES;
 
 /// What a root filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -43,6 +43,8 @@ pub struct Filled {
     pub hole_pages: u64,
     /// Ranges that could not be read or were not what the index says; holes, too.
     pub failed_ranges: u64,
+    /// Holes that were filled because clones asked for them.
+    pub promoted_ranges: u64,
 }
 
 /// A range of 2 MiB (the last may be shorter) of one backend.
@@ -73,6 +75,8 @@ pub struct Root {
     plan: RootPlan,
     /// Ranges that clones are known to need: those of the plan, and those that were promoted.
     known: BTreeSet<RootRange>,
+    /// Filled ranges that are not among them: what is given up for others, the last one first.
+    unknown: BTreeSet<RootRange>,
     /// Ranges to promote, the next one first.
     promote: VecDeque<RootRange>,
     buffer: Vec<u8>,
@@ -99,6 +103,7 @@ impl Root {
             images: Vec::new(),
             known: plan.first.iter().copied().collect(),
             plan,
+            unknown: BTreeSet::new(),
             promote: VecDeque::new(),
             buffer: Vec::new(),
             memories: Vec::new(),
@@ -178,6 +183,9 @@ impl Root {
         }
         self.filled.pages += count;
         self.memories[backend].holes.remove(&range.unit);
+        if !self.known.contains(&range) {
+            self.unknown.insert(range);
+        }
         if count == UNIT_PAGES {
             self.small.push_back((backend, unit));
         }
@@ -197,6 +205,7 @@ impl Root {
             return false;
         }
         memory.holes.insert(range.unit);
+        self.unknown.remove(&range);
         self.filled.pages -= unit.count().get();
         self.small.retain(|&small| small != (backend, unit));
         true
@@ -238,34 +247,24 @@ impl Root {
         };
         let needed = self.filled.pages + memory.unit(range.unit).count().get();
         let excess = needed.saturating_sub(self.plan.budget_pages);
-        for victim in promotion::victims(excess, &self.unknown()) {
+        for victim in promotion::victims(excess, self.unknown()) {
             self.drop_range(victim);
         }
         if self.fill_range(range) {
             self.known.insert(range);
+            self.unknown.remove(&range);
+            self.filled.promoted_ranges += 1;
         }
         self.count_holes();
         true
     }
 
     /// Filled ranges that no clone is known to need, with their pages; the last ones first.
-    fn unknown(&self) -> Vec<(RootRange, u64)> {
-        let mut all = Vec::new();
-        for ((backend, memory), image) in (0_u32..).zip(&self.memories).zip(&self.images) {
-            for (number, pages) in (0_u64..).zip(units(memory.pages)) {
-                let range = RootRange {
-                    backend,
-                    unit: number,
-                };
-                let is_filled = !memory.holes.contains(&number)
-                    && pages.iter().any(|page| is_data(image, page));
-                if is_filled && !self.known.contains(&range) {
-                    all.push((range, pages.count().get()));
-                }
-            }
-        }
-        all.reverse();
-        all
+    fn unknown(&self) -> impl Iterator<Item = (RootRange, u64)> {
+        self.unknown.iter().rev().filter_map(|&range| {
+            let memory = self.memories.get(usize::try_from(range.backend).ok()?)?;
+            Some((range, memory.unit(range.unit).count().get()))
+        })
     }
 
     /// Reads, compares and installs one range. False, and nothing is there, if it cannot be had:

@@ -18,6 +18,7 @@ use crate::metrics::Metrics;
 use crate::options::{IoMode, Verify};
 use crate::page::PageRange;
 use crate::port::IoPath;
+use crate::range_faults::{FaultCounts, RangeFaults};
 use crate::record::Recorder;
 use crate::region::Region;
 use crate::registry::Registry;
@@ -52,6 +53,8 @@ pub struct SharedOptions {
     /// What is done about a page that cannot be had: a mark, or (as on kernels without
     /// UFFDIO_POISON) nothing, so that who waits for it sleeps until its process is ended.
     pub poison: PoisonMethod,
+    /// How faults are counted.
+    pub fault_counts: FaultCounts,
     /// Around the source of each shard.
     pub decorate: Option<Decorate>,
 }
@@ -66,6 +69,7 @@ impl fmt::Debug for SharedOptions {
             .field("shards", &self.shards)
             .field("spin", &self.spin)
             .field("poison", &self.poison)
+            .field("fault_counts", &self.fault_counts)
             .finish_non_exhaustive()
     }
 }
@@ -80,6 +84,7 @@ impl Default for SharedOptions {
             shards: vec![None],
             spin: Duration::ZERO,
             poison: PoisonMethod::Marker,
+            fault_counts: FaultCounts::default(),
             decorate: None,
         }
     }
@@ -147,7 +152,7 @@ impl SharedPager {
                 reason: "it has as many images as there can be".to_owned(),
             });
         };
-        let served = ServedImage::new(image, images.len(), metrics);
+        let served = ServedImage::new(image, images.len(), metrics, self.options.fault_counts);
         images.push(Arc::new(served));
         Ok(ImageId::new(number))
     }
@@ -271,6 +276,19 @@ impl SharedPager {
             all += shard.counts();
         }
         all
+    }
+
+    /// Faults by image and range since the last call, in order; none where they are not counted so
+    /// ([`SharedOptions::fault_counts`]).
+    pub fn take_range_faults(&self) -> Vec<RangeFaults> {
+        let images = lock(&self.images).clone();
+        let mut taken = Vec::new();
+        for (number, image) in (0..).zip(&images) {
+            if let Some(ranges) = image.ranges() {
+                ranges.take(ImageId::new(number), &mut taken);
+            }
+        }
+        taken
     }
 
     /// How many clients are served.

@@ -98,6 +98,7 @@ impl Server {
             arrived,
         } = fault;
         self.count(key.region, FaultKind::Joined);
+        self.count_range(key);
         if self.queue.join(key, arrived, write) {
             return;
         }
@@ -117,6 +118,7 @@ impl Server {
 
     fn admit_data(&mut self, fault: Fault) {
         self.count(fault.key.region, FaultKind::Data);
+        self.count_range(fault.key);
         let limit = self.parts.budget.data_window_pages;
         let window = self.plan(fault.key, limit);
         self.queue
@@ -182,6 +184,16 @@ impl Server {
         add(&tally.prefetch_useful, verdict.useful);
         add(&tally.prefetch_wasted, verdict.wasted);
         window
+    }
+
+    /// Counts a fault on a page that was not there, if it has data and somebody asks for such counts.
+    fn count_range(&self, key: PageKey) {
+        if let Some(served) = self.served(key.region)
+            && let Some(ranges) = served.image.ranges()
+            && served.kind(key.page) == PageKind::Data
+        {
+            ranges.count(key.page);
+        }
     }
 
     fn count(&self, region: RegionKey, kind: FaultKind) {

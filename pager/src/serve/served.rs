@@ -8,6 +8,7 @@ use crate::image::{CHUNK_PAGES, ChunkIndex, Image, PageKind};
 use crate::metrics::Metrics;
 use crate::page::{PageIndex, PageRange};
 use crate::prefetch::plan::Streams;
+use crate::range_faults::{FaultCounts, RangeTable};
 use crate::region::{Pinned, Region};
 use crate::residency::{PageState, Residency};
 use crate::stale::StaleFaults;
@@ -22,13 +23,21 @@ pub(crate) struct ServedImage {
     /// One bit per chunk: its bytes were seen to match the index. The file is held open, so that
     /// holds for every shard.
     verified: Vec<AtomicU64>,
+    /// Faults by range, where that is asked for.
+    ranges: Option<RangeTable>,
 }
 
 impl ServedImage {
-    pub(crate) fn new(image: Image, number: usize, metrics: Arc<Metrics>) -> Self {
+    pub(crate) fn new(
+        image: Image,
+        number: usize,
+        metrics: Arc<Metrics>,
+        counts: FaultCounts,
+    ) -> Self {
         let words = image.pages().get().div_ceil(CHUNK_PAGES).div_ceil(64);
         Self {
             verified: (0..words).map(|_| AtomicU64::new(0)).collect(),
+            ranges: (counts == FaultCounts::ByRange).then(|| RangeTable::new(image.pages())),
             image,
             number,
             metrics,
@@ -45,6 +54,11 @@ impl ServedImage {
 
     pub(crate) fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics
+    }
+
+    /// Faults by range, where they are counted.
+    pub(crate) fn ranges(&self) -> Option<&RangeTable> {
+        self.ranges.as_ref()
     }
 
     fn word(&self, chunk: ChunkIndex) -> Option<&AtomicU64> {
@@ -126,6 +140,20 @@ impl Served {
         self.image.image.index().kind(page)
     }
 
+    /// Pages of this fork's memory outside of `registered`, ascending runs of it, are there already:
+    /// nothing is to be brought there.
+    pub(crate) fn inherits_all_but(&mut self, registered: &[PageRange]) {
+        let mut start = self.region.pages().start();
+        let end = PageRange::between(self.region.pages().end(), self.region.pages().end());
+        for run in registered.iter().chain([&end]) {
+            if start < run.start() {
+                let there = PageRange::between(self.own(start), self.own(run.start()));
+                self.residency.begin_present(there);
+            }
+            start = run.end();
+        }
+    }
+
     /// Whether `page` may be brought though nobody asked for it.
     pub(super) fn may_bring_ahead(&self, page: PageIndex) -> bool {
         self.region.pages().contains(page)
@@ -202,7 +230,8 @@ pub(super) fn empty_image(pages: u64) -> Arc<ServedImage> {
     file.as_file().set_len(bytes).unwrap();
     let index = crate::image::BackendIndex::scan(file.as_file(), bytes, &mut |_, _| ()).unwrap();
     let image = Image::open(file.path(), "ram", index).unwrap();
-    Arc::new(ServedImage::new(image, 0, Arc::new(Metrics::new("test"))))
+    let metrics = Arc::new(Metrics::new("test"));
+    Arc::new(ServedImage::new(image, 0, metrics, FaultCounts::Total))
 }
 
 #[cfg(test)]

@@ -23,6 +23,7 @@ use crate::memory::guest::GuestRam;
 use crate::observe::metrics::Judged;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
+use crate::root::faults::reports;
 
 /// How often metrics go to the supervisor.
 const METRICS_PERIOD: Duration = Duration::from_secs(1);
@@ -118,6 +119,7 @@ pub(super) fn watch_to_end(
     let outcome = thread::scope(|scope| {
         let handle = &handle;
         let mut review = || {
+            report_faults(channel, &paging);
             match (&mut placement, &paging) {
                 (Some(placement), Paging::Own(pager)) => placement.review(pager.counts().faults),
                 (Some(placement), Paging::Shared) => placement.review_pages(),
@@ -167,6 +169,7 @@ pub(super) fn watch_to_end(
     {
         tell(channel, record, paging.own(), &ram);
     }
+    report_faults(channel, &paging);
     if let Paging::Own(pager) = paging {
         pager.stop().map_err(CloneError::from)?;
     }
@@ -188,6 +191,15 @@ fn give_back(keeper: &mut Keeper, clone: &mut Running<'_>) {
             pauses: given.pauses,
         };
         send(clone.asking.channel, &gave);
+    }
+}
+
+/// Says what the pager of a fork counted in holes of its root: nothing, where it does not count.
+fn report_faults(channel: &Channel, paging: &Paging) {
+    if let Some(pager) = paging.own() {
+        for report in reports(&pager.take_range_faults()) {
+            send(channel, &FromWorker::HoleFaults(report));
+        }
     }
 }
 

@@ -275,14 +275,12 @@ mod tests {
 
     #[test]
     fn another_version_is_refused() {
-        let mut bytes = (VERSION + 1).to_le_bytes().to_vec();
+        let other = VERSION + 1;
+        let mut bytes = other.to_le_bytes().to_vec();
         bytes.push(1);
         let error = decode::<ToWorker>(&bytes).unwrap_err().to_string();
         assert!(
-            error.contains(&format!(
-                "version {}, this end speaks {VERSION}",
-                VERSION + 1
-            )),
+            error.contains(&format!("version {other}, this end speaks {VERSION}")),
             "{error}"
         );
     }

@@ -16,6 +16,7 @@ use super::record::{Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
+use crate::root::faults::RawRangeFaults;
 
 /// Most bytes of a delta of metrics in one message, which has a few of its own.
 pub const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
@@ -231,6 +232,8 @@ pub enum FromWorker {
     },
     /// What was recorded since the last time.
     Metrics(Delta),
+    /// Faults of a fork in holes of its root since the last time, by its own pager; not proven.
+    HoleFaults(Vec<RawRangeFaults>),
     /// A part of what a recorded clone touched; all parts come before the last message.
     Touched(TracePiece),
     /// What bringing pages ahead of a recorded clone was good for.

@@ -23,11 +23,12 @@ use std::time::{Duration, Instant};
 
 use super::cgroup::CloneGroup;
 use super::control::{Channel, Ending, FromWorker};
+use super::hole_faults::HoleFaults;
 use super::member::{Clone, Event};
 use super::paging::Owner;
 use super::pool::Demand;
 use super::process::{ChildProcess, CloneProcess, SerialPlan, SpawnError, give_orders};
-use super::root_care::{HoleFaults, Refill};
+use super::root_care::Refill;
 use super::silence::Silence;
 use super::supervise::{Supervisor, saved_terminal};
 use super::token::{self, Kind};
@@ -113,11 +114,6 @@ impl Forks {
     /// How many shells have their machine made.
     pub fn warm(&self) -> usize {
         self.shells.iter().filter(|shell| shell.is_warm).count()
-    }
-
-    /// How often a root has looked at what clones asked pagers for, and filled what is worth it.
-    pub fn hole_faults_answered(&self) -> u64 {
-        self.hole_faults.answers()
     }
 
     /// The process number of the root, if there is one.
@@ -336,6 +332,7 @@ impl Supervisor {
         self.forks.silence.heard();
         match message {
             FromRoot::Ready {
+                backend_pages,
                 filled_bytes,
                 hole_bytes,
                 took,
@@ -343,6 +340,7 @@ impl Supervisor {
                 tracing::info!(filled_bytes, hole_bytes, ?took, "the root is ready");
                 self.forks.filled = Some((filled_bytes, hole_bytes));
                 self.forks.is_ready = true;
+                self.forks.hole_faults.backends_are(&backend_pages);
                 metrics::set_root_memory(&self.options.name, filled_bytes);
                 metrics::record_start(&self.options.name, "root", "root", took);
             }
@@ -352,12 +350,8 @@ impl Supervisor {
             FromRoot::Filled {
                 filled_bytes,
                 hole_bytes,
-            } => {
-                tracing::info!(filled_bytes, hole_bytes, "the root holds other ranges");
-                self.forks.filled = Some((filled_bytes, hole_bytes));
-                self.forks.hole_faults.answered();
-                metrics::set_root_memory(&self.options.name, filled_bytes);
-            }
+                promoted_ranges,
+            } => self.root_filled((filled_bytes, hole_bytes), promoted_ranges),
             FromRoot::Forked { id, pid } => match descriptors.into_iter().next() {
                 Some(pidfd) => self.forked(id, ChildProcess::new(pid, pidfd)),
                 None => self.lose_root("it forked and gave no pidfd"),

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules, ZeroReads};
 use pando_pager::{
-    PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange, Serving,
+    FaultCounts, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange,
+    Serving,
 };
 use thiserror::Error;
 
@@ -226,7 +227,12 @@ fn inherited_own(
     record: Option<Record>,
     ahead: &Plan,
 ) -> Result<(Vec<RamBacking>, Pager<Serving>), CloneError> {
-    let mut pager = Pager::new(options(template, config, record))?;
+    let options = PagerOptions {
+        // Its root may fill for others what this one asks for.
+        fault_counts: FaultCounts::ByRange,
+        ..options(template, config, record)
+    };
+    let mut pager = Pager::new(options)?;
     let backings = template
         .images()?
         .into_iter()

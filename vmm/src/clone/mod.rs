@@ -22,6 +22,7 @@ pub mod control;
 pub mod forked;
 mod forks;
 pub mod give_back;
+mod hole_faults;
 pub mod instantiate;
 pub mod learn;
 pub mod member;

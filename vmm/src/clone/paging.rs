@@ -26,6 +26,7 @@ use crate::pager_process::descriptor::{WrongDescriptor, prove_uffd};
 use crate::pager_process::process::{PagerProcess, ServedTemplate};
 use crate::pager_process::protocol::{ClientNews, FromPager, Ordered, RawAttach, prove_regions};
 use crate::report::{chain, exit, one_line};
+use crate::root::faults::{RawRangeFaults, prove};
 
 /// Most clients that are sent and not answered for: neither end of a socket may fill it while the
 /// other does the same.
@@ -285,6 +286,7 @@ impl Supervisor {
             FromPager::Ready => self.paging.unready = 0,
             FromPager::Client(news) => self.hear_news(news),
             FromPager::Metrics(delta) => self.take_metrics(&delta),
+            FromPager::HoleFaults(report) => self.hear_pager_faults(&report),
             FromPager::Failed { code, message } => {
                 if code == exit::FAILED {
                     self.lose_pager(&message);
@@ -296,6 +298,12 @@ impl Supervisor {
             }
             FromPager::Stopped => self.lose_pager("it stopped"),
         }
+    }
+
+    fn hear_pager_faults(&mut self, report: &[RawRangeFaults]) {
+        let template = self.paging.template.as_ref();
+        let proven = prove(report, |image| template?.backend(image.number()));
+        self.take_hole_faults("the pager process", proven);
     }
 
     fn hear_news(&mut self, news: ClientNews) {

@@ -1,8 +1,7 @@
 #![forbid(unsafe_code)]
 //! What the supervisor does for a root and its pool when nobody is served by it: a root that says
-//! nothing is replaced, shells are made and ended, and the root hears what clones ask pagers for.
+//! nothing is replaced, shells are made and ended.
 
-use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,6 @@ use super::member::Event;
 use super::paging::Owner;
 use super::process::ChildProcess;
 use super::supervise::{SuperviseError, Supervisor};
-use crate::root::protocol::RangeFaults;
 
 /// A root that does not answer for this long is replaced, unless the options say otherwise. It does
 /// nothing between two words that takes more than some milliseconds, on a disk that answers.
@@ -25,8 +23,6 @@ const REFILL_REST: Duration = Duration::from_millis(3);
 const REFILL_PATIENCE: Duration = Duration::from_millis(200);
 /// How long filling the pool for the first time may take.
 const WARM_UP_LIMIT: Duration = Duration::from_secs(120);
-/// Most ranges whose faults are kept until the root hears of them; of others nothing is kept.
-const MAX_FAULT_RANGES: usize = 4096;
 
 /// When a pool may be refilled.
 #[derive(Debug, Default)]
@@ -61,65 +57,6 @@ impl Refill {
     }
 }
 
-/// Faults of clones in holes of the root, until it hears of them.
-#[derive(Debug, Default)]
-pub(super) struct HoleFaults {
-    counts: BTreeMap<(u32, u64), u64>,
-    /// The root has not heard of all of it.
-    is_news: bool,
-    /// It was told of some and has not answered.
-    is_told: bool,
-    /// Answers of all roots.
-    answers: u64,
-}
-
-impl HoleFaults {
-    /// A new root knows of nothing and owes no answer.
-    pub(super) fn root_is_new(&mut self) {
-        self.is_news = !self.counts.is_empty();
-        self.is_told = false;
-    }
-
-    /// The root has done what it was told.
-    pub(super) fn answered(&mut self) {
-        self.is_told = false;
-        self.answers += 1;
-    }
-
-    /// How often a root has done what it was told.
-    pub(super) fn answers(&self) -> u64 {
-        self.answers
-    }
-
-    fn note(&mut self, faults: &[RangeFaults]) {
-        self.is_news |= !faults.is_empty();
-        for fault in faults {
-            let place = (fault.backend, fault.unit);
-            if self.counts.len() < MAX_FAULT_RANGES || self.counts.contains_key(&place) {
-                let count = self.counts.entry(place).or_default();
-                *count = count.saturating_add(fault.faults);
-            }
-        }
-    }
-
-    fn message(&mut self) -> Option<Vec<RangeFaults>> {
-        if self.is_told || !self.is_news {
-            return None;
-        }
-        self.is_told = true;
-        self.is_news = false;
-        let all = self
-            .counts
-            .iter()
-            .map(|(&(backend, unit), &faults)| RangeFaults {
-                backend,
-                unit,
-                faults,
-            });
-        Some(all.collect())
-    }
-}
-
 impl Supervisor {
     /// Keeps the pool at its level, when nothing more urgent is to be done.
     pub(super) fn tend_forks(&mut self) {
@@ -149,29 +86,6 @@ impl Supervisor {
             self.end_shell(shell.process);
         } else {
             self.forks.is_short = is_short;
-        }
-    }
-
-    /// Engine `root`: clones asked their pagers so often for pages of ranges that the root does not
-    /// hold. The root fills what is worth it, when it has nothing else to do; forks to come find it
-    /// there. Counts add up over calls, as long as the root lives.
-    pub fn note_hole_faults(&mut self, faults: &[RangeFaults]) {
-        self.forks.hole_faults.note(faults);
-        self.tell_hole_faults();
-    }
-
-    /// One message at a time, and none while a fork is under way.
-    pub(super) fn tell_hole_faults(&mut self) {
-        let forks = &mut self.forks;
-        if !forks.is_ready || !forks.flying.is_empty() || !forks.waiting.is_empty() {
-            return;
-        }
-        if let Some(root) = &forks.root
-            && let Some(faults) = forks.hole_faults.message()
-            && let Err(error) = root.note_hole_faults(faults)
-        {
-            // Its end will be heard of.
-            tracing::debug!("{}", crate::report::chain(&error));
         }
     }
 
@@ -266,31 +180,5 @@ mod tests {
         assert!(!refill.may_begin(false, started));
         assert!(!refill.may_begin(true, started));
         assert!(refill.may_begin(true, started + REFILL_REST));
-    }
-
-    #[test]
-    fn faults_add_up_and_are_told_once_until_they_are_answered() {
-        let fault = |unit, faults| RangeFaults {
-            backend: 0,
-            unit,
-            faults,
-        };
-        let mut known = HoleFaults::default();
-        assert_eq!(known.message(), None);
-        known.note(&[fault(4, 10), fault(4, 5), fault(1, u64::MAX), fault(1, 1)]);
-        assert_eq!(
-            known.message(),
-            Some(vec![fault(1, u64::MAX), fault(4, 15)])
-        );
-        assert_eq!(known.message(), None);
-        known.answered();
-        assert_eq!(known.message(), None, "there is no news");
-        known.note(&[fault(4, 1)]);
-        assert!(known.message().is_some());
-        known.root_is_new();
-        assert!(known.message().is_some(), "another root knows nothing");
-        let many: Vec<_> = (0..10_000).map(|unit| fault(unit, 1)).collect();
-        known.note(&many);
-        assert_eq!(known.counts.len(), MAX_FAULT_RANGES);
     }
 }

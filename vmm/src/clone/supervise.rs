@@ -409,6 +409,10 @@ impl Supervisor {
                 });
                 None
             }
+            FromWorker::HoleFaults(report) => {
+                self.hear_fork_faults(number, &report);
+                None
+            }
             // A shell that was asked for while it said so.
             FromWorker::Warm => None,
             FromWorker::Touched(piece) => {

@@ -283,6 +283,8 @@ impl Underway {
                 | FromWorker::Judged(_)
                 | FromWorker::GaveBack { .. }
                 | FromWorker::Forget { .. }
+                // It is no fork.
+                | FromWorker::HoleFaults(_)
                 // A recorded clone has a pager of its own.
                 | FromWorker::Memory(_),
                 _,

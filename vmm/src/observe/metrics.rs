@@ -83,6 +83,14 @@ fn describe() {
         "Guest memory that the root process of a template holds for all its clones"
     );
     describe_counter!(
+        "pando_root_hole_faults_total",
+        "Faults of clones in ranges that their root does not hold, as their pagers reported them"
+    );
+    describe_counter!(
+        "pando_root_promoted_ranges_total",
+        "Ranges of 2 MiB that a root filled because clones asked for them"
+    );
+    describe_counter!(
         "pando_clone_failures_total",
         "Clones that ended otherwise than asked"
     );
@@ -116,6 +124,8 @@ pub fn register(template: &str) {
     counter!("pando_clone_failures_total", "template" => template.to_owned()).increment(0);
     pager_restarts(template).increment(0);
     set_root_memory(template, 0);
+    count_hole_faults(template, 0);
+    count_promoted(template, 0);
     for (class, bytes) in RamMemory::default().classes() {
         set_memory(template, class, bytes);
     }
@@ -159,6 +169,17 @@ pub fn set_memory(template: &str, class: &'static str, bytes: u64) {
 /// Says how much guest memory the root process of a template holds for all its clones.
 pub fn set_root_memory(template: &str, bytes: u64) {
     gauge!("pando_root_memory_bytes", "template" => template.to_owned()).set(bytes as f64);
+}
+
+/// Counts faults of clones in holes of their root.
+pub fn count_hole_faults(template: &str, faults: u64) {
+    counter!("pando_root_hole_faults_total", "template" => template.to_owned()).increment(faults);
+}
+
+/// Counts ranges that a root filled because clones asked for them.
+pub fn count_promoted(template: &str, ranges: u64) {
+    counter!("pando_root_promoted_ranges_total", "template" => template.to_owned())
+        .increment(ranges);
 }
 
 /// Says what one more clone costs this host.

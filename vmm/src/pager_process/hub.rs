@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pando_pager::{
-    Budget, ClientEvent, ClientSpec, Image, ImageId, Listener, PageCount, PagerError,
-    SharedOptions, SharedPager,
+    Budget, ClientEvent, ClientSpec, FaultCounts, Image, ImageId, Listener, PageCount, PagerError,
+    RangeFaults, SharedOptions, SharedPager,
 };
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::thread::{CpuSet, sched_getaffinity};
@@ -102,8 +102,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Hub {
-    /// Starts a shard for each CPU of this process. A peer may have `max_clients`.
-    pub fn start(config: &PagerConfig, max_clients: usize) -> Result<Self, PagerError> {
+    /// Starts a shard for each CPU of this process. A peer may have `max_clients`; faults are counted
+    /// as `counts` says.
+    pub fn start(
+        config: &PagerConfig,
+        max_clients: usize,
+        counts: FaultCounts,
+    ) -> Result<Self, PagerError> {
         let setup = |errno: rustix::io::Errno| PagerError::Setup {
             what: "wake-up eventfd",
             source: errno.into(),
@@ -126,6 +131,7 @@ impl Hub {
                 ..Budget::shared()
             },
             shards,
+            fault_counts: counts,
             ..SharedOptions::default()
         };
         let events = listener(&registry, &failure, &wake);
@@ -153,6 +159,11 @@ impl Hub {
         self.pager.add_image(image, template)?;
         self.pages.push(pages);
         Ok(())
+    }
+
+    /// Faults by image and range since the last call, if they are counted.
+    pub fn take_range_faults(&self) -> Vec<RangeFaults> {
+        self.pager.take_range_faults()
     }
 
     /// Which way messages and bytes take.

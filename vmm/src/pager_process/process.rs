@@ -53,6 +53,12 @@ impl ServedTemplate {
         Ok(Self { images, index })
     }
 
+    /// Which backend of the template image `number` is, and how many pages it has.
+    pub fn backend(&self, number: u32) -> Option<(u32, PageCount)> {
+        // A pager is given the images of one template, in its order.
+        Some((number, self.pages(number)?))
+    }
+
     /// How many pages image `number` has.
     pub fn pages(&self, number: u32) -> Option<PageCount> {
         let number = usize::try_from(number).ok()?;

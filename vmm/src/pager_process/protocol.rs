@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::clone::control::{PagerConfig, RawRegion, RawRun};
 use crate::observe::relay::Delta;
+use crate::root::faults::RawRangeFaults;
 
 /// How often a pager process says something, if only that it lives.
 pub const BEAT: Duration = Duration::from_secs(1);
@@ -56,6 +57,8 @@ pub struct PagerStart {
     pub supervisor_pid: u32,
     /// How much it logs, as `observe::log::start` takes it.
     pub verbosity: u8,
+    /// Whether it says [`FromPager::HoleFaults`]: its clients are forks of a root.
+    pub counts_faults: bool,
 }
 
 /// An image of a template.
@@ -108,6 +111,8 @@ pub enum FromPager {
     Client(ClientNews),
     /// What was recorded since the last time; empty where that is nothing, to show that it lives.
     Metrics(Delta),
+    /// Faults in holes of a root since the last time, of all its clients; not proven.
+    HoleFaults(Vec<RawRangeFaults>),
     /// The last message: it cannot go on.
     Failed {
         /// Exit code of the program for it.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use pando_pager::image::BackendIndex;
-use pando_pager::{Image, PagerError};
+use pando_pager::{FaultCounts, Image, PagerError};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::Mode;
 use rustix::io::Errno;
@@ -113,7 +113,7 @@ impl Server {
         images: &[PathBuf],
         config: &PagerConfig,
     ) -> Result<Self, ServeError> {
-        let mut hub = Hub::start(config, clients_of_a_peer())?;
+        let mut hub = Hub::start(config, clients_of_a_peer(), FaultCounts::Total)?;
         let mut names = Vec::new();
         for path in images {
             for (image, template) in open(path)? {

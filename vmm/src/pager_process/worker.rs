@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
-use pando_pager::Image;
 use pando_pager::image::Index;
+use pando_pager::{FaultCounts, Image};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::hub::Hub;
@@ -25,6 +25,7 @@ use crate::host;
 use crate::observe::log;
 use crate::observe::relay::{Relay, split};
 use crate::report::{chain, exit};
+use crate::root::faults::reports;
 use crate::root::worker::ignore_end_signals;
 use crate::template::TemplateError;
 
@@ -49,7 +50,12 @@ pub fn run() -> u8 {
         Ok(None) => return exit::OK,
         Err(error) => return fail(&channel, &error),
     };
-    let hub = match Hub::start(&start.config, MAX_CLIENTS) {
+    let counts = if start.counts_faults {
+        FaultCounts::ByRange
+    } else {
+        FaultCounts::Total
+    };
+    let hub = match Hub::start(&start.config, MAX_CLIENTS, counts) {
         Ok(hub) => hub,
         Err(error) => return fail(&channel, &error.into()),
     };
@@ -128,7 +134,7 @@ fn serve(mut hub: Hub, peer: &Peer, relay: Option<&Relay>) -> anyhow::Result<()>
         }
         if Instant::now() >= next_beat {
             next_beat = Instant::now() + BEAT;
-            beat(&peer.outlet, relay);
+            beat(&hub, &peer.outlet, relay);
         }
     }
 }
@@ -151,7 +157,7 @@ fn wait(hub: &Hub, peer: &Peer, until: Instant) -> anyhow::Result<()> {
 
 /// Says what was recorded, or at least that this process lives. What does not go out now is
 /// recorded until it does.
-fn beat(outlet: &Outlet, relay: Option<&Relay>) {
+fn beat(hub: &Hub, outlet: &Outlet, relay: Option<&Relay>) {
     if !outlet.is_clear() {
         return;
     }
@@ -161,6 +167,9 @@ fn beat(outlet: &Outlet, relay: Option<&Relay>) {
     }
     for delta in deltas {
         outlet.tell(FromPager::Metrics(delta));
+    }
+    for report in reports(&hub.take_range_faults()) {
+        outlet.tell(FromPager::HoleFaults(report));
     }
 }
 

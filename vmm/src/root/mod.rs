@@ -13,6 +13,7 @@
 //! A clone is a child of the supervisor, not of the root: it outlives the root, and its end is the
 //! supervisor's to see. Both end with the supervisor.
 
+pub mod faults;
 pub mod process;
 pub mod protocol;
 pub mod worker;

@@ -59,6 +59,8 @@ pub struct RootConfig {
 pub enum FromRoot {
     /// It can fork.
     Ready {
+        /// Pages of each backend, in the template's order.
+        backend_pages: Vec<u64>,
         /// Bytes of guest memory that it holds for all its clones.
         filled_bytes: u64,
         /// Bytes of ranges with data that it does not hold.
@@ -77,6 +79,8 @@ pub enum FromRoot {
         filled_bytes: u64,
         /// Bytes of ranges with data that it does not hold.
         hole_bytes: u64,
+        /// Holes that it filled for that.
+        promoted_ranges: u64,
     },
     /// A process was made; its pidfd comes beside this.
     Forked {

@@ -64,13 +64,22 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         Err(error) => return Err((channel, error)),
     };
     let mut owes_answer = false;
+    let mut told_ranges = 0;
     let mut forks = 0;
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
         while !channel.has_message() && (ready.root.promote_next() || ready.root.collapse_next()) {}
         if owes_answer && !channel.has_message() {
             owes_answer = false;
-            if let Err(error) = channel.send(&filled(&ready.root), &[]) {
+            let filled = ready.root.filled();
+            let promoted_ranges = filled.promoted_ranges - told_ranges;
+            told_ranges = filled.promoted_ranges;
+            let answer = FromRoot::Filled {
+                filled_bytes: filled.pages * PAGE_BYTES,
+                hole_bytes: filled.hole_pages * PAGE_BYTES,
+                promoted_ranges,
+            };
+            if let Err(error) = channel.send(&answer, &[]) {
                 return Err((channel, error.into()));
             }
         }
@@ -153,6 +162,8 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let start = Instant::now();
     let template = Template::open(&config.template).map_err(CloneError::from)?;
     let images = template.images().map_err(CloneError::from)?;
+    let backend_pages = images.iter().map(|image| image.index().pages().get());
+    let backend_pages = backend_pages.collect();
     let budget_pages = config.budget_bytes / PAGE_BYTES;
     let (first, plan) = if config.pager.working_set {
         (first_ranges(&template, budget_pages), plan(&template))
@@ -182,6 +193,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     let one_thread = OneThread::prove().context("a root cannot fork")?;
     channel.send(
         &FromRoot::Ready {
+            backend_pages,
             filled_bytes: filled.pages * PAGE_BYTES,
             hole_bytes: filled.hole_pages * PAGE_BYTES,
             took: start.elapsed(),
@@ -220,14 +232,6 @@ struct Order {
 enum Told {
     Fork(Order),
     HoleFaults(BTreeMap<RootRange, u64>),
-}
-
-fn filled(root: &Root) -> FromRoot {
-    let filled = root.filled();
-    FromRoot::Filled {
-        filled_bytes: filled.pages * PAGE_BYTES,
-        hole_bytes: filled.hole_pages * PAGE_BYTES,
-    }
 }
 
 /// The next thing to do; `None` when the supervisor is gone.

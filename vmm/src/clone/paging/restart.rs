@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, epoll, poll};
 
+use super::super::Engine;
 use super::super::control::PagerPlace;
 use super::super::supervise::Supervisor;
 use super::super::token;
@@ -100,6 +101,7 @@ impl Supervisor {
             config: self.options.pager.clone(),
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
+            counts_faults: self.options.engine == Engine::Root,
         };
         let started = PagerProcess::start(&self.options.program, start, &template);
         self.paging.template = Some(template);
