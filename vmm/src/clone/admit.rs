@@ -10,7 +10,8 @@ use super::Engine;
 use limits::{HostLimits, MemoryLimit, ProcessLimit};
 
 /// Descriptors that the supervisor holds for each clone at most: its control socket, its pidfd, its
-/// console, its userfaultfd where a pager process serves it, and one more while it is being started.
+/// console, its userfaultfd where a pager process serves it, its cgroup where it has one of its own. The
+/// one more of the few that are being started comes out of [`DESCRIPTORS_OF_OWN`].
 const DESCRIPTORS_PER_CLONE: u64 = 5;
 /// Descriptors that the supervisor holds for itself, with a reserve for the metrics' clients.
 const DESCRIPTORS_OF_OWN: u64 = 64;
