@@ -16,6 +16,7 @@ pub mod hmp;
 pub mod line;
 pub mod link;
 pub mod migration;
+pub mod outputs;
 pub mod qmp;
 pub mod run;
 pub mod vm;

@@ -2,7 +2,7 @@
 //! From an argument vector to the end of the machine.
 
 use std::fs;
-use std::io::Read;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 use super::background::{self, Background};
 use super::error::OptionError;
 use super::line::wanted::{self, ProgramOptions};
-use super::line::{Wanted, arguments, options};
+use super::line::{Wanted, arguments, choices, options};
 use super::link::{open_link, reason};
 use super::qmp::message::{PACKAGE, QEMU_VERSION};
 use super::qmp::server::{self, Monitor};
@@ -23,6 +23,7 @@ use super::words::config_file;
 use crate::config::file::MachineFile;
 use crate::observe::log;
 use crate::report::exit;
+use crate::sys::lock::{LockKind, Locked, TO_THE_END, lock_range};
 
 /// How long monitors have to send what waits when the program ends.
 const FLUSH: Duration = Duration::from_millis(500);
@@ -48,6 +49,9 @@ pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
         return Ok(Command::Text(format!(
             "QEMU emulator version {major}.{minor}.{micro} ({PACKAGE})\n"
         )));
+    }
+    if let Some(text) = arguments.iter().find_map(choices::of) {
+        return Ok(Command::Text(text));
     }
     let wanted = wanted::read(&arguments)?;
     if wanted.program.print_machine {
@@ -86,13 +90,14 @@ pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionE
         Background::Child(child) => Some(child),
         Background::No => None,
     };
+    // First of all: no file is written that turns out to be memory.
+    let plan = Plan::new(wanted)?;
     start_log(&program)?;
     let _pid_file = program
         .pid_file
         .as_deref()
         .map(PidFile::write)
         .transpose()?;
-    let plan = Plan::new(wanted)?;
     let monitors = plan.wanted.monitors.clone();
     // Before the monitors: who can connect finds a machine.
     let mut vm = Vm::new(plan, tell)?;
@@ -109,10 +114,16 @@ pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionE
     }
     watch_signals(sender)
         .map_err(|error| OptionError::new(format!("cannot watch for signals: {error}")))?;
-    if let Some(child) = background {
-        child.ready()?;
-    }
-    let code = vm.run();
+    // A state that cannot be loaded is told to whoever waits for the background.
+    let code = match vm.begin() {
+        Some(code) => code,
+        None => {
+            if let Some(child) = background {
+                child.ready()?;
+            }
+            vm.run()
+        }
+    };
     end(&started);
     Ok(code)
 }
@@ -173,24 +184,45 @@ fn end(monitors: &[Monitor]) {
 }
 
 /// `-pidfile`: goes when this is dropped.
-struct PidFile(PathBuf);
+struct PidFile {
+    path: PathBuf,
+    /// Locked as long as this process is there, as with QEMU.
+    _file: fs::File,
+}
 
 impl PidFile {
     fn write(path: &Path) -> Result<Self, OptionError> {
-        fs::write(path, format!("{}\n", std::process::id())).map_err(|error| {
+        let failed = |error: io::Error| {
             OptionError::new(format!(
                 "cannot create PID file: {}: {}",
                 path.display(),
                 reason(&error)
             ))
-        })?;
-        Ok(Self(path.to_owned()))
+        };
+        let mut file = fs::File::options()
+            .create(true)
+            .write(true)
+            .truncate(false)
+            .open(path)
+            .map_err(failed)?;
+        if lock_range(&file, LockKind::Exclusive, 0, TO_THE_END).is_ok_and(|l| l == Locked::Busy) {
+            return Err(OptionError::new(format!(
+                "cannot create PID file: Cannot lock pid file: {} is that of a machine that is there",
+                path.display()
+            )));
+        }
+        file.set_len(0).map_err(failed)?;
+        writeln!(file, "{}", std::process::id()).map_err(failed)?;
+        Ok(Self {
+            path: path.to_owned(),
+            _file: file,
+        })
     }
 }
 
 impl Drop for PidFile {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        let _ = fs::remove_file(&self.path);
     }
 }
 

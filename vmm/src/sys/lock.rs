@@ -25,6 +25,33 @@ pub enum Locked {
     Busy,
 }
 
+/// As a number of bytes: up to wherever the file ends, now or later.
+pub const TO_THE_END: u64 = 0;
+
+/// Whether somebody else has a lock of any part of `file`.
+pub fn is_locked(file: &File) -> io::Result<bool> {
+    let mut lock = flock(libc::F_WRLCK, 0, TO_THE_END)?;
+    // SAFETY: the descriptor is open, and `lock` is a valid structure for the time of the call.
+    let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if done != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+fn flock(kind: i32, offset_bytes: u64, bytes: u64) -> io::Result<libc::flock> {
+    let number = |value: u64| i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
+    let short = |value: i32| i16::try_from(value).unwrap_or_default();
+    Ok(libc::flock {
+        l_type: short(kind),
+        l_whence: short(libc::SEEK_SET),
+        l_start: number(offset_bytes)?,
+        l_len: number(bytes)?,
+        // Locks of an open file want 0.
+        l_pid: 0,
+    })
+}
+
 /// Locks `bytes` bytes of `file` from `offset_bytes` on, without waiting.
 pub fn lock_range(
     file: &File,
@@ -32,20 +59,11 @@ pub fn lock_range(
     offset_bytes: u64,
     bytes: u64,
 ) -> io::Result<Locked> {
-    let number = |value: u64| i64::try_from(value).map_err(|_| io::ErrorKind::InvalidInput);
     let kind = match kind {
         LockKind::Shared => libc::F_RDLCK,
         LockKind::Exclusive => libc::F_WRLCK,
     };
-    let short = |value: i32| i16::try_from(value).unwrap_or_default();
-    let lock = libc::flock {
-        l_type: short(kind),
-        l_whence: short(libc::SEEK_SET),
-        l_start: number(offset_bytes)?,
-        l_len: number(bytes)?,
-        // Locks of an open file want 0.
-        l_pid: 0,
-    };
+    let lock = flock(kind, offset_bytes, bytes)?;
     // SAFETY: the descriptor is open, and `lock` is a valid structure for the time of the call.
     let done = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
     if done == 0 {
@@ -71,6 +89,7 @@ mod tests {
         assert_eq!(lock(&writer, LockKind::Exclusive, 0), Locked::Yes);
         assert_eq!(lock(&reader, LockKind::Shared, 0), Locked::Busy);
         assert_eq!(lock(&reader, LockKind::Shared, 4096), Locked::Yes);
+        assert!(is_locked(&reader).unwrap() && is_locked(&file.reopen().unwrap()).unwrap());
         drop(writer);
         assert_eq!(lock(&reader, LockKind::Shared, 0), Locked::Yes);
         let second = File::open(file.path()).unwrap();

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::arch::x86_64::smbios::{MAX_TEXT_BYTES, SystemTexts};
 use crate::qemu::error::OptionError;
-use crate::qemu::words::{Form, Props};
+use crate::qemu::words::{Form, Props, again};
 
 /// A UUID in the order of its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -60,12 +60,18 @@ pub struct Identity {
     pub uuid: Option<Uuid>,
     /// `-smbios type=1`, when it is there.
     pub system: Option<SystemTexts>,
+    /// All that `-name` said: several are one.
+    name_words: String,
+    /// All that `-smbios type=1` said.
+    system_words: String,
 }
 
 impl Identity {
     /// Reads `-name`.
     pub fn name(&mut self, text: &str) -> Result<(), OptionError> {
-        let mut props = Props::parse(text, Some("guest"), Form::Switches)?;
+        let words = again(&self.name_words, text, "guest");
+        let mut props = Props::parse(&words, Some("guest"), Form::Switches)?;
+        self.name_words = words;
         self.name = props.text("guest")?;
         // Threads have names anyway.
         props.switch("debug-threads")?;
@@ -88,7 +94,9 @@ impl Identity {
 
     /// Reads `-smbios`.
     pub fn smbios(&mut self, text: &str) -> Result<(), OptionError> {
-        let mut props = Props::parse(text, None, Form::Switches)?;
+        let words = again(&self.system_words, text, "type");
+        let mut props = Props::parse(&words, None, Form::Switches)?;
+        self.system_words = words;
         if props.has("file") {
             return Err(OptionError::new(
                 "file= cannot be had: use -smbios type=1,...",

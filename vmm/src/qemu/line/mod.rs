@@ -4,6 +4,7 @@
 
 pub mod argv;
 pub mod chardev;
+pub mod choices;
 pub mod device;
 pub mod global;
 pub mod identity;

@@ -13,7 +13,8 @@ use super::{device, global};
 use crate::qemu::error::{OptionError, expects};
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::Capabilities;
-use crate::qemu::words::{Form, Props};
+use crate::qemu::qmp::json;
+use crate::qemu::words::{Form, Props, again};
 use crate::spec::{
     BackendOptions, BackendSpec, CpuCount, DimmParts, DistanceParts, MachineParts, MemoryParts,
     NodeParts,
@@ -56,6 +57,10 @@ pub struct WantedMemory {
     pub sizes: MemoryParts,
     /// `-smp`
     pub cpus: Option<u32>,
+    /// All that `-m` said: several are one.
+    size_words: String,
+    /// All that `-smp` said.
+    cpu_words: String,
     /// `-object`
     pub backends: Vec<BackendSpec>,
     /// `-numa node`
@@ -187,8 +192,14 @@ impl Wanted {
     ) -> Result<bool, OptionError> {
         let memory = &mut self.memory;
         match argument.name {
-            "m" => memory.sizes = memory::sizes(value)?,
-            "smp" => memory.cpus = Some(machine::smp(value)?),
+            "m" => {
+                memory.size_words = again(&memory.size_words, value, "size");
+                memory.sizes = memory::sizes(&memory.size_words)?;
+            }
+            "smp" => {
+                memory.cpu_words = again(&memory.cpu_words, value, "cpus");
+                memory.cpus = Some(machine::smp(&memory.cpu_words)?);
+            }
             "object" => {
                 let new = memory::object(value, prealloc)?;
                 if memory.backends.iter().any(|old| old.id() == new.id()) {
@@ -299,8 +310,7 @@ fn incoming(value: &str, typed: &str) -> Result<Incoming, OptionError> {
         return Ok(Incoming::Defer);
     }
     let address = if value.starts_with('{') {
-        let json = serde_json::from_str(value)
-            .map_err(|error| OptionError::new(format!("JSON parse error, {error}")))?;
+        let json = json::parse(value.as_bytes()).map_err(OptionError::new)?;
         address::channel(&json)?
     } else {
         address::parse(value)?
@@ -352,6 +362,8 @@ impl Pending {
             "mon" => {
                 let mut props = Props::parse(value, Some("chardev"), Form::Switches)?;
                 let id = props.required("chardev")?;
+                // The monitor's own name, which nothing refers to.
+                props.text("id")?;
                 let mode = props.word("mode", &["control", "readline"])?;
                 let pretty = props.switch("pretty")?.unwrap_or(false);
                 props.finish()?;

@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, open};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -18,6 +18,7 @@ pub use socket::{Listener, SocketPath};
 
 use crate::qemu::error::OptionError;
 use crate::qemu::line::chardev::{Address, Chardev, Role};
+use crate::sys::lock::is_locked;
 
 /// An open end.
 #[derive(Debug)]
@@ -56,20 +57,13 @@ pub fn open_link(chardev: &Chardev, label: &str, tell: Tell<'_>) -> Result<Link,
     match chardev {
         Chardev::Null => Ok(Link::Null),
         Chardev::Stdio => Ok(Link::Stdio),
-        Chardev::File { path, append } => OpenOptions::new()
-            .create(true)
-            .write(true)
-            .append(*append)
-            .truncate(!append)
-            .open(path)
-            .map(Link::File)
-            .map_err(|error| {
-                OptionError::new(format!(
-                    "Unable to open file '{}': {}",
-                    path.display(),
-                    reason(&error)
-                ))
-            }),
+        Chardev::File { path, append } => file(path, *append).map(Link::File).map_err(|error| {
+            OptionError::new(format!(
+                "Unable to open file '{}': {}",
+                path.display(),
+                reason(&error)
+            ))
+        }),
         Chardev::Pty => {
             let pty = pty().map_err(|error| {
                 OptionError::new(format!("Failed to create PTY: {}", reason(&error)))
@@ -82,6 +76,25 @@ pub fn open_link(chardev: &Chardev, label: &str, tell: Tell<'_>) -> Result<Link,
         }
         Chardev::Socket { address, role } => socket(address, *role, tell),
     }
+}
+
+/// A file to write to, emptied unless `append`.
+fn file(path: &Path, append: bool) -> io::Result<File> {
+    let file = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .append(append)
+        .truncate(false)
+        .open(path)?;
+    if is_locked(&file).unwrap_or(false) {
+        return Err(io::Error::other(
+            "it is the memory of a machine that is there: name another file",
+        ));
+    }
+    if !append && file.metadata()?.is_file() {
+        file.set_len(0)?;
+    }
+    Ok(file)
 }
 
 fn socket(address: &Address, role: Role, tell: Tell<'_>) -> Result<Link, OptionError> {

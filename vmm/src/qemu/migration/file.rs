@@ -13,6 +13,7 @@ use super::address::StateAddress;
 use super::state::SavedMachine;
 use crate::memory::layout::PAGE_BYTES;
 use crate::qemu::link::reason;
+use crate::sys::lock::{LockKind, Locked, TO_THE_END, lock_range};
 
 /// The version of the body that this build writes and reads.
 pub const FORMAT: u32 = 1;
@@ -53,6 +54,14 @@ pub fn create(
                 .map_err(|error| {
                     format!("Could not create '{}': {}", path.display(), reason(&error))
                 })?;
+            // Memory of a machine is locked, and so is a state that somebody else writes or reads.
+            if lock_range(&file, LockKind::Exclusive, 0, TO_THE_END).is_ok_and(is_busy) {
+                return Err(format!(
+                    "Could not create '{}': it is the memory of a machine that is there, or a state that is being \
+                     saved or loaded: name another file",
+                    path.display()
+                ));
+            }
             file.set_len(*offset_bytes).map_err(|error| {
                 format!(
                     "failed to truncate migration file to offset {offset_bytes:x}: {}",
@@ -72,13 +81,35 @@ pub fn open(
 ) -> Result<StateFile, String> {
     match address {
         StateAddress::File { path, offset_bytes } => {
-            let file = File::open(path).map_err(|error| {
+            let failed = |error: io::Error| {
                 format!("Could not open '{}': {}", path.display(), reason(&error))
-            })?;
+            };
+            // A FIFO would wait for a writer without NONBLOCK, and with it all monitors.
+            let file = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_NONBLOCK)
+                .open(path)
+                .map_err(failed)?;
+            if !file.metadata().map_err(failed)?.is_file() {
+                return Err(format!(
+                    "Could not open '{}': it is no regular file: name one, or pass a descriptor as fd:NAME",
+                    path.display()
+                ));
+            }
+            if lock_range(&file, LockKind::Shared, 0, TO_THE_END).is_ok_and(is_busy) {
+                return Err(format!(
+                    "Could not open '{}': somebody still writes it: wait until its migration is completed",
+                    path.display()
+                ));
+            }
             at(file, path, *offset_bytes)
         }
         StateAddress::Fd(name) => descriptor(name, false, fds),
     }
+}
+
+fn is_busy(locked: Locked) -> bool {
+    locked == Locked::Busy
 }
 
 fn at(mut file: File, path: &Path, offset_bytes: u64) -> Result<StateFile, String> {

@@ -37,6 +37,8 @@ pub struct SavedBackend {
     pub bytes: u64,
     /// Its first guest physical address.
     pub guest_address: u64,
+    /// Whether the guest could only read it.
+    pub is_rom: bool,
     /// Where its content is.
     pub content: SavedContent,
 }

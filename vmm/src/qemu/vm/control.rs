@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! Running, stopping, resetting and ending the machine.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::memory::Made;
@@ -18,6 +20,9 @@ use crate::sys::lock::LockKind;
 /// What `cont` says of a machine that was never given a program.
 const NOTHING_TO_RUN: &str =
     "there is nothing to run: Pando has no firmware; give a kernel with -kernel";
+
+/// How long a guest that has ended may take until everybody knows.
+const MAX_ENDING: Duration = Duration::from_secs(10);
 
 impl Vm {
     /// Makes the machine anew, from its beginning. What was there must have ended.
@@ -76,10 +81,7 @@ impl Vm {
         if !self.has_program {
             return Err(QmpError::generic(NOTHING_TO_RUN));
         }
-        // Clones may have begun to read the files while the state was there.
-        self.memory
-            .lock(LockKind::Exclusive)
-            .map_err(|error| QmpError::generic(error.to_string()))?;
+        self.write_files()?;
         self.held
             .resume(self.number, &self.ends_sender)
             .map_err(|error| QmpError::generic(one_line(&error)))?;
@@ -88,18 +90,39 @@ impl Vm {
         Ok(())
     }
 
+    /// Files of templates are this machine's to write again: clones may have begun to read them while
+    /// it had saved its state.
+    fn write_files(&self) -> Result<(), QmpError> {
+        self.memory
+            .lock(LockKind::Exclusive)
+            .map_err(|error| QmpError::generic(error.to_string()))
+    }
+
+    /// Stops the vCPUs; whether the guest can go on afterwards. One that has just ended is seen to
+    /// first: a guest that resets stands at the beginning then.
+    pub(super) fn halt(&mut self) -> Result<bool, MachineError> {
+        match self.held.pause() {
+            Ok(()) => self.status = RunStatus::Paused,
+            Err(MachineError::Gone) => {
+                self.status = RunStatus::Paused;
+                if let Ok(end) = self.ends.recv_timeout(MAX_ENDING) {
+                    self.ended(end);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(self.status == RunStatus::Paused && matches!(self.after, After::Nothing))
+    }
+
     /// Stops the guest.
     pub(in crate::qemu) fn stop(&mut self) -> Result<(), QmpError> {
         match self.status {
             RunStatus::InMigrate => self.incoming.start = false,
             RunStatus::Running => {
-                match self.held.pause() {
-                    // It has just ended: that comes next.
-                    Ok(()) | Err(MachineError::Gone) => (),
-                    Err(error) => return Err(QmpError::generic(one_line(&error))),
+                let stopped = self.halt();
+                if stopped.map_err(|error| QmpError::generic(one_line(&error)))? {
+                    self.bus.send("STOP", None);
                 }
-                self.status = RunStatus::Paused;
-                self.bus.send("STOP", None);
             }
             _ => (),
         }
@@ -139,6 +162,7 @@ impl Vm {
                 "cannot reset: {NOTHING_TO_RUN}, of a clone too, and the reset boots it"
             )));
         }
+        self.write_files()?;
         let data = json!({"guest": false, "reason": "host-qmp-system-reset"});
         self.bus.send("RESET", Some(data));
         self.reset(self.status)
@@ -214,7 +238,8 @@ impl Vm {
         }
         let data = json!({"guest": true, "reason": "guest-reset"});
         self.bus.send("RESET", Some(data));
-        if let Err(error) = self.reset(RunStatus::Running) {
+        // Somebody may have stopped it in the meantime.
+        if let Err(error) = self.reset(self.status) {
             self.say(&error.to_string());
             self.after = After::Exit(exit::FAILED);
         }

@@ -235,6 +235,20 @@ impl Vm {
                     here.bytes()
                 )));
             }
+            if here.is_rom() != there.is_rom {
+                let (word, how) = if there.is_rom {
+                    ("read-only memory", "readonly=on alone")
+                } else {
+                    (
+                        "memory that the guest writes",
+                        "share=off,readonly=on,rom=off",
+                    )
+                };
+                return Err(of_ram(format!(
+                    "memory backend \"{}\" is {word} in the state, and not here: give it {how}",
+                    there.id
+                )));
+            }
         }
         if let Some(more) = ours
             .iter()

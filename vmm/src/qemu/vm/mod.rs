@@ -169,21 +169,17 @@ impl Vm {
         &mut self.bus
     }
 
-    /// Runs until the end; the exit code.
-    pub fn run(&mut self) -> u8 {
+    /// Begins with what the command line asks for; the exit code, if that is the end already.
+    pub fn begin(&mut self) -> Option<u8> {
         self.start();
+        self.settle()
+    }
+
+    /// Runs until the end; the exit code. [`Self::begin`] comes first.
+    pub fn run(&mut self) -> u8 {
         loop {
-            match std::mem::take(&mut self.after) {
-                After::Nothing => (),
-                After::Save(target) => self.save(*target),
-                After::Load(source) => self.load(*source),
-                After::Exit(code) => {
-                    self.held.end();
-                    return code;
-                }
-            }
-            if !matches!(self.after, After::Nothing) {
-                continue;
+            if let Some(code) = self.settle() {
+                return code;
             }
             let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
             select! {
@@ -193,6 +189,21 @@ impl Vm {
                 recv(inbox) -> message => if let Ok(message) = message {
                     self.take(message);
                 },
+            }
+        }
+    }
+
+    /// Does what comes behind an answer; the exit code, if that is the end.
+    fn settle(&mut self) -> Option<u8> {
+        loop {
+            match std::mem::take(&mut self.after) {
+                After::Nothing => return None,
+                After::Save(target) => self.save(*target),
+                After::Load(source) => self.load(*source),
+                After::Exit(code) => {
+                    self.held.end();
+                    return Some(code);
+                }
             }
         }
     }

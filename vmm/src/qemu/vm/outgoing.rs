@@ -157,9 +157,18 @@ impl Vm {
         self.migration.status = MigrationStatus::Active;
         self.migration_event("active");
         if self.status == RunStatus::Running {
-            if self.held.pause().is_err() {
-                self.save_failed("the guest ended before its state was saved".to_owned());
-                return;
+            match self.halt() {
+                Ok(true) => (),
+                Ok(false) => {
+                    // There is nothing that could go on.
+                    self.migration.before = self.status;
+                    self.save_failed("the guest ended before its state was saved".to_owned());
+                    return;
+                }
+                Err(error) => {
+                    self.save_failed(one_line(&error));
+                    return;
+                }
             }
             self.bus.send("STOP", None);
         }
@@ -203,6 +212,7 @@ impl Vm {
                 id: backend.id().to_owned(),
                 bytes: backend.bytes(),
                 guest_address: ram.layout().guest_address(position, 0).unwrap_or(0),
+                is_rom: backend.is_rom(),
                 content: SavedContent::Here {
                     runs: Vec::new(),
                     checksum: 0,

@@ -10,6 +10,7 @@ use crate::observe::memory::total_bytes;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::Wanted;
 use crate::qemu::link::reason;
+use crate::qemu::outputs;
 use crate::report::one_line;
 use crate::spec::{MachineSpec, SpecError};
 
@@ -37,6 +38,7 @@ impl Plan {
                 "cannot set up guest memory: {bytes} bytes are more than this host's {host_bytes}: ask for less"
             )));
         }
+        outputs::check(&wanted, &spec)?;
         let boot = boot(&wanted)?;
         Ok(Self { spec, boot, wanted })
     }

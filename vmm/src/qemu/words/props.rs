@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::size;
 use crate::qemu::error::{OptionError, expects, invalid_parameter, missing, not_accepted};
+use crate::qemu::qmp::json;
 
 /// How an option's properties are written, of QEMU's two ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,8 +44,8 @@ impl Props {
             )));
         }
         if form == Form::KeyValue && text.starts_with('{') {
-            let value = serde_json::from_str(text)
-                .map_err(|error| OptionError::new(format!("JSON parse error, {error}")))?;
+            // As QEMU reads it: with either kind of quotes, and each key once.
+            let value = json::parse(text.as_bytes()).map_err(OptionError::new)?;
             return Self::from_json(value);
         }
         let mut props = Self::default();
@@ -244,6 +245,20 @@ fn check_key(key: &str) -> Result<(), OptionError> {
     }
 }
 
+/// An option that was typed again: what it says is added to what was said `before`. `implied` is the key
+/// of a first value without one.
+pub fn again(before: &str, text: &str, implied: &str) -> String {
+    let named = text
+        .split(',')
+        .next()
+        .is_some_and(|first| first.contains('='));
+    match (before, named) {
+        ("", _) => text.to_owned(),
+        (_, true) => format!("{before},{text}"),
+        (_, false) => format!("{before},{implied}={text}"),
+    }
+}
+
 struct Part {
     key: Option<String>,
     value: String,
@@ -308,6 +323,9 @@ mod tests {
         assert_eq!(p.required("id").unwrap(), "ram");
         assert_eq!(p.size("size").unwrap(), Some(4096));
         assert_eq!(p.switch("share").unwrap(), Some(true));
+        assert_eq!(props("{'id': 'a'}").required("id").unwrap(), "a");
+        let twice = Props::parse(r#"{"a": 1, "a": 2}"#, None, Form::KeyValue);
+        assert_eq!(message(twice), "JSON parse error, duplicate key");
         let mut p = props(r#"{"id": 5, "share": "on", "cpus": [0, 2]}"#);
         assert_eq!(
             message(p.required("id")),
@@ -343,6 +361,16 @@ mod tests {
             Props::parse("socket,id=q,server,nowait", Some("backend"), Form::Switches).unwrap();
         assert_eq!(p.switch("server").unwrap(), Some(true));
         assert_eq!(p.switch("wait").unwrap(), Some(false));
+    }
+
+    #[test]
+    fn an_option_that_is_typed_again_adds_to_the_first() {
+        assert_eq!(again("", "64M", "size"), "64M");
+        assert_eq!(
+            again("64M", "slots=2,maxmem=1G", "size"),
+            "64M,slots=2,maxmem=1G"
+        );
+        assert_eq!(again("slots=2", "64M", "size"), "slots=2,size=64M");
     }
 
     #[test]

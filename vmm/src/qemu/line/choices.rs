@@ -1,0 +1,63 @@
+#![forbid(unsafe_code)]
+//! `-machine help` and the like: what can be named behind an option.
+
+use super::argv::Argument;
+use super::wanted::LOG_ITEMS;
+
+/// The list that `help` behind an option asks for; `None` when it does not.
+pub fn of(argument: &Argument) -> Option<String> {
+    if !matches!(argument.value.as_str(), "help" | "?") {
+        return None;
+    }
+    let (title, names): (&str, &[&str]) = match argument.name {
+        "machine" | "M" => (
+            "Supported machines are:",
+            &[
+                "q35",
+                "pc",
+                "microvm",
+                "pc-q35-VERSION",
+                "pc-i440fx-VERSION",
+            ],
+        ),
+        "cpu" => ("Available CPUs:", &["host", "max"]),
+        "accel" => ("Accelerators supported:", &["kvm"]),
+        "device" => ("Devices:", &["pc-dimm"]),
+        "object" => (
+            "List of user creatable objects:",
+            &[
+                "memory-backend-file",
+                "memory-backend-memfd",
+                "memory-backend-ram",
+                "memory-backend-shm",
+            ],
+        ),
+        "chardev" => (
+            "Available chardev backend types:",
+            &["file", "null", "pty", "socket", "stdio"],
+        ),
+        "d" => ("Log items (comma separated):", &LOG_ITEMS),
+        _ => return None,
+    };
+    Some(format!("{title}\n  {}\n", names.join("\n  ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn help_lists_what_there_is_and_nothing_else_does() {
+        let ask = |name, value: &str| {
+            of(&Argument {
+                name,
+                value: value.to_owned(),
+                typed: String::new(),
+            })
+        };
+        assert!(ask("cpu", "help").unwrap().contains("\n  host\n"));
+        assert!(ask("d", "?").unwrap().contains("\n  qmp\n"));
+        assert_eq!(ask("cpu", "host"), None);
+        assert_eq!(ask("kernel", "help"), None);
+    }
+}

@@ -1,0 +1,86 @@
+#![forbid(unsafe_code)]
+//! Files that the program writes, kept apart from those that are memory: a log, a PID file or what
+//! COM1 prints would go into the guest's RAM, or cut a template short under its clones.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use super::error::OptionError;
+use super::line::Wanted;
+use super::line::chardev::Chardev;
+use crate::spec::MachineSpec;
+
+/// Refuses a command line that writes something else to the file of a memory backend.
+pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
+    for (what, output) in outputs(wanted) {
+        let same = spec.backends().iter().find(|backend| {
+            let file = backend.file();
+            file.is_some_and(|file| is_same(file.path(), output))
+        });
+        if let Some(backend) = same {
+            return Err(OptionError::new(format!(
+                "{what}: {} is the file of memory backend {}, which nothing else may write: name another file",
+                output.display(),
+                backend.id()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn outputs(wanted: &Wanted) -> Vec<(&'static str, &Path)> {
+    let program = &wanted.program;
+    let named = [("-D", &program.log_file), ("-pidfile", &program.pid_file)];
+    let mut all: Vec<_> = named
+        .into_iter()
+        .filter_map(|(what, path)| Some((what, path.as_deref()?)))
+        .collect();
+    let monitors = wanted.monitors.iter().map(|monitor| &monitor.chardev);
+    for (what, chardev) in monitors
+        .map(|chardev| ("monitor", chardev))
+        .chain(wanted.serial.iter().map(|chardev| ("serial port", chardev)))
+    {
+        if let Chardev::File { path, .. } = chardev {
+            all.push((what, path));
+        }
+    }
+    all
+}
+
+/// Whether two paths are one file, or will be when it is made.
+fn is_same(one: &Path, other: &Path) -> bool {
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        (Err(_), Err(_)) => place(one).is_some_and(|place| Some(place) == self::place(other)),
+        _ => false,
+    }
+}
+
+/// The directory that a file is to be made in, and its name there.
+fn place(path: &Path) -> Option<(PathBuf, OsString)> {
+    let name = path.file_name()?.to_owned();
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    let directory = fs::canonicalize(parent.unwrap_or(Path::new("."))).ok()?;
+    Some((directory, name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_file_has_many_paths() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        fs::write(path("a"), "").unwrap();
+        fs::hard_link(path("a"), path("b")).unwrap();
+        std::os::unix::fs::symlink(path("a"), path("c")).unwrap();
+        assert!(is_same(&path("a"), &path("b")) && is_same(&path("a"), &path("c")));
+        assert!(is_same(&path("new"), &path("./new")));
+        assert!(!is_same(&path("new"), &path("a")) && !is_same(&path("new"), &path("newer")));
+    }
+}
