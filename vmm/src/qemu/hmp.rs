@@ -47,7 +47,7 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
         ["system_reset"] => vm.system_reset().map(|()| String::new()),
         ["system_powerdown"] => vm.system_powerdown().map(|()| String::new()),
         ["quit" | "q"] => {
-            vm.shut_down(false, "host-qmp-quit");
+            vm.quit();
             Ok(String::new())
         }
         ["migrate", uri] | ["migrate", "-d", uri] => migrate(vm, uri),

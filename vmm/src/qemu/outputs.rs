@@ -11,6 +11,7 @@ use super::error::OptionError;
 use super::line::Wanted;
 use super::line::chardev::Chardev;
 use crate::spec::MachineSpec;
+use crate::sys::lock::is_locked;
 
 /// Refuses a command line that writes something else to the file of a memory backend.
 pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
@@ -19,6 +20,13 @@ pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
             let file = backend.file();
             file.is_some_and(|file| is_same(file.path(), output))
         });
+        // A log is not kept apart by a lock of its own.
+        if what == "-D" && is_in_use(output) {
+            return Err(OptionError::new(format!(
+                "{what}: {} is the memory of a machine that is there: name another file",
+                output.display()
+            )));
+        }
         if let Some(backend) = same {
             return Err(OptionError::new(format!(
                 "{what}: {} is the file of memory backend {}, which nothing else may write: name another file",
@@ -56,6 +64,11 @@ fn is_same(one: &Path, other: &Path) -> bool {
         (Err(_), Err(_)) => place(one).is_some_and(|place| Some(place) == self::place(other)),
         _ => false,
     }
+}
+
+fn is_in_use(path: &Path) -> bool {
+    let is_file = fs::metadata(path).is_ok_and(|facts| facts.is_file());
+    is_file && fs::File::open(path).is_ok_and(|file| is_locked(&file).unwrap_or(false))
 }
 
 /// The directory that a file is to be made in, and its name there.

@@ -3,6 +3,7 @@
 
 use crate::qemu::error::OptionError;
 use crate::qemu::migration::capability::Capability;
+use crate::qemu::words::{Form, Props};
 
 /// Property names and what they set. `x-ignore-shared` has none, in QEMU either.
 const PROPERTIES: &[(&str, Capability)] = &[("mapped-ram", Capability::MappedRam)];
@@ -23,13 +24,9 @@ const REFUSED: &[(&str, &str)] = &[
 
 /// Reads `-global`: the capability and whether it is on.
 pub fn global(text: &str) -> Result<(Capability, bool), OptionError> {
-    let wrong = || {
-        OptionError::new(format!(
-            "'{text}' is not DRIVER.PROPERTY=VALUE, the form of -global"
-        ))
-    };
-    let (name, value) = text.split_once('=').ok_or_else(wrong)?;
-    let (driver, property) = name.split_once('.').ok_or_else(wrong)?;
+    let (driver, property, value) = parts(text)?;
+    let (property, value) = (property.as_str(), value.as_str());
+    let name = format!("{driver}.{property}");
     if driver != "migration" {
         return Err(OptionError::new(format!(
             "-global {driver}.{property} cannot be had: no device of Pando has properties to set"
@@ -56,6 +53,24 @@ pub fn global(text: &str) -> Result<(Capability, bool), OptionError> {
     }
 }
 
+/// Driver, property and value, of `DRIVER.PROPERTY=VALUE` or of the long form that files have.
+fn parts(text: &str) -> Result<(String, String, String), OptionError> {
+    if text.starts_with("driver=") {
+        let mut props = Props::parse(text, None, Form::KeyValue)?;
+        let mut take = |key| props.required(key);
+        let parts = (take("driver")?, take("property")?, take("value")?);
+        props.finish()?;
+        return Ok(parts);
+    }
+    let (name, value) = text.split_once('=').unwrap_or(("", ""));
+    match name.split_once('.') {
+        Some((driver, property)) => Ok((driver.to_owned(), property.to_owned(), value.to_owned())),
+        None => Err(OptionError::new(format!(
+            "'{text}' is not DRIVER.PROPERTY=VALUE, the form of -global"
+        ))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -65,6 +80,10 @@ mod tests {
         assert_eq!(
             global("migration.mapped-ram=on"),
             Ok((Capability::MappedRam, true))
+        );
+        assert_eq!(
+            global("driver=migration,property=mapped-ram,value=off"),
+            Ok((Capability::MappedRam, false))
         );
         let message = |text| global(text).unwrap_err().to_string();
         assert_eq!(

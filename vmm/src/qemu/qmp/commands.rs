@@ -114,7 +114,7 @@ pub const COMMANDS: &[Command] = &[
     query("stop", "stop the guest", |vm, _| done(vm.stop())),
     query("cont", "let the guest run", |vm, _| done(vm.cont())),
     query("quit", "end", |vm, _| {
-        vm.shut_down(false, "host-qmp-quit");
+        vm.quit();
         Ok(json!({}))
     }),
     query("system_reset", "boot anew", |vm, _| done(vm.system_reset())),

@@ -19,10 +19,19 @@ pub const MAX_EVENTS: usize = 1024;
 /// Most requests of all monitors together that wait for the machine's thread.
 pub const MAX_REQUESTS: usize = 64;
 
+/// The answer to a QMP command.
+#[derive(Debug)]
+pub struct Reply {
+    /// What came of it.
+    pub result: Result<Value, QmpError>,
+    /// How many events there had been by then: they come before the answer, later ones behind it.
+    pub events: u64,
+}
+
 /// What a monitor asks of the machine's thread.
 pub enum Ask {
     /// A QMP command, with descriptors that came with it.
-    Qmp(Request, Vec<OwnedFd>, Sender<Result<Value, QmpError>>),
+    Qmp(Request, Vec<OwnedFd>, Sender<Reply>),
     /// A line for people.
     Hmp(String, Sender<String>),
 }
@@ -39,7 +48,8 @@ impl fmt::Debug for Ask {
 /// The events of one monitor.
 #[derive(Debug)]
 pub struct Port {
-    queue: Mutex<VecDeque<Value>>,
+    /// Each with its number.
+    queue: Mutex<VecDeque<(u64, Value)>>,
     wake: OwnedFd,
     /// A client is connected and has negotiated: before that it gets no events.
     listening: AtomicBool,
@@ -59,7 +69,7 @@ impl Port {
         })
     }
 
-    fn send(&self, event: &Value) {
+    fn send(&self, number: u64, event: &Value) {
         if !self.listening.load(Ordering::Acquire) {
             return;
         }
@@ -68,7 +78,7 @@ impl Port {
             self.dropped.fetch_add(1, Ordering::Relaxed);
             return;
         }
-        queue.push_back(event.clone());
+        queue.push_back((number, event.clone()));
         drop(queue);
         self.ring();
     }
@@ -87,12 +97,17 @@ impl Port {
         }
     }
 
-    /// What waits, oldest first.
-    pub fn take(&self) -> Vec<Value> {
+    /// What waits of the first `number` events, oldest first.
+    pub fn take(&self, number: u64) -> Vec<Value> {
         let mut count = [0; 8];
         let _ = rustix::io::read(&self.wake, &mut count);
         let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        queue.drain(..).collect()
+        let ready = queue.partition_point(|(event, _)| *event <= number);
+        let taken = queue.drain(..ready).map(|(_, event)| event).collect();
+        if !queue.is_empty() {
+            self.ring();
+        }
+        taken
     }
 
     /// Tells the monitor to send what waits and to end.
@@ -122,12 +137,18 @@ impl AsFd for Port {
 #[derive(Debug, Default)]
 pub struct Bus {
     ports: Vec<Arc<Port>>,
+    sent: AtomicU64,
 }
 
 impl Bus {
     /// Adds a monitor.
     pub fn add(&mut self, port: Arc<Port>) {
         self.ports.push(port);
+    }
+
+    /// How many events there were.
+    pub fn sent(&self) -> u64 {
+        self.sent.load(Ordering::Relaxed)
     }
 
     /// Tells all clients.
@@ -137,8 +158,9 @@ impl Bus {
             .unwrap_or_default();
         tracing::debug!(target: "pando_vmm::qemu::qmp", name, "event");
         let event = Event { name, data }.to_json(now);
+        let number = self.sent.fetch_add(1, Ordering::Relaxed) + 1;
         for port in &self.ports {
-            port.send(&event);
+            port.send(number, &event);
         }
     }
 }
@@ -153,15 +175,17 @@ mod tests {
         let mut bus = Bus::default();
         bus.add(Arc::clone(&port));
         bus.send("STOP", None);
-        assert!(port.take().is_empty());
+        assert!(port.take(u64::MAX).is_empty());
         port.listen(true);
         for _ in 0..MAX_EVENTS + 5 {
             bus.send("STOP", None);
         }
-        assert_eq!(port.take().len(), MAX_EVENTS);
+        let before = bus.sent() - 5 - 1;
+        assert_eq!(port.take(before).len(), MAX_EVENTS - 1);
+        assert_eq!(port.take(u64::MAX).len(), 1);
         assert_eq!(port.dropped(), 5);
         bus.send("RESUME", None);
         port.listen(false);
-        assert!(port.take().is_empty());
+        assert!(port.take(u64::MAX).is_empty());
     }
 }

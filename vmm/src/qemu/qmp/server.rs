@@ -15,7 +15,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 
 use super::json;
 use super::message::{self, Class, QmpError};
-use super::port::{Ask, Port};
+use super::port::{Ask, Port, Reply};
 use crate::qemu::line::wanted::MonitorOption;
 use crate::qemu::link::Link;
 
@@ -154,7 +154,7 @@ impl Server {
         loop {
             let ready = self.wait(client.input);
             if ready.events {
-                self.send_events(client)?;
+                self.send_events(client, u64::MAX)?;
             }
             if self.port.is_closing() {
                 return Ok(());
@@ -174,8 +174,8 @@ impl Server {
         }
     }
 
-    fn send_events(&self, client: &mut Client<'_>) -> Result<(), Errno> {
-        for event in self.port.take() {
+    fn send_events(&self, client: &mut Client<'_>, number: u64) -> Result<(), Errno> {
+        for event in self.port.take(number) {
             client.send(&message::write(&event, self.pretty))?;
         }
         Ok(())
@@ -184,25 +184,41 @@ impl Server {
     fn take_values(&self, client: &mut Client<'_>, bytes: &[u8]) -> Result<(), Errno> {
         client.reader.push(bytes);
         while let Some(value) = client.reader.next_value() {
-            let (id, result) = match value {
+            let (id, reply) = match value {
                 Ok(value) => {
                     let received = message::receive(value, client.oob);
-                    let result = received
-                        .request
-                        .and_then(|request| self.one(client, request));
-                    (received.id, result)
+                    let reply = match received.request {
+                        Ok(request) => self.one(client, request),
+                        Err(error) => here(Err(error)),
+                    };
+                    (received.id, reply)
                 }
-                Err(why) => (None, Err(QmpError::generic(why))),
+                Err(why) => (None, here(Err(QmpError::generic(why)))),
             };
-            // What happened while it was done comes first.
-            self.send_events(client)?;
-            let answer = message::answer(id, result);
+            // What happened while it was done comes first, and what came of it behind.
+            self.send_events(client, reply.events)?;
+            let answer = message::answer(id, reply.result);
             client.send(&message::write(&answer, self.pretty))?;
         }
         Ok(())
     }
 
-    fn one(
+    fn one(&self, client: &mut Client<'_>, request: message::Request) -> Reply {
+        if client.negotiated && !request.out_of_band && request.command != "qmp_capabilities" {
+            let fds = std::mem::take(&mut client.fds);
+            let (reply, answer) = bounded(1);
+            return if (self.ask)(Ask::Qmp(request, fds, reply)) {
+                answer.recv().ok()
+            } else {
+                None
+            }
+            .unwrap_or_else(|| here(Err(QmpError::generic("the machine has ended"))));
+        }
+        here(self.own(client, request))
+    }
+
+    /// What the monitor answers by itself.
+    fn own(
         &self,
         client: &mut Client<'_>,
         request: message::Request,
@@ -224,18 +240,9 @@ impl Server {
             ("qmp_capabilities", true) => Err(not_found(
                 "Capabilities negotiation is already complete, command ignored".to_owned(),
             )),
-            (_, false) => Err(not_found(
+            _ => Err(not_found(
                 "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned(),
             )),
-            (_, true) => {
-                let (reply, answer) = bounded(1);
-                let fds = std::mem::take(&mut client.fds);
-                let gone = || QmpError::generic("the machine has ended");
-                if !(self.ask)(Ask::Qmp(request, fds, reply)) {
-                    return Err(gone());
-                }
-                answer.recv().map_err(|_| gone())?
-            }
         }
     }
 
@@ -264,6 +271,14 @@ impl Server {
             client.send(b"the line is too long\r\n(qemu) ")?;
         }
         Ok(())
+    }
+}
+
+/// An answer that no machine was asked for.
+fn here(result: Result<serde_json::Value, QmpError>) -> Reply {
+    Reply {
+        result,
+        events: u64::MAX,
     }
 }
 

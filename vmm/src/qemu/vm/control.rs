@@ -132,7 +132,7 @@ impl Vm {
     /// Presses the power button; what comes of it is the guest's decision.
     pub(in crate::qemu) fn system_powerdown(&mut self) -> Result<(), QmpError> {
         self.held.press_power_button();
-        self.bus.send("POWERDOWN", None);
+        self.after = After::Tell("POWERDOWN");
         Ok(())
     }
 
@@ -163,10 +163,23 @@ impl Vm {
             )));
         }
         self.write_files()?;
+        self.after = After::Reset;
+        Ok(())
+    }
+
+    /// Resets the machine; whoever asked has the answer.
+    pub(super) fn reset_now(&mut self) {
         let data = json!({"guest": false, "reason": "host-qmp-system-reset"});
         self.bus.send("RESET", Some(data));
-        self.reset(self.status)
-            .map_err(|error| QmpError::generic(error.to_string()))
+        self.reset_or_end();
+    }
+
+    fn reset_or_end(&mut self) {
+        // Somebody may have stopped it in the meantime.
+        if let Err(error) = self.reset(self.status) {
+            self.say(&error.to_string());
+            self.after = After::Exit(exit::FAILED);
+        }
     }
 
     /// Makes the machine anew; it goes on as `status` says.
@@ -187,6 +200,12 @@ impl Vm {
             self.status = RunStatus::Running;
         }
         Ok(())
+    }
+
+    /// A monitor wants the end, and its answer first.
+    pub(in crate::qemu) fn quit(&mut self) {
+        self.migration.cancel();
+        self.after = After::Quit;
     }
 
     /// Ends everything.
@@ -238,11 +257,7 @@ impl Vm {
         }
         let data = json!({"guest": true, "reason": "guest-reset"});
         self.bus.send("RESET", Some(data));
-        // Somebody may have stopped it in the meantime.
-        if let Err(error) = self.reset(self.status) {
-            self.say(&error.to_string());
-            self.after = After::Exit(exit::FAILED);
-        }
+        self.reset_or_end();
     }
 
     fn failed(&mut self, failure: &Failure) {

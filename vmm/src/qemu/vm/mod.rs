@@ -30,7 +30,7 @@ use self::outgoing::Migration;
 use self::serial::SerialPort;
 use super::error::OptionError;
 use super::line::wanted::Incoming;
-use super::qmp::port::{Ask, Bus, MAX_REQUESTS};
+use super::qmp::port::{Ask, Bus, MAX_REQUESTS, Reply};
 use super::{hmp, qmp};
 use crate::machine::Outcome;
 use crate::memory::provide::Begin;
@@ -70,6 +70,12 @@ pub enum After {
     Save(Box<outgoing::Target>),
     /// Load a state.
     Load(Box<incoming::Source>),
+    /// Reset the machine.
+    Reset,
+    /// Tell clients of an event.
+    Tell(&'static str),
+    /// End because a monitor asked for it.
+    Quit,
     /// End with this exit code.
     Exit(u8),
 }
@@ -200,6 +206,9 @@ impl Vm {
                 After::Nothing => return None,
                 After::Save(target) => self.save(*target),
                 After::Load(source) => self.load(*source),
+                After::Reset => self.reset_now(),
+                After::Tell(event) => self.bus.send(event, None),
+                After::Quit => self.shut_down(false, "host-qmp-quit"),
                 After::Exit(code) => {
                     self.held.end();
                     return Some(code);
@@ -214,8 +223,9 @@ impl Vm {
                 self.passed = fds;
                 let result = qmp::commands::execute(self, &request.command, request.arguments);
                 self.passed.clear();
+                let events = self.bus.sent();
                 // A monitor that is gone wants no answer.
-                let _ = reply.send(result);
+                let _ = reply.send(Reply { result, events });
             }
             Message::Ask(Ask::Hmp(line, reply)) => {
                 let _ = reply.send(hmp::execute(self, &line));
