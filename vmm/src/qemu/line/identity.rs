@@ -71,7 +71,6 @@ impl Identity {
     pub fn name(&mut self, text: &str) -> Result<(), OptionError> {
         let words = again(&self.name_words, text, "guest");
         let mut props = Props::parse(&words, Some("guest"), Form::Switches)?;
-        self.name_words = words;
         self.name = props.text("guest")?;
         // Threads have names anyway.
         props.switch("debug-threads")?;
@@ -80,7 +79,9 @@ impl Identity {
                 "process= cannot be had: rename the link by which Pando is started",
             ));
         }
-        props.finish()
+        props.finish()?;
+        self.name_words = words;
+        Ok(())
     }
 
     /// Reads `-uuid`.
@@ -96,7 +97,6 @@ impl Identity {
     pub fn smbios(&mut self, text: &str) -> Result<(), OptionError> {
         let words = again(&self.system_words, text, "type");
         let mut props = Props::parse(&words, None, Form::Switches)?;
-        self.system_words = words;
         if props.has("file") {
             return Err(OptionError::new(
                 "file= cannot be had: use -smbios type=1,...",
@@ -111,16 +111,20 @@ impl Identity {
             }
             None => return Err(OptionError::new("Must specify type= or file=")),
         }
-        let mut text = |key| Ok(props.text(key)?.unwrap_or_default());
+        let mut word = |key| Ok(props.text(key)?.unwrap_or_default());
         let system = SystemTexts {
-            manufacturer: text("manufacturer")?,
-            product: text("product")?,
-            version: text("version")?,
-            serial: text("serial")?,
-            sku: text("sku")?,
-            family: text("family")?,
+            manufacturer: word("manufacturer")?,
+            product: word("product")?,
+            version: word("version")?,
+            serial: word("serial")?,
+            sku: word("sku")?,
+            family: word("family")?,
         };
-        if let Some(uuid) = props.text("uuid")? {
+        // One from before stands behind a -uuid that came since.
+        let is_new = text.split(',').any(|part| part.starts_with("uuid="));
+        if let Some(uuid) = props.text("uuid")?
+            && is_new
+        {
             self.uuid = Some(
                 uuid.parse()
                     .map_err(|()| OptionError::new("Invalid UUID"))?,
@@ -134,6 +138,7 @@ impl Identity {
             )));
         }
         self.system = Some(system);
+        self.system_words = words;
         Ok(())
     }
 }
@@ -145,6 +150,14 @@ mod tests {
 
     #[test]
     fn identities_are_read() {
+        let mut twice = Identity::default();
+        twice.smbios("type=1,serial=s").unwrap();
+        twice.smbios("type=1,product=p").unwrap();
+        let system = twice.system.unwrap();
+        assert_eq!(
+            (system.serial.as_str(), system.product.as_str()),
+            ("s", "p")
+        );
         let mut identity = Identity::default();
         identity.name("clone-1,debug-threads=on").unwrap();
         identity
