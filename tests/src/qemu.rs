@@ -246,7 +246,7 @@ impl Serial {
         self.line()
     }
 
-    /// Whether the guest's pages hold what [`write`] with this salt put there.
+    /// Whether the guest's pages hold what [`write()`] with this salt put there.
     pub fn holds(&mut self, pages: u64, salt: u64) -> Result<bool> {
         let answer = self.ask(&format!(
             "v {FIRST_PAGE:x} {pages:x} {pages:x} 0 0 {salt:x}"
