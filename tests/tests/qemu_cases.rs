@@ -113,11 +113,14 @@ fn run(case: &Case<'_>) -> Result<Outcome> {
     let mut command = Command::new(&words[0]);
     command.args(&words[1..]).current_dir(dir).env("D", dir);
     let mut running = Running::start(&mut command)?;
-    eventually("it is there or has ended", || {
-        socket.exists() || !matches!(running.child.try_wait(), Ok(None))
+    // The socket is there a moment before anybody listens on it.
+    let mut monitor = None;
+    eventually("it listens or has ended", || {
+        monitor = Qmp::open(&socket).ok();
+        monitor.is_some() || !matches!(running.child.try_wait(), Ok(None))
     })?;
     let mut deviations = Vec::new();
-    if let Ok(mut qmp) = Qmp::open(&socket) {
+    if let Some(mut qmp) = monitor {
         for exchange in case.0["expect_qmp"].as_array().into_iter().flatten() {
             let expected = with_path(&exchange["reply"], name)?;
             if expected["EOF"] == true {
