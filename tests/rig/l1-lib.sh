@@ -34,6 +34,16 @@ differ() {
     fi
 }
 
+# between NAME LEAST MOST VALUE
+between() {
+    if [ "$4" -ge "$2" ] && [ "$4" -le "$3" ]; then
+        echo "CHECK $1 ok"
+    else
+        echo "CHECK $1 FAIL expected $2 to $3, got '$(echo "$4" | tr '\n\r' '  ' | tail -c 800)'"
+        return 1
+    fi
+}
+
 # within SECONDS COMMAND...: waits until the command succeeds, false when the time is up.
 within() {
     within_limit=$1
