@@ -49,7 +49,8 @@ fn runs_are_recorded_kept_and_shown() -> Result<()> {
     let set = &inspect(&template)?["working_set"];
     assert_eq!((&set["state"], &set["runs"]), (&"known".into(), &2.into()));
     assert_eq!(set["pages"], run(0)["new"]);
-    assert_eq!(set["zero_pages"], 64);
+    // Those that were read, and those that were written.
+    assert_eq!(set["zero_pages"], 164);
     assert!(set["written_pages"].as_u64() >= Some(64), "{set:#}");
     // The pages that were written in random order are one run of neighbours here and there.
     let written = set["touched"].as_array().context("touched")?;
@@ -121,7 +122,8 @@ fn a_page_that_is_written_after_it_was_read_counts_as_written() -> Result<()> {
     let result = warm(&template, &["--runs", "1", "--input", input, "--json"])?;
     let result = result.expect_code(0)?.json()?;
     assert_eq!(result["runs"][0]["touches"]["zero_reads"], 32, "{result:#}");
-    assert_eq!(result["working_set"]["zero_pages"], 32);
+    assert_eq!(result["working_set"]["zero_pages"], 64);
+    assert!(result["working_set"]["written_pages"].as_u64() < Some(64));
     Ok(())
 }
 

@@ -37,21 +37,9 @@ const RANK_UNIT: u32 = 16;
 /// How slowly a rank moves: by one part in so many of the way.
 const RANK_INERTIA: i64 = 4;
 
-/// What to do with pages of the template without data, zero or hole.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum ZeroReads {
-    /// Only those that are written count: reading one needs no I/O and no memory.
-    #[default]
-    Skip,
-    /// They count as pages with data do. Each still costs a fault where it is not mapped ahead.
-    Keep,
-}
-
 /// How runs are merged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MergeRules {
-    /// Pages without data.
-    pub zero_reads: ZeroReads,
     /// Most pages to keep, at most [`MAX_PAGES`]: beyond, those with the fewest hits go, and of
     /// equals those that come last.
     pub max_pages: usize,
@@ -60,7 +48,6 @@ pub struct MergeRules {
 impl Default for MergeRules {
     fn default() -> Self {
         Self {
-            zero_reads: ZeroReads::default(),
             max_pages: MAX_PAGES,
         }
     }
@@ -79,7 +66,7 @@ pub struct Merged {
     pub over_bound: u64,
     /// Known pages that were there unasked and not seen to be written: they keep their share.
     pub unseen: u64,
-    /// Touches of pages without data that were read only.
+    /// Pages of the run without data that were read only, known or new.
     pub zero_reads: u64,
     /// Touches that name no page of the template, or came behind [`MAX_TOUCHES`].
     pub ignored: u64,
@@ -90,7 +77,7 @@ impl WorkingSet {
     /// `index` is that of the template, which tells data from zero.
     pub fn merge(&mut self, trace: &Trace, index: &Index, rules: &MergeRules) -> Merged {
         let mut merged = Merged::default();
-        let run = Run::of(self, trace, index, rules, &mut merged);
+        let run = Run::of(self, trace, index, &mut merged);
         if run.backends.iter().all(RunOf::is_empty) {
             return merged;
         }

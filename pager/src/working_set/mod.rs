@@ -21,7 +21,7 @@ mod types;
 mod within;
 
 pub use format::WorkingSetError;
-pub use merge::{MAX_TOUCHES, MergeRules, Merged, ZeroReads};
+pub use merge::{MAX_TOUCHES, MergeRules, Merged};
 pub use plan::{HUGE_RANGE_PAGES, Plan, PlanRules, PlannedRun};
 pub use probe::PROBE_SHARE;
 pub use set::{BackendSet, HIT, KnownPage, MAX_PAGES, WorkingSet};

@@ -16,7 +16,6 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::merge::ZeroReads;
 use super::near::near;
 use super::set::{KnownPage, WorkingSet};
 use crate::image::{Index, PageKind};
@@ -38,8 +37,6 @@ pub struct PlanRules {
     pub zero_pages: u64,
     /// Whether ranges are filled whole; a clone without a root has no use for it.
     pub whole_ranges: bool,
-    /// Whether pages without data that are mostly read are shared.
-    pub zero_reads: ZeroReads,
 }
 
 /// Pages that belong together.
@@ -78,7 +75,7 @@ impl Plan {
     /// The plan for a template with this `index`. Pages that the template does not have are left
     /// out quietly.
     pub fn new(set: &WorkingSet, index: &Index, rules: &PlanRules) -> Self {
-        let (mut private, mut shared) = candidates(set, index, rules);
+        let (mut private, mut shared) = candidates(set, index);
         private.sort_unstable_by_key(|(place, known)| (known.rank, *place));
         let room = usize::try_from(rules.private_pages).unwrap_or(usize::MAX);
         let surplus = private.split_off(private.len().min(room));
@@ -131,7 +128,7 @@ pub(super) fn kind(index: &Index, backend: u32, page: PageIndex) -> PageKind {
 type Candidates = Vec<(Place, KnownPage)>;
 
 /// The pages that clones mostly write, and the others that are worth sharing.
-fn candidates(set: &WorkingSet, index: &Index, rules: &PlanRules) -> (Candidates, Candidates) {
+fn candidates(set: &WorkingSet, index: &Index) -> (Candidates, Candidates) {
     let (mut private, mut shared) = (Vec::new(), Vec::new());
     for (number, (backend, (_, image))) in (0..).zip(set.backends().iter().zip(index.backends())) {
         for known in backend.pages() {
@@ -141,7 +138,7 @@ fn candidates(set: &WorkingSet, index: &Index, rules: &PlanRules) -> (Candidates
             let has_data = image.kind(known.page) == PageKind::Data;
             if set.is_mostly_written(known) {
                 private.push(((number, known.page), *known));
-            } else if has_data || rules.zero_reads == ZeroReads::Keep {
+            } else if has_data {
                 shared.push(((number, known.page), *known));
             }
         }

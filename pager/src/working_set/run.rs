@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use super::merge::{MAX_TOUCHES, MergeRules, Merged, ZeroReads};
+use super::merge::{MAX_TOUCHES, Merged};
 use super::set::WorkingSet;
 use super::types::{Sight, Trace};
 use crate::image::{Index, PageKind};
@@ -67,13 +67,7 @@ pub(super) struct Run {
 
 impl Run {
     /// What `trace` says of the pages of `set`, whose template has this `index`.
-    pub(super) fn of(
-        set: &WorkingSet,
-        trace: &Trace,
-        index: &Index,
-        rules: &MergeRules,
-        merged: &mut Merged,
-    ) -> Self {
+    pub(super) fn of(set: &WorkingSet, trace: &Trace, index: &Index, merged: &mut Merged) -> Self {
         let mut run = Self {
             backends: vec![RunOf::default(); set.backends.len()],
             places: 0,
@@ -103,10 +97,8 @@ impl Run {
                 None => touch.write,
             };
             let has_data = kinds.kind(touch.page) == PageKind::Data;
-            if !has_data && !write && rules.zero_reads == ZeroReads::Skip {
-                merged.zero_reads += 1;
-                continue;
-            }
+            // Reading one needs no I/O, and yet a fault where it is not mapped ahead.
+            merged.zero_reads += u64::from(!has_data && !write);
             let place = run.places;
             own.touched
                 .insert(touch.page, Told::Touched { place, write });

@@ -24,8 +24,10 @@ impl Brought {
     /// A clone for which all of `plan` was brought but what `probes` chooses is held back.
     pub fn with_probes(whole_plan: Plan, probes: u64) -> Self {
         let (plan, _) = whole_plan.with_probes(probes);
-        let lists = plan.private.iter().chain(&plan.share).chain(&plan.whole);
-        let unasked = lists
+        let read_or_written = plan.private.iter().chain(&plan.share);
+        let unasked = read_or_written
+            .chain(&plan.whole)
+            .chain(&plan.zero)
             .map(|run| Unasked {
                 backend: run.backend,
                 pages: run.pages,

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules, ZeroReads};
+use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules};
 use pando_pager::{
     FaultCounts, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange,
     Serving,
@@ -295,7 +295,6 @@ pub fn plan(template: &Template) -> Plan {
         private_pages: AHEAD_PAGES,
         zero_pages: ZERO_AHEAD_PAGES,
         whole_ranges: false,
-        zero_reads: ZeroReads::Skip,
     };
     working_set::plan(template, &rules)
 }
@@ -307,7 +306,6 @@ pub fn first_ranges(template: &Template, budget_pages: u64) -> Vec<RootRange> {
         private_pages: AHEAD_PAGES,
         zero_pages: 0,
         whole_ranges: true,
-        zero_reads: ZeroReads::Skip,
     };
     let plan = working_set::plan(template, &rules);
     let mut first = Vec::new();

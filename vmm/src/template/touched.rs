@@ -3,7 +3,7 @@
 
 use pando_pager::image::Index;
 use pando_pager::working_set::{
-    BackendSet, KnownPage, Merged, Plan, PlanRules, PlannedRun, Trace, WorkingSet, ZeroReads,
+    BackendSet, KnownPage, Merged, Plan, PlanRules, PlannedRun, Trace, WorkingSet,
 };
 use pando_pager::{PAGE_BYTES, PageIndex};
 use serde::Serialize;
@@ -145,7 +145,6 @@ impl Facts {
                 private_pages: u64::MAX,
                 zero_pages: 0,
                 whole_ranges: true,
-                zero_reads: ZeroReads::Skip,
             },
         );
         let pages_of = |runs: &[PlannedRun]| Plan::pages_of(runs);

@@ -11,7 +11,6 @@ const RULES: PlanRules = PlanRules {
     private_pages: u64::MAX,
     zero_pages: u64::MAX,
     whole_ranges: true,
-    zero_reads: ZeroReads::Skip,
 };
 
 /// All pages of a list; fails if one is there twice.
@@ -51,15 +50,13 @@ proptest! {
         private_pages in prop_oneof![Just(u64::MAX), 0..800_u64],
         zero_pages in prop_oneof![Just(u64::MAX), 0..300_u64],
         whole_ranges: bool,
-        keep_zeros: bool,
     ) {
         let index = two_backends();
-        let zero_reads = if keep_zeros { ZeroReads::Keep } else { ZeroReads::Skip };
         let mut set = WorkingSet::new(7, &index);
         for run in &runs {
-            set.merge(run, &index, &MergeRules { zero_reads, ..MergeRules::default() });
+            set.merge(run, &index, &MergeRules::default());
         }
-        let rules = PlanRules { share_pages, private_pages, zero_pages, whole_ranges, zero_reads };
+        let rules = PlanRules { share_pages, private_pages, zero_pages, whole_ranges };
         let plan = Plan::new(&set, &index, &rules);
         let (whole, share, private) = (pages(&plan.whole), pages(&plan.share), pages(&plan.private));
         // Never outside an image.
@@ -115,7 +112,7 @@ proptest! {
                 backend.pages().iter().filter(move |known| {
                     let zero = image.kind(known.page) != PageKind::Data;
                     let seen = whole.contains(&(number, known.page.get()));
-                    zero && !keep_zeros && !set.is_mostly_written(known) && !seen
+                    zero && !set.is_mostly_written(known) && !seen
                 })
             },
         );
