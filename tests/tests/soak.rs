@@ -55,6 +55,20 @@ fn no_byte_crosses_while_clones_come_and_go() -> Result<()> {
 }
 
 #[test]
+fn the_second_generation_asks_for_little_zero_pages_or_not() -> Result<()> {
+    for trial in trials(soak(&["second-generation", "--engines", "copy,root"])?)? {
+        let faults = |generation| trial["done"][format!("faults of the {generation}")].as_u64();
+        let first = faults("first generation");
+        assert!(first > Some(1000), "{trial:#}");
+        assert!(
+            faults("second").map(|second| second * 20) <= first,
+            "{trial:#}"
+        );
+    }
+    Ok(())
+}
+
+#[test]
 fn a_clone_killed_at_any_moment_leaves_nothing_and_nobody_notices() -> Result<()> {
     for trial in trials(soak(&["kill-clones", "--cgroups"])?)? {
         assert_eq!(trial["done"]["kills"], 24, "{trial:#}");

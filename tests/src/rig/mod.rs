@@ -20,7 +20,8 @@ pub use console::{Check, Report};
 pub use l1::L1;
 pub use packages::Series;
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -30,8 +31,7 @@ use anyhow::{Context, Result, bail};
 /// When the folder cannot be made.
 pub fn work_folder() -> Result<PathBuf> {
     let folder = build_folder()?.join("../rig");
-    std::fs::create_dir_all(&folder)
-        .with_context(|| format!("cannot make {}", folder.display()))?;
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
     folder
         .canonicalize()
         .with_context(|| format!("cannot resolve {}", folder.display()))
@@ -50,7 +50,33 @@ pub fn built_program(name: &str) -> Result<PathBuf> {
             path.display()
         );
     }
+    if let Some(source) = newer_source(&path)? {
+        bail!(
+            "{} is older than {}: run `cargo build --workspace --bins`, which `cargo nextest run -p` \
+             does not do by itself",
+            path.display(),
+            source.display()
+        );
+    }
     Ok(path)
+}
+
+/// A file that a program is made of, by the list that cargo leaves beside it, and that was changed
+/// since: such a program would be tested in place of the one that was meant.
+fn newer_source(program: &Path) -> Result<Option<PathBuf>> {
+    let Ok(list) = fs::read_to_string(program.with_extension("d")) else {
+        // Another build system's.
+        return Ok(None);
+    };
+    let changed = |path: &Path| fs::metadata(path).and_then(|facts| facts.modified());
+    let built =
+        changed(program).with_context(|| format!("cannot look at {}", program.display()))?;
+    let sources = list.lines().next().and_then(|line| line.split_once(": "));
+    let sources = sources.map_or("", |(_, sources)| sources).split(' ');
+    // A name with a space is in pieces, none of which is a file.
+    Ok(sources
+        .map(PathBuf::from)
+        .find(|source| changed(source).is_ok_and(|time| time > built)))
 }
 
 /// The folder of the profile that runs: `target/debug`, or `target/release`.
