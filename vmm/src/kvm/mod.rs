@@ -1,7 +1,8 @@
 //! KVM as this project uses it: the only files that name `kvm_ioctls` or `kvm_bindings`.
 //!
 //! Nothing here decides anything. [`host`] says what this host's KVM offers, [`vm`] makes a VM with
-//! its slots, interrupt chips and timer, [`irq`] reads and writes the state of those, [`vcpu`] is
+//! its slots and interrupt chips, [`irq`] reads and writes the state of those, [`timer`] is there
+//! when it is needed, [`vcpu`] is
 //! one vCPU (entering the guest, kicking it out, its registers), and [`abi`] turns kernel
 //! structures into bytes and back. In which order state is saved and restored is
 //! [`crate::vcpu::state`]'s business.
@@ -10,6 +11,7 @@ pub mod abi;
 pub mod host;
 pub mod irq;
 pub mod regs;
+pub mod timer;
 pub mod vcpu;
 pub mod vm;
 

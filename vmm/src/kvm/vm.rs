@@ -6,11 +6,10 @@
 
 use std::sync::Arc;
 
-use kvm_bindings::{
-    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region,
-};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
+use super::timer::Timer;
 use super::vcpu::Vcpu;
 use super::{KvmError, host, ioctl};
 use crate::arch::x86_64::cpuid::CpuidEntry;
@@ -25,7 +24,8 @@ const XSAVE_BYTES: usize = 4096;
 /// One VM of the kernel.
 #[derive(Debug)]
 pub struct Vm {
-    pub(super) fd: VmFd,
+    pub(super) fd: Arc<VmFd>,
+    timer: Arc<Timer>,
     kvm: &'static Kvm,
     xsave_bytes: usize,
     // Last, so that the memory which the slots name outlives the VM.
@@ -36,9 +36,10 @@ impl Vm {
     /// Opens KVM and makes an empty VM.
     pub fn create() -> Result<Self, KvmError> {
         let kvm = host::shared()?;
-        let fd = create_vm(kvm)?;
+        let fd = Arc::new(create_vm(kvm)?);
         let xsave_bytes = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
+            timer: Arc::new(Timer::new(Arc::clone(&fd))),
             fd,
             kvm,
             xsave_bytes: xsave_bytes.max(XSAVE_BYTES),
@@ -67,8 +68,8 @@ impl Vm {
         Ok(())
     }
 
-    /// Makes the interrupt chips and the timer. After the slots, before the vCPUs (a vCPU gets its
-    /// local APIC only when the chips exist).
+    /// Makes the interrupt chips. After the slots, before the vCPUs (a vCPU gets its local APIC only
+    /// when the chips exist).
     pub fn create_chips(&self) -> Result<(), KvmError> {
         self.fd
             .set_identity_map_address(KVM_IDENTITY_MAP_ADDRESS)
@@ -79,13 +80,12 @@ impl Vm {
             .map_err(ioctl("KVM_SET_TSS_ADDR"))?;
         self.fd
             .create_irq_chip()
-            .map_err(ioctl("KVM_CREATE_IRQCHIP"))?;
-        let pit = kvm_pit_config {
-            // The speaker port answers in the kernel too: Linux calibrates its clock through it.
-            flags: KVM_PIT_SPEAKER_DUMMY,
-            ..Default::default()
-        };
-        self.fd.create_pit2(pit).map_err(ioctl("KVM_CREATE_PIT2"))
+            .map_err(ioctl("KVM_CREATE_IRQCHIP"))
+    }
+
+    /// The timer, which needs the interrupt chips once a guest asks for it.
+    pub fn timer(&self) -> &Arc<Timer> {
+        &self.timer
     }
 
     /// Makes vCPU `number`, which is also its APIC id.

@@ -14,7 +14,7 @@ use crate::arch::x86_64::cpuid::{self, CpuidEntry};
 use crate::arch::x86_64::msr;
 use crate::arch::x86_64::regs::InitialRegisters;
 use crate::device::legacy::console::SerialTarget;
-use crate::kvm::irq::Chip;
+use crate::kvm::irq::{Chip, is_timer_masked};
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{self, KvmError};
@@ -260,6 +260,7 @@ impl Shell {
             .map_err(MachineError::vm("cannot give the vm its memory"))?;
         vm.create_chips()
             .map_err(MachineError::vm("cannot make the interrupt chips"))?;
+        devices.connect_timer(vm.timer());
         timer.done("slots+irqchip");
         Ok(Self { devices, vm, ram })
     }
@@ -440,5 +441,6 @@ fn restore_vm(vm: &Vm, state: &VmState) -> Result<(), KvmError> {
     vm.set_chip(Chip::PicMaster, &state.pic_master)?;
     vm.set_chip(Chip::PicSlave, &state.pic_slave)?;
     vm.set_chip(Chip::IoApic, &state.io_apic)?;
-    vm.set_pit(&state.pit)
+    let is_masked = is_timer_masked(&state.pic_master, &state.io_apic);
+    vm.timer().restore(&state.pit, is_masked)
 }

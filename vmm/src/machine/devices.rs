@@ -6,7 +6,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::arch::x86_64::ports::{
-    COM1_GSI, COM1_PORTS, I8042_PORTS, POWER_BUTTON_GSI, POWER_PORTS,
+    COM1_GSI, COM1_PORTS, I8042_COMMAND_PORTS, I8042_DATA_PORTS, POWER_BUTTON_GSI, POWER_PORTS,
+    SPEAKER_PORTS, TIMER_PORTS,
 };
 use crate::device::bus::{BusError, MmioBus, PioBus};
 use crate::device::irq::IrqLine;
@@ -16,10 +17,12 @@ use crate::device::legacy::power::Power;
 use crate::device::legacy::serial::Serial;
 use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
 use crate::kvm::KvmError;
+use crate::kvm::timer::Timer;
 use crate::kvm::vm::Vm;
 
 use super::error::MachineError;
 use super::state::DeviceRecord;
+use super::timer::{TimerPorts, TimerSlot};
 
 /// All devices outside the kernel.
 ///
@@ -31,6 +34,7 @@ pub(super) struct Devices {
     com1_irq: IrqLine,
     power_button: IrqLine,
     console: Console,
+    timer: TimerSlot,
 }
 
 impl fmt::Debug for Devices {
@@ -75,7 +79,8 @@ impl Devices {
         let console = Console::open(target).map_err(|e| device_error(SERIAL_KIND, e))?;
         let com1_irq = IrqLine::new().map_err(|e| device_error(SERIAL_KIND, e))?;
         let com1 = Arc::new(Mutex::new(make_serial(com1_irq.clone(), &console)?));
-        let pio = ports(&com1).map_err(|e| device_error("ports", e))?;
+        let timer = TimerSlot::default();
+        let pio = ports(&com1, &timer).map_err(|e| device_error("ports", e))?;
         Ok(Self {
             pio: Arc::new(pio),
             mmio: Arc::new(MmioBus::new()),
@@ -83,7 +88,14 @@ impl Devices {
             com1_irq,
             power_button: IrqLine::new().map_err(|e| device_error("power button", e))?,
             console,
+            timer,
         })
+    }
+
+    /// Says which timer is behind its ports. Once, before any vCPU runs.
+    pub(super) fn connect_timer(&self, timer: &Arc<Timer>) {
+        // There is one VM.
+        let _ = self.timer.set(Arc::clone(timer));
     }
 
     /// Connects the devices to the VM's interrupt lines.
@@ -151,11 +163,20 @@ impl Devices {
     }
 }
 
-fn ports(com1: &Arc<Mutex<Serial>>) -> Result<PioBus, BusError> {
+fn ports(com1: &Arc<Mutex<Serial>>, timer: &TimerSlot) -> Result<PioBus, BusError> {
     let mut pio = PioBus::new();
     let com1: Arc<Mutex<Serial>> = Arc::clone(com1);
     pio.insert(COM1_PORTS, com1)?;
-    pio.insert(I8042_PORTS, Arc::new(Mutex::new(I8042::new())))?;
+    pio.insert(I8042_DATA_PORTS, Arc::new(Mutex::new(I8042::data())))?;
+    pio.insert(I8042_COMMAND_PORTS, Arc::new(Mutex::new(I8042::command())))?;
+    pio.insert(
+        TIMER_PORTS,
+        Arc::new(Mutex::new(TimerPorts::registers(timer))),
+    )?;
+    pio.insert(
+        SPEAKER_PORTS,
+        Arc::new(Mutex::new(TimerPorts::speaker(timer))),
+    )?;
     pio.insert(POWER_PORTS, Arc::new(Mutex::new(Power::new())))?;
     Ok(pio)
 }

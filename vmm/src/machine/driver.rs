@@ -238,7 +238,7 @@ fn save_vm(vm: &Vm) -> Result<VmState, KvmError> {
     let pic_master = vm.chip(Chip::PicMaster)?;
     let pic_slave = vm.chip(Chip::PicSlave)?;
     let io_apic = vm.chip(Chip::IoApic)?;
-    let pit = vm.pit()?;
+    let pit = vm.timer().save()?;
     // Last, so that what was read before is not older than the clock says by more than it must.
     let clock = vm.clock()?;
     Ok(VmState {

@@ -12,6 +12,7 @@ mod lifecycle;
 mod request;
 mod stages;
 pub mod state;
+mod timer;
 
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};

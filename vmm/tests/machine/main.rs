@@ -10,3 +10,5 @@ mod program;
 mod save_restore;
 #[cfg(test)]
 mod support;
+#[cfg(test)]
+mod timer;

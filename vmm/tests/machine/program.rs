@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! The guest of these tests: 32-bit protected mode without paging, one-byte commands over COM1.
+//! The guest of these tests: 32-bit protected mode without paging, commands over COM1, of one byte most of them.
 //!
 //! It uses integer and string instructions and port I/O only (but for command `i`), so that it runs
 //! on a KVM that emulates.
@@ -40,7 +40,7 @@ pub(crate) fn images() -> Result<Vec<(u64, Vec<u8>)>, IcedError> {
 
 /// Prints `R`, then obeys; anything else is answered by `?`.
 fn main_program() -> Result<Vec<u8>, IcedError> {
-    let commands: [Command; 12] = [
+    let commands: [Command; 14] = [
         (b'c', count),
         (b'o', print_string),
         (b'u', touch_what_is_not_there),
@@ -53,6 +53,8 @@ fn main_program() -> Result<Vec<u8>, IcedError> {
         (b'r', |a| out(a, 0x602, 1)),
         (b'k', |a| out(a, 0x64, 0xfe)),
         (b't', triple_fault),
+        (b'w', write_port),
+        (b'g', read_port),
     ];
     let mut asm = CodeAssembler::new(32)?;
     let a = &mut asm;
@@ -78,6 +80,37 @@ fn main_program() -> Result<Vec<u8>, IcedError> {
         a.jmp(next)?;
     }
     a.assemble(START)
+}
+
+/// Waits for a byte on COM1, into `al`.
+fn take_byte(a: &mut CodeAssembler) -> Code {
+    let mut again = a.create_label();
+    a.mov(edx, COM1_STATUS)?;
+    a.set_label(&mut again)?;
+    a.in_(al, dx)?;
+    a.test(al, 1)?;
+    a.jz(again)?;
+    a.mov(edx, COM1)?;
+    a.in_(al, dx)
+}
+
+/// Takes a port below 256 and a byte, writes it there, prints `W`.
+fn write_port(a: &mut CodeAssembler) -> Code {
+    take_byte(a)?;
+    a.movzx(ebx, al)?;
+    take_byte(a)?;
+    a.mov(edx, ebx)?;
+    a.out(dx, al)?;
+    print(a, b'W')
+}
+
+/// Takes a port below 256, reads a byte there and prints it.
+fn read_port(a: &mut CodeAssembler) -> Code {
+    take_byte(a)?;
+    a.movzx(edx, al)?;
+    a.in_(al, dx)?;
+    a.mov(edx, COM1)?;
+    a.out(dx, al)
 }
 
 /// Counts up in memory and prints a letter for the count.

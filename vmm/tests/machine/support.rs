@@ -75,6 +75,20 @@ impl Wire {
         self.stream.write_all(&[command]).unwrap();
     }
 
+    /// Has the guest write `value` to a port below 256.
+    pub(crate) fn write_port(&mut self, port: u8, value: u8) {
+        self.stream.write_all(&[b'w', port, value]).unwrap();
+        self.expect("W");
+    }
+
+    /// What the guest reads at a port below 256.
+    pub(crate) fn read_port(&mut self, port: u8) -> u8 {
+        self.stream.write_all(&[b'g', port]).unwrap();
+        let mut byte = [0];
+        self.stream.read_exact(&mut byte).unwrap();
+        byte[0]
+    }
+
     /// Reads exactly `text`.
     pub(crate) fn expect(&mut self, text: &str) {
         let mut got = vec![0; text.len()];

@@ -9,9 +9,14 @@ pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
 pub const COM1_GSI: u32 = 4;
 /// The power button's interrupt line (GSI), edge triggered, active high.
 pub const POWER_BUTTON_GSI: u32 = 5;
-/// The keyboard controller: data at the first port, command and status at `+4`. Only its reset
-/// command exists.
-pub const I8042_PORTS: Range<u16> = 0x60..0x65;
+/// The keyboard controller's data.
+pub const I8042_DATA_PORTS: Range<u16> = 0x60..0x61;
+/// The keyboard controller's command and status. Only its reset command exists.
+pub const I8042_COMMAND_PORTS: Range<u16> = 0x64..0x65;
+/// The timer's counters and, last, its control word.
+pub const TIMER_PORTS: Range<u16> = 0x40..0x44;
+/// The timer's gate and output, and the speaker.
+pub const SPEAKER_PORTS: Range<u16> = 0x61..0x62;
 /// ACPI sleep control, sleep status and reset registers, one byte each, in this order.
 pub const POWER_PORTS: Range<u16> = 0x600..0x603;
 /// Port of the ACPI sleep control register.

@@ -9,13 +9,14 @@ use vm_superio::{I8042Device, Trigger};
 
 use crate::device::bus::{DeviceEvent, PioDevice};
 
-/// Keyboard controller at [`I8042_PORTS`](crate::arch::x86_64::ports::I8042_PORTS): it never has
-/// data, is always ready for a command, and knows one: pulse the reset line (`0xfe`).
+/// One port of the keyboard controller: it never has data, is always ready for a command, and knows
+/// one: pulse the reset line (`0xfe`). Between its two ports is one that is not its own.
 ///
 /// It has no state to save.
 #[derive(Debug)]
 pub struct I8042 {
     controller: I8042Device<ResetLine>,
+    register: u8,
 }
 
 /// Remembers that the controller pulled the reset line.
@@ -32,33 +33,36 @@ impl Trigger for ResetLine {
 }
 
 impl I8042 {
-    /// A controller.
+    /// At [`I8042_DATA_PORTS`](crate::arch::x86_64::ports::I8042_DATA_PORTS).
     #[must_use]
-    pub fn new() -> Self {
+    pub fn data() -> Self {
+        Self::register(0)
+    }
+
+    /// At [`I8042_COMMAND_PORTS`](crate::arch::x86_64::ports::I8042_COMMAND_PORTS).
+    #[must_use]
+    pub fn command() -> Self {
+        Self::register(4)
+    }
+
+    fn register(register: u8) -> Self {
         Self {
             controller: I8042Device::new(ResetLine::default()),
+            register,
         }
-    }
-}
-
-impl Default for I8042 {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
 impl PioDevice for I8042 {
-    fn read(&mut self, offset: u16, data: &mut [u8]) {
-        for (register, byte) in (offset..).zip(data) {
-            *byte = u8::try_from(register).map_or(0xff, |r| self.controller.read(r));
+    fn read(&mut self, _offset: u16, data: &mut [u8]) {
+        for byte in data {
+            *byte = self.controller.read(self.register);
         }
     }
 
-    fn write(&mut self, offset: u16, data: &[u8]) -> DeviceEvent {
-        for (register, &byte) in (offset..).zip(data) {
-            if let Ok(register) = u8::try_from(register) {
-                let Ok(()) = self.controller.write(register, byte);
-            }
+    fn write(&mut self, _offset: u16, data: &[u8]) -> DeviceEvent {
+        for &byte in data {
+            let Ok(()) = self.controller.write(self.register, byte);
         }
         if self.controller.reset_evt().0.swap(false, Ordering::Relaxed) {
             DeviceEvent::Reset
@@ -74,19 +78,13 @@ mod tests {
 
     #[test]
     fn only_the_reset_command_at_the_command_port_resets() {
-        let mut device = I8042::new();
-        assert_eq!(device.write(0, &[0xfe]), DeviceEvent::None);
-        assert_eq!(device.write(4, &[0xd1]), DeviceEvent::None);
-        assert_eq!(device.write(4, &[0xfe]), DeviceEvent::Reset);
-        assert_eq!(device.write(4, &[0xff]), DeviceEvent::None);
-    }
-
-    #[test]
-    fn wide_accesses_reach_the_ports_that_they_cover() {
-        let mut device = I8042::new();
-        let mut data = [0xff; 4];
-        device.read(1, &mut data);
-        assert_eq!(data, [0; 4], "status says ready and empty");
-        assert_eq!(device.write(1, &[0, 0, 0, 0xfe]), DeviceEvent::Reset);
+        assert_eq!(I8042::data().write(0, &[0xfe]), DeviceEvent::None);
+        let mut device = I8042::command();
+        assert_eq!(device.write(0, &[0xd1]), DeviceEvent::None);
+        assert_eq!(device.write(0, &[0xfe]), DeviceEvent::Reset);
+        assert_eq!(device.write(0, &[0xff]), DeviceEvent::None);
+        let mut data = [0xff];
+        device.read(0, &mut data);
+        assert_eq!(data, [0], "status says ready and empty");
     }
 }
