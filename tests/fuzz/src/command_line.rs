@@ -52,7 +52,11 @@ pub fn seeds() -> Vec<Vec<u8>> {
             words.join("\0").into_bytes()
         })
         .collect();
-    seeds.extend(EXAMPLES.iter().map(|example| example.replace(' ', "\0").into_bytes()));
+    seeds.extend(
+        EXAMPLES
+            .iter()
+            .map(|example| example.replace(' ', "\0").into_bytes()),
+    );
     seeds.push(CONFIG_FILE.as_bytes().to_vec());
     seeds.push(NODES_AS_JSON.as_bytes().to_vec());
     seeds
@@ -92,7 +96,17 @@ pub fn words() -> Vec<String> {
         .flat_map(|text| text.split(['[', ']', ',', '|', ' ']))
         .filter(|word| !word.is_empty())
         .map(|word| format!("{word},"));
-    let sizes = ["1E", "16E", "0x", "1.5G", ",,", "18446744073709551615", "4K", "2M", "-1"];
+    let sizes = [
+        "1E",
+        "16E",
+        "0x",
+        "1.5G",
+        ",,",
+        "18446744073709551615",
+        "4K",
+        "2M",
+        "-1",
+    ];
     names
         .chain(values)
         .chain(sizes.map(str::to_owned))

@@ -5,7 +5,6 @@ use std::cell::OnceCell;
 
 use pando_vmm::arch::x86_64::boot::{BootSource, KernelImage, load};
 use pando_vmm::memory::guest::{GuestRam, RamBacking};
-use pando_vmm::payload;
 use pando_vmm::spec::{BackendSpec, CpuCount, MachineSpec};
 
 const RAM_BYTES: u64 = 4 << 20;
@@ -42,7 +41,6 @@ fn make() -> (MachineSpec, GuestRam) {
 /// A bzImage and ELFs with and without a PVH note.
 pub fn seeds() -> Vec<Vec<u8>> {
     vec![
-        payload::image(),
         bzimage(),
         elf(None),
         elf(Some(0x10_0000)),

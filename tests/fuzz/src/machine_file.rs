@@ -142,7 +142,10 @@ fn collect(value: &serde_json::Value, words: &mut Vec<String>) {
     if let Some(properties) = value["properties"].as_object() {
         words.extend(properties.keys().cloned());
     }
-    let children = value.as_object().into_iter().flat_map(|object| object.values());
+    let children = value
+        .as_object()
+        .into_iter()
+        .flat_map(|object| object.values());
     for child in children.chain(value.as_array().into_iter().flatten()) {
         collect(child, words);
     }

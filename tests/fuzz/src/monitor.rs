@@ -11,9 +11,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use pando_vmm::qemu::hmp;
+use pando_vmm::qemu::line::arguments;
 use pando_vmm::qemu::line::chardev::Chardev;
 use pando_vmm::qemu::line::wanted::{self, MonitorOption};
-use pando_vmm::qemu::line::arguments;
 use pando_vmm::qemu::qmp::commands::{self, COMMANDS};
 use pando_vmm::qemu::qmp::json::Reader;
 use pando_vmm::qemu::qmp::port::{Ask, Port, Reply};
@@ -39,7 +39,10 @@ pub fn run(data: &[u8]) {
     };
     let answers = converse(&option, stream);
     if kind == 0 {
-        for line in answers.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()) {
+        for line in answers
+            .split(|&byte| byte == b'\n')
+            .filter(|line| !line.is_empty())
+        {
             serde_json::from_slice::<Value>(line).expect("each line of an answer is JSON");
         }
     }
@@ -49,7 +52,11 @@ pub fn run(data: &[u8]) {
 /// However a stream is cut, the values in it are the same.
 fn cut_anywhere(stream: &[u8]) {
     let whole = values(stream, stream.len().max(1));
-    assert_eq!(whole, values(stream, 1), "cut into bytes it says something else");
+    assert_eq!(
+        whole,
+        values(stream, 1),
+        "cut into bytes it says something else"
+    );
 }
 
 fn values(stream: &[u8], cut_bytes: usize) -> Vec<Result<Value, String>> {
@@ -76,7 +83,9 @@ fn converse(option: &MonitorOption, stream: &[u8]) -> Vec<u8> {
         true
     });
     let mut answers = Vec::new();
-    let read = output.rewind().and_then(|()| output.read_to_end(&mut answers));
+    let read = output
+        .rewind()
+        .and_then(|()| output.read_to_end(&mut answers));
     read.expect("memory can be read");
     answers
 }
@@ -156,11 +165,17 @@ pub fn seeds() -> Vec<Vec<u8>> {
 }
 
 const ARGUMENTS: &[(&str, &str)] = &[
-    ("object-add", r#"{"qom-type":"memory-backend-file","id":"a","size":4096,"mem-path":"f","share":true}"#),
+    (
+        "object-add",
+        r#"{"qom-type":"memory-backend-file","id":"a","size":4096,"mem-path":"f","share":true}"#,
+    ),
     ("object-del", r#"{"id":"a"}"#),
     ("qom-list", r#"{"path":"/objects/ram"}"#),
     ("qom-get", r#"{"path":"/objects/ram","property":"size"}"#),
-    ("qom-set", r#"{"path":"/objects/ram","property":"merge","value":true}"#),
+    (
+        "qom-set",
+        r#"{"path":"/objects/ram","property":"merge","value":true}"#,
+    ),
     ("getfd", r#"{"fdname":"f"}"#),
     ("closefd", r#"{"fdname":"f"}"#),
     ("balloon", r#"{"value":1}"#),
@@ -174,7 +189,10 @@ const ARGUMENTS: &[(&str, &str)] = &[
         "migrate-set-capabilities",
         r#"{"capabilities":[{"capability":"events","state":true},{"capability":"x-ignore-shared","state":true}]}"#,
     ),
-    ("migrate-set-parameters", r#"{"max-bandwidth":1,"mode":"normal"}"#),
+    (
+        "migrate-set-parameters",
+        r#"{"max-bandwidth":1,"mode":"normal"}"#,
+    ),
     ("human-monitor-command", r#"{"command-line":"info status"}"#),
 ];
 
@@ -199,8 +217,23 @@ pub fn words() -> Vec<String> {
         .flat_map(|command| command.args)
         .map(|arg| format!("\"{}\":", arg.name));
     let lines = hmp::COMMANDS.iter().map(|(line, _)| format!("{line}\n"));
-    let backend = ["qom-type", "memory-backend-file", "memory-backend-ram", "size", "mem-path"];
-    let path = ["/objects/", "/machine", "file:", "fd:", ",offset=", "prealloc", "\\u", "execute"];
+    let backend = [
+        "qom-type",
+        "memory-backend-file",
+        "memory-backend-ram",
+        "size",
+        "mem-path",
+    ];
+    let path = [
+        "/objects/",
+        "/machine",
+        "file:",
+        "fd:",
+        ",offset=",
+        "prealloc",
+        "\\u",
+        "execute",
+    ];
     names
         .chain(arguments)
         .chain(lines)

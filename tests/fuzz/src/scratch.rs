@@ -3,26 +3,25 @@
 //! would lead out of it.
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, PoisonError};
 use std::{env, fs};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use tempfile::TempDir;
 
-static PLACE: OnceLock<TempDir> = OnceLock::new();
+static PLACE: Mutex<Option<TempDir>> = Mutex::new(None);
 
 /// Stands in the directory, which is made when it is asked for first.
 ///
 /// # Panics
 /// Where there is no room for temporary files: no target can run then.
-pub fn enter() -> &'static Path {
-    PLACE
-        .get_or_init(|| {
-            let place = tempfile::tempdir().expect("a temporary directory can be made");
-            env::set_current_dir(place.path()).expect("it can be entered");
-            place
-        })
-        .path()
+pub fn enter() {
+    let mut place = PLACE.lock().unwrap_or_else(PoisonError::into_inner);
+    if place.is_none() {
+        let new = tempfile::tempdir().expect("a temporary directory can be made");
+        env::set_current_dir(new.path()).expect("it can be entered");
+        *place = Some(new);
+    }
 }
 
 /// The same name without a way out of the directory.
@@ -32,20 +31,28 @@ pub fn tame(name: &str) -> String {
 
 /// Takes out what an input left.
 pub fn clean() {
-    let left = fs::read_dir(enter()).into_iter().flatten().flatten();
-    for entry in left {
+    let place = PLACE.lock().unwrap_or_else(PoisonError::into_inner);
+    let path = place.as_ref().map(TempDir::path);
+    for entry in path
+        .map(Path::read_dir)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .flatten()
+    {
         let _ = fs::remove_file(entry.path());
     }
 }
 
-/// Leaves the directory for good, and takes it away.
+/// Leaves the directory, and takes it away.
 ///
 /// # Errors
 /// When it cannot be taken away.
 pub fn remove() -> Result<()> {
-    let Some(place) = PLACE.get() else {
-        return Ok(());
-    };
-    env::set_current_dir("/")?;
-    fs::remove_dir_all(place.path()).context("cannot remove the temporary directory")
+    let mut place = PLACE.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(old) = place.take() {
+        env::set_current_dir("/")?;
+        old.close()?;
+    }
+    Ok(())
 }

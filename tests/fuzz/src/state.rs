@@ -163,7 +163,10 @@ pub fn seeds() -> Vec<Vec<u8>> {
         seeds.push(parts::of(3, &[head, vec![7; 4096]].concat()));
         let none: (Vec<(u64, u64)>, Option<u64>, bool) =
             (Vec::new(), Some(0x2d06_8005_38d3_94c2), mapped);
-        seeds.push(parts::of(3, &postcard::to_stdvec(&none).unwrap_or_default()));
+        seeds.push(parts::of(
+            3,
+            &postcard::to_stdvec(&none).unwrap_or_default(),
+        ));
     }
     seeds
 }
@@ -220,6 +223,14 @@ pub(crate) fn machine_state() -> MachineState {
 
 /// Names in states.
 pub fn words() -> Vec<String> {
-    let words = ["PANDOMG", "pc-q35-10.0", "paused", "running", "prelaunch", "serial", "ram"];
+    let words = [
+        "PANDOMG",
+        "pc-q35-10.0",
+        "paused",
+        "running",
+        "prelaunch",
+        "serial",
+        "ram",
+    ];
     words.map(str::to_owned).to_vec()
 }

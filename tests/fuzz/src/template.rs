@@ -13,9 +13,7 @@ use std::path::Path;
 use pando_pager::image::{ChunkIndex, Index, PageKind};
 use pando_pager::working_set::{MergeRules, Plan, PlanRules, WorkingSet};
 use pando_vmm::clone::record::{Arriving, TracePiece};
-use pando_vmm::template::manifest::{
-    BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile,
-};
+use pando_vmm::template::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile};
 use pando_vmm::template::seal::Seal;
 use pando_vmm::template::state_file;
 
@@ -220,7 +218,12 @@ pub fn seeds() -> Vec<Vec<u8>> {
     seeds
 }
 
-type Trace = (Vec<(u32, u64, bool, u64)>, Vec<(u32, u64, u64, u32)>, bool, bool);
+type Trace = (
+    Vec<(u32, u64, bool, u64)>,
+    Vec<(u32, u64, u64, u32)>,
+    bool,
+    bool,
+);
 
 /// The body of a working set of one backend, of which the first `known` pages are known.
 fn set_body(id: &str, pages: u64, known: u64) -> Vec<u8> {
@@ -259,7 +262,10 @@ const WITH_NODES: &str = r#"{"format":2,"tool":"pando","created_unix_s":1,"cpus"
 pub fn words() -> Vec<String> {
     WITH_NODES
         .split('"')
-        .filter(|word| word.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_'))
+        .filter(|word| {
+            word.bytes()
+                .all(|byte| byte.is_ascii_lowercase() || byte == b'_')
+        })
         .filter(|word| !word.is_empty())
         .chain(["PANDOIDX", "PANDOWS", "PANDOST"])
         .map(str::to_owned)

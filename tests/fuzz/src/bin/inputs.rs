@@ -47,8 +47,10 @@ fn seeds(directory: &Path) -> Result<()> {
 
 fn replay(name: &str, files: &[&str]) -> Result<()> {
     let target = target(name).with_context(|| format!("no target is called {name}"))?;
-    for file in files {
-        let input = fs::read(file).with_context(|| format!("cannot read {file}"))?;
+    // Before the first of them: a target may stand elsewhere.
+    let read = |file: &&str| fs::read(file).with_context(|| format!("cannot read {file}"));
+    let inputs = files.iter().map(read).collect::<Result<Vec<_>>>()?;
+    for (file, input) in files.iter().zip(inputs) {
         println!("{file}: {} bytes", input.len());
         (target.run)(&input);
     }
