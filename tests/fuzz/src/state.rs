@@ -12,12 +12,18 @@ use std::io::Seek;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
+use pando_vmm::arch::x86_64::regs::InitialRegisters;
+use pando_vmm::device::legacy::console::SerialTarget;
+use pando_vmm::machine::Machine;
 use pando_vmm::machine::state::{DeviceRecord, MachineState, VmState};
 use pando_vmm::memory::guest::{GuestRam, RamBacking};
 use pando_vmm::memory::layout::RamLayout;
+use pando_vmm::qemu::hmp;
 use pando_vmm::qemu::migration::file::{FORMAT, StateFile};
 use pando_vmm::qemu::migration::ram::{self, Contents, Placement};
 use pando_vmm::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
+use pando_vmm::qemu::vm::Vm;
+use pando_vmm::spec::{BackendSpec, CpuCount, MachineSpec};
 use pando_vmm::template::seal::Seal;
 use pando_vmm::template::state_file;
 use pando_vmm::vcpu::state::{SAVE_ORDER, SavedCpuid, VcpuState};
@@ -80,26 +86,37 @@ fn load(how: u8, bytes: &[u8]) {
         .write(true)
         .open("ram")
         .and_then(|file| file.set_len(RAM_BYTES));
-    let mut options = vec!["-incoming", "file:state"];
     let backend = if how & 1 == 0 { OWN_RAM } else { CLONE };
-    if how & 2 != 0 {
-        options.extend(["-global", "migration.validate-uuid=true"]);
-    }
-    if let Some(mut vm) = machine(backend, &options) {
+    let is_asked = how & 2 != 0;
+    let incoming = if is_asked { "defer" } else { "file:state" };
+    if let Some(mut vm) = machine(backend, &["-incoming", incoming]) {
+        if is_asked {
+            ask(&mut vm, how);
+        }
         vm.begin();
     }
     scratch::clean();
 }
 
+/// As a monitor asks, with capabilities.
+fn ask(vm: &mut Vm, how: u8) {
+    let names = ["validate-uuid", "x-ignore-shared", "mapped-ram"];
+    for (bit, name) in names.iter().enumerate() {
+        if how >> (2 + bit) & 1 != 0 {
+            hmp::execute(vm, &format!("migrate_set_capability {name} on"));
+        }
+    }
+    hmp::execute(vm, "migrate_incoming file:state");
+}
+
 /// RAM out of a file, whatever that says of it.
 fn load_ram(bytes: &[u8]) {
     let Ok(((runs, checksum, mapped), ram)) =
-        postcard::take_from_bytes::<(Vec<(u64, u64)>, Option<u64>, bool)>(bytes)
+        postcard::take_from_bytes::<(Vec<(u64, u64)>, u64, bool)>(bytes)
     else {
         return;
     };
     let memory = small_ram();
-    let checksum = checksum.unwrap_or_default();
     let saved = Contents { runs, checksum };
     let placement = if mapped {
         Placement::Mapped(0)
@@ -124,16 +141,39 @@ fn small_ram() -> GuestRam {
     GuestRam::new(layout, vec![backing]).expect("the memory fits")
 }
 
-/// A state of each kind.
+/// A state of each kind. Where there is KVM, one of them is that of a real machine.
 pub fn seeds() -> Vec<Vec<u8>> {
-    let here = SavedContent::Here {
-        runs: vec![(1, 1)],
-        checksum: 0,
-    };
-    let nothing = SavedContent::Here {
-        runs: Vec::new(),
-        checksum: 0x2d06_8005_38d3_94c2,
-    };
+    let mut seeds = Vec::new();
+    for machine in [Some(machine_state()), real_machine_state()]
+        .iter()
+        .flatten()
+    {
+        for (is_clone, content) in contents() {
+            for mapped_ram in [false, true] {
+                let saved = saved(content.clone(), (is_clone, mapped_ram), machine);
+                let body = postcard::to_stdvec(&saved).unwrap_or_default();
+                seeds.push(parts::of(0, &parts::framed(MAGIC, FORMAT, &body)));
+                seeds.push(parts::of(1, &body));
+                let asks = 2 | 4 | u8::from(is_clone) << 3 | u8::from(mapped_ram) << 4;
+                let ram = [body, vec![7; 4096]].concat();
+                for how in [0, asks] {
+                    seeds.push(parts::of(2 + 4 * (how | u8::from(is_clone)), &ram));
+                }
+            }
+        }
+    }
+    for mapped in [false, true] {
+        for (runs, checksum) in [(vec![(0_u64, 1_u64)], SEVENS), (Vec::new(), NOTHING)] {
+            let head = postcard::to_stdvec(&(runs, checksum, mapped)).unwrap_or_default();
+            seeds.push(parts::of(3, &[head, vec![7; 4096]].concat()));
+        }
+    }
+    seeds
+}
+
+/// Where RAM is: whether it is a clone's, and what the state says.
+fn contents() -> [(bool, SavedContent); 3] {
+    let here = |runs, checksum| SavedContent::Here { runs, checksum };
     let left_out = SavedContent::LeftOut {
         offset_bytes: 0,
         seal: Seal {
@@ -142,36 +182,34 @@ pub fn seeds() -> Vec<Vec<u8>> {
             mtime_s: 1,
             mtime_ns: 1,
         },
-        index: crate::template::index_body("ram", RAM_BYTES / 4096),
+        index: crate::template::index_body("ram", RAM_BYTES / 4096, false),
     };
-    let mut seeds = Vec::new();
-    for (how, content) in [(0, here), (0, nothing), (1, left_out)] {
-        let ignore_shared = how == 1;
-        for mapped_ram in [false, true] {
-            let saved = saved(content.clone(), (ignore_shared, mapped_ram));
-            let body = postcard::to_stdvec(&saved).unwrap_or_default();
-            seeds.push(parts::of(0, &parts::framed(MAGIC, FORMAT, &body)));
-            seeds.push(parts::of(1, &body));
-            let ram = [body, vec![7; 4096]].concat();
-            seeds.push(parts::of(2 + 4 * how, &ram));
-            seeds.push(parts::of(2 + 4 * (how | 2), &ram));
-        }
-    }
-    for mapped in [false, true] {
-        let pages: (Vec<(u64, u64)>, Option<u64>, bool) = (vec![(0, 1)], Some(0), mapped);
-        let head = postcard::to_stdvec(&pages).unwrap_or_default();
-        seeds.push(parts::of(3, &[head, vec![7; 4096]].concat()));
-        let none: (Vec<(u64, u64)>, Option<u64>, bool) =
-            (Vec::new(), Some(0x2d06_8005_38d3_94c2), mapped);
-        seeds.push(parts::of(
-            3,
-            &postcard::to_stdvec(&none).unwrap_or_default(),
-        ));
-    }
-    seeds
+    [
+        (false, here(vec![(0, 1)], SEVENS)),
+        (false, here(Vec::new(), NOTHING)),
+        (true, left_out),
+    ]
 }
 
-fn saved(content: SavedContent, (ignore_shared, mapped_ram): (bool, bool)) -> SavedMachine {
+/// XXH3-64 of a page of sevens.
+const SEVENS: u64 = 0x63a6_bf87_74b6_859d;
+/// XXH3-64 of no bytes.
+const NOTHING: u64 = 0x2d06_8005_38d3_94c2;
+
+/// The state of a machine that KVM has just made.
+fn real_machine_state() -> Option<MachineState> {
+    let cpus = CpuCount::new(1).ok()?;
+    let spec = MachineSpec::new(cpus, vec![BackendSpec::new("ram", RAM_BYTES).ok()?]).ok()?;
+    let begin = InitialRegisters::linux64(0);
+    let machine = Machine::boot_at(&spec, small_ram(), &begin, SerialTarget::Null).ok()?;
+    machine.save().ok()
+}
+
+fn saved(
+    content: SavedContent,
+    (ignore_shared, mapped_ram): (bool, bool),
+    machine: &MachineState,
+) -> SavedMachine {
     SavedMachine {
         kind: "pc-q35-10.0".into(),
         cpus: 1,
@@ -187,7 +225,7 @@ fn saved(content: SavedContent, (ignore_shared, mapped_ram): (bool, bool)) -> Sa
             is_rom: false,
             content,
         }],
-        machine: postcard::to_stdvec(&machine_state()).unwrap_or_default(),
+        machine: postcard::to_stdvec(machine).unwrap_or_default(),
     }
 }
 
@@ -217,7 +255,7 @@ pub(crate) fn machine_state() -> MachineState {
             version: 1,
             body: vec![0; 10],
         }],
-        tsc_khz: Some(1),
+        tsc_khz: None,
     }
 }
 

@@ -134,19 +134,22 @@ fn plan(set: &WorkingSet, index: &Index) {
     }
 }
 
-/// The body of an index with one backend that has data in its first page alone.
-pub(crate) fn index_body(id: &str, pages: u64) -> Vec<u8> {
+/// The body of an index with one backend that has data in its first page alone, or none.
+pub(crate) fn index_body(id: &str, pages: u64, has_data: bool) -> Vec<u8> {
     let mut body = 1_u32.to_le_bytes().to_vec();
     body.extend(u16::try_from(id.len()).unwrap_or_default().to_le_bytes());
     body.extend(id.as_bytes());
     let words = pages.div_ceil(32);
-    for number in [pages, 1, 2] {
+    let data = u64::from(has_data);
+    for number in [pages, data, 2 * data] {
         body.extend(number.to_le_bytes());
     }
     for _ in 1..words {
         body.extend(0_u64.to_le_bytes());
     }
-    body.extend(1_u64.to_le_bytes());
+    if has_data {
+        body.extend(1_u64.to_le_bytes());
+    }
     body
 }
 
@@ -196,7 +199,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
     if let Ok(sealed) = Manifest::seal(path(), manifest_file()) {
         seeds.push(parts::of(4, &sealed.to_json()));
     }
-    let index = index_body("ram0", 600);
+    let index = index_body("ram0", 600, true);
     seeds.push(parts::of(1, &index));
     seeds.push(parts::of(4, &parts::framed(INDEX.0, INDEX.1, &index)));
     let state = postcard::to_stdvec(&state::machine_state()).unwrap_or_default();
