@@ -5,7 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use pando_tests::command::HANG;
 use pando_tests::qemu::{QemuVm, Qmp};
 use serde_json::json;
 
@@ -107,6 +108,45 @@ fn commands_before_the_negotiation_and_out_of_band() -> Result<()> {
 }
 
 #[test]
+fn malformed_json_before_the_negotiation_is_answered_and_forgotten() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let mut vm = start(dir.path())?;
+    drop(std::mem::replace(
+        &mut vm.qmp,
+        Qmp::connect(&dir.path().join("a.qmp"))?,
+    ));
+    vm.qmp.receive()?;
+    for (line, expected) in [
+        (
+            r#"{"execute"}"#,
+            "JSON parse error, missing : in object pair",
+        ),
+        ("}", "JSON parse error, expecting value"),
+        (
+            r#"{"execute":"qmp_capabilities","arguments":[]}"#,
+            "QMP input member 'arguments' must be an object",
+        ),
+        (
+            r#"{"execute":"qmp_capabilities","arguments":{"enable":["x"]}}"#,
+            "Parameter 'enable' does not accept value 'x'",
+        ),
+        (
+            r#"{"execute":"quit"}"#,
+            "Expecting capabilities negotiation with 'qmp_capabilities'",
+        ),
+    ] {
+        assert_eq!(desc(&mut vm.qmp, line)?, expected, "{line}");
+    }
+    // A line that is too long is no negotiation either.
+    let long = format!("[\"{}\"]", "x".repeat(1 << 20));
+    assert_eq!(desc(&mut vm.qmp, &long)?, "QMP input must be a JSON object");
+    vm.qmp.ok("qmp_capabilities", &json!({}))?;
+    goes_on(&mut vm)?;
+    vm.quit()?;
+    Ok(())
+}
+
+#[test]
 fn garbage_and_endless_lines() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut vm = start(dir.path())?;
@@ -132,6 +172,67 @@ fn garbage_and_endless_lines() -> Result<()> {
     vm.qmp
         .send(b"\n{\"execute\":\"query-name\",\"id\":\"end\"}\n")?;
     while vm.qmp.answer()?["id"] != "end" {}
+    goes_on(&mut vm)?;
+    vm.quit()?;
+    Ok(())
+}
+
+#[test]
+fn the_monitor_for_people_takes_endless_lines_and_garbage() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("people");
+    let second = format!("unix:{},server=on,wait=off", path.display());
+    let words = ["-m", "64M", "-kernel", "embedded", "-monitor", &second].map(str::to_owned);
+    let mut vm = QemuVm::start(dir.path(), "a", &words)?;
+    vm.serial()?.ready()?;
+    let mut people = UnixStream::connect(&path)?;
+    people.set_read_timeout(Some(HANG))?;
+    // What comes in is taken whether or not anybody has read the answers.
+    people.write_all(&vec![b'x'; 1 << 20])?;
+    people.write_all(b"\r\n\xff\xfe\0\x1b[A\r\nfrob\r\ninfo status\r\n")?;
+    let mut said = String::new();
+    let mut piece = [0; 4096];
+    while !said.contains("VM status: running") {
+        let count = people.read(&mut piece)?;
+        ensure!(count > 0, "the monitor is gone: {said}");
+        said.push_str(&String::from_utf8_lossy(&piece[..count]));
+    }
+    assert!(said.contains("the line is too long"), "{said}");
+    assert!(said.contains("unknown command: 'frob'"), "{said}");
+    goes_on(&mut vm)?;
+    vm.quit()?;
+    Ok(())
+}
+
+#[test]
+fn a_hundred_clients_come_and_go_in_the_middle_of_things() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("second");
+    let second = format!("unix:{},server=on,wait=off", path.display());
+    let words = ["-m", "64M", "-kernel", "embedded", "-qmp", &second].map(str::to_owned);
+    let mut vm = QemuVm::start(dir.path(), "a", &words)?;
+    vm.serial()?.ready()?;
+    for number in 0..100 {
+        let mut client = Qmp::connect(&path)?;
+        match number % 5 {
+            // Before the greeting, in the middle of a message, before the answer, before the negotiation.
+            0 => (),
+            1 => client.send(b"{\"execute\":\"qmp_cap")?,
+            2 => client
+                .send(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-qmp-schema\"}\n")?,
+            3 => assert!(client.receive()?["QMP"].is_object()),
+            // Nothing of those before is left: neither half a message nor a negotiation.
+            _ => {
+                assert!(client.receive()?["QMP"].is_object());
+                assert_eq!(
+                    desc(&mut client, r#"{"execute":"query-status"}"#)?,
+                    "Expecting capabilities negotiation with 'qmp_capabilities'"
+                );
+                client.ok("qmp_capabilities", &json!({}))?;
+                assert_eq!(client.status()?, "running");
+            }
+        }
+    }
     goes_on(&mut vm)?;
     vm.quit()?;
     Ok(())

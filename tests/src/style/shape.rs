@@ -17,8 +17,9 @@ const MACROS: [&str; 7] = [
     "unimplemented!",
 ];
 /// Who may print: it is their work.
-const PRINTERS: [&str; 5] = [
+const PRINTERS: [&str; 6] = [
     "bench/src/",
+    "tests/fuzz/src/bin/",
     "tests/src/bin/",
     "vmm/examples/",
     "vmm/src/cli/",

@@ -156,7 +156,8 @@ impl Supervisor {
         let forks = &mut self.forks;
         forks.hole_faults.is_told = false;
         forks.hole_faults.answers += 1;
-        forks.hole_faults.promoted_ranges += promoted_ranges;
+        let promoted = &mut forks.hole_faults.promoted_ranges;
+        *promoted = promoted.saturating_add(promoted_ranges);
         forks.filled = Some(filled);
         if promoted_ranges > 0 {
             let (filled_bytes, hole_bytes) = filled;

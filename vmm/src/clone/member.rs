@@ -76,13 +76,20 @@ pub struct GivenBack {
     pub pauses: u64,
 }
 
+impl GivenBack {
+    /// Adds what a clone says that it gave; it may claim anything.
+    pub(super) fn add(&mut self, bytes: u64, pauses: u64) {
+        self.bytes = self.bytes.saturating_add(bytes);
+        self.pauses = self.pauses.saturating_add(pauses);
+    }
+}
+
 impl Supervisor {
     /// What all clones gave back to the host while they were idle.
     pub fn given_back(&self) -> GivenBack {
         let mut all = GivenBack::default();
         for clone in &self.clones {
-            all.bytes += clone.given_back.bytes;
-            all.pauses += clone.given_back.pauses;
+            all.add(clone.given_back.bytes, clone.given_back.pauses);
         }
         all
     }
@@ -152,5 +159,18 @@ impl Clone {
     /// Whether it has a process, or will have one.
     pub fn is_live(&self) -> bool {
         self.process.is_some() || self.ending.is_none()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_claim_goes_beyond_what_a_number_holds() {
+        let mut all = GivenBack::default();
+        all.add(u64::MAX, u64::MAX);
+        all.add(1, 1);
+        assert_eq!((all.bytes, all.pauses), (u64::MAX, u64::MAX));
     }
 }

@@ -428,8 +428,7 @@ impl Supervisor {
                 None
             }
             FromWorker::GaveBack { bytes, pauses } => {
-                clone.given_back.bytes += bytes;
-                clone.given_back.pauses += pauses;
+                clone.given_back.add(bytes, pauses);
                 metrics::count_given_back(&self.options.name, bytes, pauses);
                 None
             }

@@ -20,6 +20,9 @@ use serde::{Deserialize, Serialize};
 const MAX_NS: u64 = 3_600_000_000_000;
 /// Most bytes that the length of an encoded delta takes.
 const LENGTH_BYTES: usize = 10;
+/// Most samples of histograms that one delta adds: more than a pager can have in the second that a
+/// delta is of. Each takes time and memory here, and whoever sends a delta may claim any number.
+const MAX_SAMPLES: u64 = 1 << 18;
 const METADATA: Metadata<'static> = Metadata::new(module_path!(), Level::INFO, None);
 
 /// Name and labels of one series.
@@ -161,8 +164,10 @@ pub fn split(delta: Delta, max_bytes: usize) -> Vec<Delta> {
 }
 
 /// Records a delta with this process's own recorder. A gauge is not set, since other processes
-/// have the same one: the difference to `before`, this process's last value, is added.
+/// have the same one: the difference to `before`, this process's last value, is added. Samples beyond
+/// what a process can have are dropped.
 pub fn replay(delta: &Delta, mut before: impl FnMut(&Series, f64) -> f64) {
+    let mut room = MAX_SAMPLES;
     for (series, change) in delta {
         let key = series.key();
         metrics::with_recorder(|recorder| match change {
@@ -180,6 +185,8 @@ pub fn replay(delta: &Delta, mut before: impl FnMut(&Series, f64) -> f64) {
             Change::Histogram(pairs) => {
                 let histogram = recorder.register_histogram(&key, &METADATA);
                 for &(ns, count) in pairs {
+                    let count = count.min(room);
+                    room -= count;
                     histogram
                         .record_many(to_seconds(ns), usize::try_from(count).unwrap_or(usize::MAX));
                 }
@@ -326,6 +333,25 @@ mod tests {
             (9_900_000..10_300_000).contains(&total_ns),
             "{total_ns} ns of 10.04 ms"
         );
+    }
+
+    #[test]
+    fn no_process_adds_more_samples_than_it_can_have() {
+        let series = Series {
+            name: "fault_seconds".into(),
+            labels: Vec::new(),
+        };
+        let claimed = vec![(1000, 5), (2000, u64::MAX), (3000, u64::MAX)];
+        let supervisor = Relay::new();
+        metrics::with_local_recorder(&supervisor, || {
+            replay(&vec![(series, Change::Histogram(claimed))], |_, _| 0.0);
+        });
+        let sum = supervisor.take();
+        let Some(Change::Histogram(pairs)) = change(&sum, "fault_seconds") else {
+            panic!("a histogram")
+        };
+        let samples: u64 = pairs.iter().map(|(_, count)| count).sum();
+        assert_eq!(samples, MAX_SAMPLES);
     }
 
     #[test]

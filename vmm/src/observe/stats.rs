@@ -99,7 +99,7 @@ pub struct PagerStats {
 }
 
 impl PagerStats {
-    /// Adds what one process recorded.
+    /// Adds what one process recorded; it may claim anything.
     pub fn add(&mut self, delta: &Delta) {
         for (series, change) in delta {
             match (series.name.as_str(), change) {
@@ -113,13 +113,13 @@ impl PagerStats {
                     }
                 }
                 ("pando_pager_pages_installed_total", Change::Counter(pages)) => {
-                    *self
-                        .installed_pages
-                        .entry(series.label("source").to_owned())
-                        .or_default() += pages;
+                    let source = series.label("source").to_owned();
+                    let sum = self.installed_pages.entry(source).or_default();
+                    *sum = sum.saturating_add(*pages);
                 }
                 (name, Change::Counter(increase)) => {
-                    *self.counters.entry(name.to_owned()).or_default() += increase;
+                    let sum = self.counters.entry(name.to_owned()).or_default();
+                    *sum = sum.saturating_add(*increase);
                 }
                 _ => (),
             }
@@ -135,6 +135,24 @@ impl PagerStats {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::observe::relay::Series;
+
+    #[test]
+    fn no_claim_goes_beyond_what_a_number_holds() {
+        let series = |name: &str| Series {
+            name: name.into(),
+            labels: Vec::new(),
+        };
+        let installed = "pando_pager_pages_installed_total";
+        let delta = [series("a"), series(installed)]
+            .map(|series| (series, Change::Counter(u64::MAX)))
+            .to_vec();
+        let mut stats = PagerStats::default();
+        stats.add(&delta);
+        stats.add(&delta);
+        assert_eq!(stats.counter("a"), u64::MAX);
+        assert_eq!(stats.installed_pages[""], u64::MAX);
+    }
 
     #[test]
     fn percentiles_are_in_microseconds() {

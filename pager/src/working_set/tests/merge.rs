@@ -208,10 +208,7 @@ fn a_run_without_a_page_that_counts_is_no_run() {
 fn beyond_the_bound_the_rarest_and_latest_go() {
     let index = only_data(100);
     let mut set = learned(&index, &[reads([9, 8]), reads([9, 8])]);
-    let rules = MergeRules {
-        max_pages: 4,
-        ..MergeRules::default()
-    };
+    let rules = MergeRules { max_pages: 4 };
     let merged = set.merge(&reads([30, 20, 10]), &index, &rules);
     assert_eq!((merged.new, merged.over_bound), (3, 1));
     assert_eq!(places(&set), [(0, 8), (0, 9), (0, 20), (0, 30)]);

@@ -113,12 +113,18 @@ fn is_busy(locked: Locked) -> bool {
 }
 
 fn at(mut file: File, path: &Path, offset_bytes: u64) -> Result<StateFile, String> {
-    let can_seek = file.seek(SeekFrom::Start(offset_bytes)).is_ok();
+    file.seek(SeekFrom::Start(offset_bytes)).map_err(|error| {
+        format!(
+            "Unable to seek to offset {offset_bytes:#x} in '{}': {}",
+            path.display(),
+            reason(&error)
+        )
+    })?;
     Ok(StateFile {
         file,
         path: path.to_owned(),
         offset_bytes,
-        can_seek,
+        can_seek: true,
     })
 }
 
@@ -307,6 +313,20 @@ mod tests {
         let mut flipped = good;
         flipped[40] ^= 1;
         assert!(lines(&flipped)[0].contains("is damaged: its checksum"));
+    }
+
+    #[test]
+    fn an_offset_that_no_file_has_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("state");
+        std::fs::write(&path, encoded()).unwrap();
+        let address = StateAddress::File {
+            path,
+            offset_bytes: u64::MAX,
+        };
+        let error = open(&address, &mut |_| None).unwrap_err();
+        assert!(error.contains("0xffffffffffffffff"), "{error}");
+        create(&address, &mut |_| None).unwrap_err();
     }
 
     proptest! {

@@ -50,7 +50,7 @@ pub fn start<T: Send + 'static>(
         control: option.control,
         pretty: option.pretty,
         port: Arc::clone(&port),
-        ask: Box::new(move |ask| requests.send(wrap(ask)).is_ok()),
+        ask: move |ask| requests.send(wrap(ask)).is_ok(),
     };
     thread::Builder::new()
         .name("monitor".to_owned())
@@ -62,11 +62,28 @@ pub fn start<T: Send + 'static>(
     Ok(Monitor { port, ended })
 }
 
-struct Server {
+/// Serves one client on this thread, until it goes. What it asks goes to `ask`, which says whether
+/// there is anybody to answer.
+pub fn serve(
+    option: &MonitorOption,
+    port: Arc<Port>,
+    (input, output): (BorrowedFd<'_>, BorrowedFd<'_>),
+    ask: impl Fn(Ask) -> bool,
+) {
+    let server = Server {
+        control: option.control,
+        pretty: option.pretty,
+        port,
+        ask,
+    };
+    server.serve(input, output, false);
+}
+
+struct Server<A> {
     control: bool,
     pretty: bool,
     port: Arc<Port>,
-    ask: Box<dyn Fn(Ask) -> bool + Send>,
+    ask: A,
 }
 
 /// A connected client.
@@ -87,7 +104,7 @@ struct Ready {
     input: bool,
 }
 
-impl Server {
+impl<A: Fn(Ask) -> bool> Server<A> {
     fn run(&self, link: Link) {
         match link {
             Link::Null | Link::File(_) => (),
