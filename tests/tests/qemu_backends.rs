@@ -169,7 +169,12 @@ fn a_machine_is_printed_as_the_file_that_makes_it_again() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut command = pando(&["qemu", "-print-machine", "-kernel", "embedded"])?;
     command.args(machine(["f0", "f1", "f2"], ["share=on"; 3]));
+    let uuid = "8a1b7f0e-32a5-4f4b-9c7e-0123456789ab";
+    command.args(["-name", "web", "-uuid", uuid]);
+    command.args(["-smbios", "type=1,serial=S1"]);
     let printed = finish(&mut command)?.expect_code(0)?.stdout;
+    let id = format!("name = \"web\"\nuuid = \"{uuid}\"\n\n[system]\nserial = \"S1\"\n");
+    assert!(printed.contains(&id), "{printed}");
     let file = dir.path().join("machine.toml");
     fs::write(&file, &printed)?;
     let mut again = pando(&["run", "--print-machine", "--machine"])?;

@@ -25,6 +25,7 @@ use self::kernel::{Kernel, Protocol};
 use super::acpi;
 use super::layout::{ACPI_ADDRESS, COMMAND_LINE_ADDRESS};
 use super::regs::InitialRegisters;
+use super::smbios;
 use crate::memory::guest::GuestRam;
 use crate::spec::{BackendSpec, MachineSpec};
 
@@ -69,7 +70,7 @@ struct Handover<'a> {
     command_line_bytes: u32,
 }
 
-/// Writes kernel, initrd, command line, memory map, ACPI tables, descriptor and page tables to RAM.
+/// Writes kernel, initrd, command line, memory map, ACPI and SMBIOS tables, descriptor and page tables to RAM.
 ///
 /// RAM must be fresh (all zero): what a kernel expects to be zero is not written. Every error names
 /// the file or the size that is wrong; RAM may be partly written then.
@@ -81,6 +82,7 @@ pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<Boo
         None => None,
     };
     ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, spec))?;
+    smbios::write(ram, spec.identity())?;
     reset::write_reset_vector(ram)?;
     let map = memory_map(ram.layout(), &|backend| {
         spec.backends()

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use super::argv::Argument;
 use super::chardev::{self, Chardev, NamedChardev, Short};
-use super::identity::Identity;
+use super::identity::IdentityOptions;
 use super::machine::{self, MachineOption};
 use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Numa};
 use super::{device, global};
@@ -37,7 +37,7 @@ pub struct Wanted {
     /// `-append`
     pub append: Option<String>,
     /// Who it is.
-    pub identity: Identity,
+    pub identity: IdentityOptions,
     /// Where COM1 goes; `None` where it goes nowhere.
     pub serial: Option<Chardev>,
     /// Monitors.
@@ -263,6 +263,7 @@ impl Wanted {
             nodes: memory.nodes.clone(),
             distances: memory.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
+            identity: self.identity.said.clone(),
         };
         if let Some(id) = &parts.ram_backend
             && !parts.backends.iter().any(|backend| backend.id() == id)

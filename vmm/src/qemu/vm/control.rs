@@ -8,7 +8,6 @@ use serde_json::json;
 use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
 use crate::arch::x86_64::regs::InitialRegisters;
-use crate::arch::x86_64::smbios;
 use crate::machine::{Failure, Machine, MachineError, Outcome};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
@@ -28,12 +27,6 @@ impl Vm {
     /// Makes the machine anew, from its beginning. What was there must have ended.
     pub(super) fn make_machine(&mut self, begin: Begin<'_>) -> Result<(), OptionError> {
         let Made { ram, pager } = self.memory.make(begin)?;
-        let identity = &self.plan.wanted.identity;
-        if self.plan.boot.is_some() && (identity.uuid.is_some() || identity.system.is_some()) {
-            let system = identity.system.clone().unwrap_or_default();
-            smbios::write(&ram, &system, identity.uuid.unwrap_or_default().0)
-                .map_err(|error| OptionError::new(one_line(&error)))?;
-        }
         let target = self
             .serial
             .target()

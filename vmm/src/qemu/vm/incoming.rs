@@ -10,13 +10,13 @@ use super::{After, Held, RunStatus, Vm};
 use crate::machine::{HostCheck, Machine};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
-use crate::qemu::line::identity::Uuid;
 use crate::qemu::migration::address::StateAddress;
 use crate::qemu::migration::file::{self, LoadError, StateFile};
 use crate::qemu::migration::ram::{self, Contents, Placement};
 use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::{exit, one_line};
+use crate::spec::Uuid;
 use crate::template::seal::Seal;
 use crate::template::state_file;
 
@@ -196,7 +196,7 @@ impl Vm {
             )));
         }
         if let (true, Some(there)) = (ours.validate_uuid, saved.uuid) {
-            let here = self.plan.wanted.identity.uuid.unwrap_or_default();
+            let here = self.plan.spec.identity().uuid.unwrap_or_default();
             if here.0 != there {
                 return Err(LoadError::invalid(format!(
                     "UUID received is {} and local is {here}",

@@ -230,7 +230,7 @@ impl Vm {
                 cpus: self.plan.spec.cpus().get(),
                 status: status.name().to_owned(),
                 has_program: self.has_program,
-                uuid: self.plan.wanted.identity.uuid.map(|uuid| uuid.0),
+                uuid: self.plan.spec.identity().uuid.map(|uuid| uuid.0),
                 ignore_shared: capabilities.ignore_shared,
                 mapped_ram: capabilities.mapped_ram,
                 backends,
