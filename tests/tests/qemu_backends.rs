@@ -146,6 +146,54 @@ fn each_backend_of_a_template_is_its_own_file_and_a_wrong_mixture_is_refused_by_
         &no_module,
         "Unknown ramblock \"m2\", cannot accept migration",
     )?;
+    for (here, other, why) in [
+        (
+            "slots=2",
+            "slots=3",
+            "slots for memory modules is 2 in the state and 3 here",
+        ),
+        (
+            "maxmem=1G",
+            "maxmem=2G",
+            "(maxmem) is 1073741824 in the state and 2147483648",
+        ),
+        (
+            "id=dimm0",
+            "id=dimm1",
+            "is called \"dimm0\" in the state and \"dimm1\" here",
+        ),
+        (
+            "memdev=m2,node=1",
+            "memdev=m2,node=0",
+            "is in NUMA node 1 in the state and 0 here",
+        ),
+        (
+            "memdev=m2",
+            "memdev=m2,addr=0x140000000",
+            "is at 0x100000000 in the state and 0x140000000",
+        ),
+        (
+            "nodeid=0,cpus=0,",
+            "nodeid=0,cpus=0-1,",
+            "vCPU 1 is in NUMA node 1 in the state and 0 here",
+        ),
+    ] {
+        let changed: Vec<String> = words
+            .iter()
+            .map(|word| {
+                word.replace(here, other).replace("nodeid=1,cpus=1", {
+                    if other.contains("0-1") {
+                        "nodeid=1"
+                    } else {
+                        "nodeid=1,cpus=1"
+                    }
+                })
+            })
+            .collect();
+        refused(dir, &changed, why)?;
+    }
+    let far = with(words.clone(), &["-numa", "dist,src=0,dst=1,val=31"]);
+    refused(dir, &far, "to 1 is 20 in the state and 31 here")?;
     let anonymous: Vec<String> = words
         .iter()
         .map(|word| {

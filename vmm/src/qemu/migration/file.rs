@@ -15,8 +15,9 @@ use crate::memory::layout::PAGE_BYTES;
 use crate::qemu::link::reason;
 use crate::sys::lock::{LockKind, Locked, TO_THE_END, lock_range};
 
-/// The version of the body that this build writes and reads.
-pub const FORMAT: u32 = 1;
+/// The version of the body that this build writes and reads. Version 1 said nothing of nodes, modules
+/// and, in its beginnings, of memory that the guest only reads.
+pub const FORMAT: u32 = 2;
 const FRAME: Frame = Frame {
     magic: *b"PANDOMG\0",
     version: FORMAT,
@@ -260,6 +261,7 @@ fn ram_offset(begin: u64, head_bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::migration::state::SavedTopology;
     use proptest::prelude::*;
 
     fn saved() -> SavedMachine {
@@ -272,6 +274,7 @@ mod tests {
             ignore_shared: true,
             mapped_ram: false,
             backends: Vec::new(),
+            topology: SavedTopology::default(),
             machine: vec![1, 2, 3],
         }
     }
@@ -304,6 +307,9 @@ mod tests {
         let mut newer = good.clone();
         newer[8] = 9;
         assert!(lines(&newer)[0].contains("has version 9"));
+        let mut older = good.clone();
+        older[8] = 1;
+        assert!(lines(&older)[0].contains("has version 1"));
         let mut flipped = good;
         flipped[40] ^= 1;
         assert!(lines(&flipped)[0].contains("is damaged: its checksum"));

@@ -13,7 +13,8 @@ use crate::qemu::error::OptionError;
 use crate::qemu::migration::address::StateAddress;
 use crate::qemu::migration::file::{self, LoadError, StateFile};
 use crate::qemu::migration::ram::{self, Contents, Placement};
-use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
+use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine, SavedTopology};
+use crate::qemu::migration::topology;
 use crate::qemu::qmp::message::QmpError;
 use crate::report::{exit, one_line};
 use crate::spec::Uuid;
@@ -259,6 +260,8 @@ impl Vm {
                 more.id()
             )));
         }
+        let topology = SavedTopology::of(&self.plan.spec);
+        topology::compare_modules(&saved.topology, &topology)?;
         let layout = self.plan.spec.layout();
         for (position, (here, there)) in ours.iter().zip(&saved.backends).enumerate() {
             let address = layout.guest_address(position, 0).unwrap_or(0);
@@ -276,7 +279,8 @@ impl Vm {
                 )));
             }
         }
-        Ok(())
+        let ids: Vec<&str> = ours.iter().map(|backend| backend.id()).collect();
+        topology::compare_nodes(&saved.topology, &topology, &ids)
     }
 
     /// For each backend that is left out, its index, once its file is known to be the one that was

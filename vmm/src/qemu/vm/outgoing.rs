@@ -18,7 +18,7 @@ use crate::qemu::migration::address::StateAddress;
 use crate::qemu::migration::capability::Capabilities;
 use crate::qemu::migration::file::{self, StateFile};
 use crate::qemu::migration::ram::{self, Placement};
-use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
+use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine, SavedTopology};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::one_line;
 use crate::spec::{BackendSource, FileAccess, FileSource};
@@ -234,6 +234,7 @@ impl Vm {
                 ignore_shared: capabilities.ignore_shared,
                 mapped_ram: capabilities.mapped_ram,
                 backends,
+                topology: SavedTopology::of(&self.plan.spec),
                 machine,
             },
             ram,
