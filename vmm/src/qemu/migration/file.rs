@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use pando_pager::image::frame::{Frame, FrameError, HEADER_BYTES};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::address::StateAddress;
 use super::state::SavedMachine;
@@ -36,6 +37,8 @@ pub struct StateFile {
     pub offset_bytes: u64,
     /// Whether places in it can be chosen.
     pub can_seek: bool,
+    /// Whether it is a file on disk: what is in it comes at once.
+    pub is_regular: bool,
 }
 
 /// Opens `address` to save to. `fds` gives the descriptors of `getfd`.
@@ -120,6 +123,7 @@ fn at(mut file: File, path: &Path, offset_bytes: u64) -> Result<StateFile, Strin
         path: path.to_owned(),
         offset_bytes,
         can_seek,
+        is_regular: true,
     })
 }
 
@@ -132,17 +136,25 @@ fn descriptor(
     let passed = fds(name).map(File::from);
     let file = match passed {
         Some(file) => file,
+        // A FIFO would wait for its other end.
         None if name.bytes().all(|c| c.is_ascii_digit()) && !name.is_empty() => OpenOptions::new()
             .read(!write)
             .write(write)
+            .custom_flags(libc::O_NONBLOCK)
             .open(format!("/proc/self/fd/{name}"))
             .map_err(|error| format!("fd {name} cannot be used: {}", reason(&error)))?,
         None => return Err(format!("File descriptor named '{name}' not found")),
     };
+    let is_regular = file.metadata().is_ok_and(|facts| facts.is_file());
+    if !is_regular {
+        // The thread that reads or writes it may wait.
+        let _ = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK));
+    }
     let mut state = StateFile {
         path: PathBuf::from(format!("fd:{name}")),
         offset_bytes: 0,
         can_seek: false,
+        is_regular,
         file,
     };
     if let Ok(offset) = state.file.stream_position() {

@@ -3,6 +3,7 @@
 //! that monitors go on being answered.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +23,7 @@ use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine, Sa
 use crate::qemu::qmp::message::QmpError;
 use crate::report::one_line;
 use crate::spec::{BackendSource, FileAccess, FileSource};
-use crate::sys::lock::LockKind;
+use crate::sys::lock::{LockKind, is_locked};
 use crate::template::seal::Seal;
 use crate::template::state_file;
 
@@ -125,6 +126,7 @@ impl Vm {
             return Err(QmpError::generic(why));
         }
         let opened = file::create(address, &mut |name| self.fds.remove(name));
+        let opened = opened.and_then(|target| self.refuse_memory(target));
         let target = match opened {
             Ok(target) => target,
             Err(why) => {
@@ -143,6 +145,36 @@ impl Vm {
         self.migration_event("setup");
         self.after = super::After::Save(Box::new(Target(target)));
         Ok(())
+    }
+
+    /// Refuses a descriptor of what is memory; of a path its lock has told.
+    fn refuse_memory(&self, target: StateFile) -> Result<StateFile, String> {
+        let name = target.path.display();
+        if let Some(id) = self.backend_of(&target.file) {
+            return Err(format!(
+                "{name} is the file of memory backend {id}, which nothing else may write: name another file"
+            ));
+        }
+        // A lock that was taken by path is this file's own, and does not count here.
+        if target.is_regular && is_locked(&target.file).unwrap_or(false) {
+            return Err(format!(
+                "{name} is the memory of a machine that is there, or a state that is being saved or loaded: name \
+                 another file"
+            ));
+        }
+        Ok(target)
+    }
+
+    /// The memory backend whose file this is.
+    fn backend_of(&self, file: &std::fs::File) -> Option<&str> {
+        let place = |file: &std::fs::File| {
+            let facts = file.metadata().ok()?;
+            Some((facts.dev(), facts.ino()))
+        };
+        let wanted = place(file)?;
+        let mut backends = self.plan.spec.backends().iter().enumerate();
+        let is_same = |position| self.memory.file(position).and_then(place) == Some(wanted);
+        backends.find_map(|(position, backend)| is_same(position).then(|| backend.id()))
     }
 
     pub(super) fn migration_event(&self, status: &str) {
