@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! The monitor for people: a few words of it.
 
-mod words;
+pub mod words;
 
 use std::fmt::Write;
 

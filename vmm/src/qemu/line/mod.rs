@@ -7,10 +7,12 @@ pub mod chardev;
 pub mod choices;
 pub mod device;
 pub mod global;
+pub mod hub;
 pub mod identity;
 pub mod machine;
 pub mod memory;
 pub mod options;
+mod ports;
 pub mod refused;
 pub mod wanted;
 

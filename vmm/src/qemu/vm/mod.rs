@@ -5,6 +5,7 @@
 mod compare;
 mod control;
 mod held;
+mod hubs;
 mod incoming;
 mod memory;
 mod objects;
@@ -50,6 +51,8 @@ pub enum Message {
     Saved(Saved),
     /// A thread has read more of a state that is being loaded.
     Came(Box<Came>),
+    /// A person at the terminal wants the end.
+    Quit,
     /// A signal came.
     Signal(i32),
 }
@@ -110,6 +113,7 @@ pub struct Vm {
     /// Backends that monitors added.
     added: Vec<objects::Added>,
     serial: SerialPort,
+    hubs: Vec<hubs::OpenHub>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
     ends_sender: Sender<End>,
@@ -131,8 +135,9 @@ impl Vm {
     /// yet.
     pub fn new(plan: Plan, mut tell: Teller) -> Result<Self, OptionError> {
         let memory = Memory::open(&plan.spec)?;
-        let serial = SerialPort::open(plan.wanted.serial.as_ref(), &mut *tell)?;
         let (sender, inbox) = bounded(MAX_REQUESTS);
+        let hubs = hubs::open(plan.wanted.hubs.all(), &sender, &mut *tell)?;
+        let serial = SerialPort::open(plan.wanted.serial.as_ref(), &hubs, &mut *tell)?;
         let (ends_sender, ends) = bounded(MAX_ENDS);
         let waits = plan.wanted.incoming.is_some();
         let mut vm = Self {
@@ -156,6 +161,7 @@ impl Vm {
             changed: BTreeMap::new(),
             added: Vec::new(),
             serial,
+            hubs,
             sender,
             inbox,
             ends_sender,
@@ -226,6 +232,7 @@ impl Vm {
                 After::Quit => self.shut_down(false, "host-qmp-quit"),
                 After::Exit(code) => {
                     self.held.end();
+                    self.finish_ports();
                     return Some(code);
                 }
             }
@@ -247,6 +254,7 @@ impl Vm {
             }
             Message::Saved(saved) => self.saved(saved),
             Message::Came(came) => self.came(*came),
+            Message::Quit => self.shut_down(false, "host-ui"),
             Message::Signal(signal) => {
                 self.say(&format!("terminating on signal {signal}"));
                 self.shut_down(false, "host-signal");
