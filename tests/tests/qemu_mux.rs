@@ -156,6 +156,22 @@ fn what_a_guest_prints_last_comes_out_and_its_log_has_it() -> Result<()> {
 }
 
 #[test]
+fn messages_have_the_time_where_it_is_wanted() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let link = dir.path().join("kvm");
+    std::os::unix::fs::symlink(pando(&["x"])?.get_program(), &link)?;
+    let mut command = std::process::Command::new(&link);
+    command.args(["-m", "64M", "-incoming", "file:none"]);
+    let plain = finish(command.current_dir(dir.path()))?.expect_code(1)?;
+    assert!(plain.stderr.starts_with("kvm: -incoming"), "{plain:?}");
+    let timed = finish(command.args(["-msg", "timestamp=on"]))?.expect_code(1)?;
+    let (time, rest) = timed.stderr.split_once(' ').context("no time")?;
+    assert!(time.len() == 27 && time.ends_with('Z'), "{time}");
+    assert!(rest.starts_with("kvm: -incoming"), "{rest}");
+    Ok(())
+}
+
+#[test]
 fn what_cannot_be_shared_is_refused() -> Result<()> {
     for (words, why) in [
         (

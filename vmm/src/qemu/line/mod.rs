@@ -14,6 +14,7 @@ pub mod memory;
 pub mod options;
 mod ports;
 pub mod refused;
+pub mod said;
 pub mod wanted;
 
 pub use argv::{Argument, arguments};

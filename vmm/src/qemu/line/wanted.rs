@@ -11,7 +11,7 @@ use super::identity::IdentityOptions;
 use super::machine::{self, MachineOption};
 use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Numa};
 use super::ports::Pending;
-use super::{device, global};
+use super::{device, global, said};
 use crate::qemu::error::{OptionError, expects};
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::Capabilities;
@@ -92,6 +92,8 @@ pub struct ProgramOptions {
     pub log_file: Option<PathBuf>,
     /// `-d`
     pub log_items: Vec<String>,
+    /// `-msg timestamp=on`
+    pub timestamps: bool,
     /// `-print-machine`
     pub print_machine: bool,
 }
@@ -172,6 +174,10 @@ impl Wanted {
                 let (capability, on) = global::global(value)?;
                 self.capabilities.set(capability, on);
             }
+            "boot" => said::boot(value)?,
+            "rtc" => said::rtc(value)?,
+            "overcommit" => said::overcommit(value)?,
+            "sandbox" => said::sandbox(value)?,
             "enable-kvm" | "mem-prealloc" | "no-user-config" | "no-hpet" | "only-migratable" => (),
             "display" | "vga" | "net" | "nic" | "parallel" => none_only(argument.name, value)?,
             _ => return Ok(false),
@@ -233,9 +239,12 @@ impl Wanted {
             "help" | "h" | "version" => (),
             "msg" => {
                 let mut props = Props::parse(value, None, Form::Switches)?;
-                if props.switch("timestamp")? == Some(true) {
+                if let Some(on) = props.switch("timestamp")? {
+                    program.timestamps = on;
+                }
+                if props.switch("guest-name")? == Some(true) {
                     return Err(OptionError::new(
-                        "timestamp=on cannot be had: the log (-D) has the time in front of each line",
+                        "guest-name=on cannot be had: call the program by a link with a name of its own",
                     ));
                 }
                 props.finish()?;
