@@ -183,9 +183,17 @@ impl Vm {
         }
     }
 
+    /// QEMU looks for changed pages twice: before the machine stops, and behind that.
+    fn pass_event(&self, pass: u32) {
+        if self.migration.capabilities.events {
+            self.bus.send("MIGRATION_PASS", Some(json!({"pass": pass})));
+        }
+    }
+
     /// Stops the machine and starts the thread that writes.
     pub(super) fn save(&mut self, target: Target) {
         self.migration.before = self.status;
+        self.pass_event(1);
         self.migration.status = MigrationStatus::Active;
         self.migration_event("active");
         if self.status == RunStatus::Running {
@@ -209,7 +217,10 @@ impl Vm {
             .job(target.0)
             .and_then(|job| self.start_job(job).map_err(|error| error.to_string()));
         match started {
-            Ok(()) => self.migration_event("device"),
+            Ok(()) => {
+                self.migration_event("device");
+                self.pass_event(2);
+            }
             Err(why) => self.save_failed(why),
         }
     }
