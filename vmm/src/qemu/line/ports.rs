@@ -131,9 +131,8 @@ impl Pending {
                 _ => format!("monitor{}", wanted.monitors.len()),
             };
             let resolved = self.resolve(short, &mut wanted.hubs).and_then(|chardev| {
-                match &chardev {
-                    Some(chardev) => wanted.hubs.check_monitor(chardev)?,
-                    None => (),
+                if let Some(chardev) = &chardev {
+                    wanted.hubs.check_monitor(chardev)?;
                 }
                 Ok(chardev)
             });

@@ -244,12 +244,30 @@ fn load(
     })
 }
 
+/// The RAM of one backend in a file.
+struct Part {
+    backend: usize,
+    bytes: u64,
+    contents: Contents,
+    placement: Placement,
+}
+
+impl Part {
+    fn read(
+        &self,
+        file: &mut File,
+        take: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        read_runs(&self.contents, self.bytes, self.placement, file, take)
+    }
+}
+
 /// Calls `read` for each backend whose RAM is in the file, which is at `place`.
 fn each(
     saved: &SavedMachine,
     state: &mut StateFile,
     mut place: u64,
-    read: &mut dyn FnMut(usize, u64, &Contents, Placement, &mut File) -> io::Result<()>,
+    read: &mut dyn FnMut(&Part, &mut File) -> io::Result<()>,
 ) -> Result<(), LoadError> {
     for (position, backend) in saved.backends.iter().enumerate() {
         let SavedContent::Here { runs, checksum } = &backend.content else {
@@ -260,18 +278,16 @@ fn each(
         } else {
             Placement::Packed
         };
-        let contents = Contents {
-            runs: runs.clone(),
-            checksum: *checksum,
-        };
-        let result = read(
-            position,
-            backend.bytes,
-            &contents,
+        let part = Part {
+            backend: position,
+            bytes: backend.bytes,
+            contents: Contents {
+                runs: runs.clone(),
+                checksum: *checksum,
+            },
             placement,
-            &mut state.file,
-        );
-        result.map_err(|error| {
+        };
+        read(&part, &mut state.file).map_err(|error| {
             LoadError::io(format!(
                 "RAM of \"{}\" in {} cannot be used: {error}",
                 backend.id,
@@ -291,26 +307,16 @@ pub fn load_all(
     place: u64,
     ram: &GuestRam,
 ) -> Result<(), LoadError> {
-    each(
-        saved,
-        state,
-        place,
-        &mut |position, _, contents, placement, file| {
-            load(ram, position, contents, placement, file)
-        },
-    )
+    each(saved, state, place, &mut |part, file| {
+        load(ram, part.backend, &part.contents, part.placement, file)
+    })
 }
 
 /// Proves all RAM that is in the file, and goes back to where it begins.
 pub fn prove_all(saved: &SavedMachine, state: &mut StateFile, place: u64) -> Result<(), LoadError> {
-    each(
-        saved,
-        state,
-        place,
-        &mut |_, bytes, contents, placement, file| {
-            read_runs(contents, bytes, placement, file, &mut |_, _| Ok(()))
-        },
-    )?;
+    each(saved, state, place, &mut |part, file| {
+        part.read(file, &mut |_, _| Ok(()))
+    })?;
     let back = state.file.seek(SeekFrom::Start(place));
     back.map(drop).map_err(|error| {
         let name = state.path.display();
@@ -333,16 +339,9 @@ pub fn copy(
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
     let nameless = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR);
     let mut kept = File::from(nameless.map_err(|errno| cannot(errno.into()))?);
-    each(
-        saved,
-        state,
-        place,
-        &mut |_, bytes, contents, placement, file| {
-            read_runs(contents, bytes, placement, file, &mut |_, piece| {
-                kept.write_all(piece)
-            })
-        },
-    )?;
+    each(saved, state, place, &mut |part, file| {
+        part.read(file, &mut |_, piece| kept.write_all(piece))
+    })?;
     kept.rewind().map_err(cannot)?;
     Ok(StateFile {
         file: kept,

@@ -212,14 +212,14 @@ impl Server {
             }
             .unwrap_or_else(|| here(Err(QmpError::generic("the machine has ended"))));
         }
-        here(self.own(client, request))
+        here(self.own(client, &request))
     }
 
     /// What the monitor answers by itself.
     fn own(
         &self,
         client: &mut Client<'_>,
-        request: message::Request,
+        request: &message::Request,
     ) -> Result<serde_json::Value, QmpError> {
         let not_found = |desc: String| QmpError::of(Class::CommandNotFound, desc);
         match (request.command.as_str(), client.negotiated) {

@@ -74,7 +74,7 @@ pub enum Came {
     /// All of it, proven, in a file without a name.
     Copy(Load, Result<StateFile, LoadError>),
     /// All of it, in memory that was made for it.
-    Ram(Load, Made, Result<(), LoadError>),
+    Ram(Load, Box<Made>, Result<(), LoadError>),
 }
 
 impl Vm {
@@ -175,8 +175,8 @@ impl Vm {
                 });
             }
             Came::Ram(load, made, Ok(())) => {
-                let result = self.restore(&load, made);
-                self.loaded(load, result);
+                let result = self.restore(&load, *made);
+                self.loaded(&load, result);
             }
         }
     }
@@ -200,7 +200,7 @@ impl Vm {
                     let mut load = load;
                     let place = load.ram_place;
                     let result = ram::load_all(&load.saved, &mut load.file, place, &made.ram);
-                    Came::Ram(load, made, result)
+                    Came::Ram(load, Box::new(made), result)
                 }),
                 Err(error) => self.load_failed(&error, exit_on_error),
             },
@@ -232,10 +232,10 @@ impl Vm {
 
     fn load_from_file(&mut self, mut load: Load) {
         let result = self.load_state(&mut load);
-        self.loaded(load, result);
+        self.loaded(&load, result);
     }
 
-    fn loaded(&mut self, load: Load, result: Result<(), LoadError>) {
+    fn loaded(&mut self, load: &Load, result: Result<(), LoadError>) {
         match result {
             Ok(()) => self.go_on(&load.saved),
             Err(error) => self.load_failed(&error, load.exit_on_error),
