@@ -146,6 +146,30 @@ fn each_backend_of_a_template_is_its_own_file_and_a_wrong_mixture_is_refused_by_
         &no_module,
         "Unknown ramblock \"m2\", cannot accept migration",
     )?;
+    let anonymous: Vec<String> = words
+        .iter()
+        .map(|word| {
+            if word.contains("id=m1") {
+                "memory-backend-ram,id=m1,size=32M".to_owned()
+            } else {
+                word.clone()
+            }
+        })
+        .collect();
+    refused(
+        dir,
+        &anonymous,
+        "memory backend \"m1\" is left out of the state",
+    )?;
+    Ok(())
+}
+
+#[test]
+fn another_topology_than_the_states_is_refused_with_both_values() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    make_template(dir)?;
+    let words = clone_of(["f0", "f1", "f2"]);
     for (here, other, why) in [
         (
             "slots=2",
@@ -194,21 +218,6 @@ fn each_backend_of_a_template_is_its_own_file_and_a_wrong_mixture_is_refused_by_
     }
     let far = with(words.clone(), &["-numa", "dist,src=0,dst=1,val=31"]);
     refused(dir, &far, "to 1 is 20 in the state and 31 here")?;
-    let anonymous: Vec<String> = words
-        .iter()
-        .map(|word| {
-            if word.contains("id=m1") {
-                "memory-backend-ram,id=m1,size=32M".to_owned()
-            } else {
-                word.clone()
-            }
-        })
-        .collect();
-    refused(
-        dir,
-        &anonymous,
-        "memory backend \"m1\" is left out of the state",
-    )?;
     Ok(())
 }
 
