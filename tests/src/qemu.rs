@@ -238,6 +238,11 @@ impl Serial {
         Ok(())
     }
 
+    /// Sends what the guest reads.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        Ok(self.0.get_mut().write_all(text.as_bytes())?)
+    }
+
     /// Sends a command to the built-in guest and returns its answer.
     pub fn ask(&mut self, command: &str) -> Result<String> {
         self.0

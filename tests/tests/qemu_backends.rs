@@ -165,11 +165,73 @@ fn each_backend_of_a_template_is_its_own_file_and_a_wrong_mixture_is_refused_by_
 }
 
 #[test]
+fn another_topology_than_the_states_is_refused_with_both_values() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let dir = dir.path();
+    make_template(dir)?;
+    let words = clone_of(["f0", "f1", "f2"]);
+    for (here, other, why) in [
+        (
+            "slots=2",
+            "slots=3",
+            "slots for memory modules is 2 in the state and 3 here",
+        ),
+        (
+            "maxmem=1G",
+            "maxmem=2G",
+            "(maxmem) is 1073741824 in the state and 2147483648",
+        ),
+        (
+            "id=dimm0",
+            "id=dimm1",
+            "is called \"dimm0\" in the state and \"dimm1\" here",
+        ),
+        (
+            "memdev=m2,node=1",
+            "memdev=m2,node=0",
+            "is in NUMA node 1 in the state and 0 here",
+        ),
+        (
+            "memdev=m2",
+            "memdev=m2,addr=0x140000000",
+            "is at 0x100000000 in the state and 0x140000000",
+        ),
+        (
+            "nodeid=0,cpus=0,",
+            "nodeid=0,cpus=0-1,",
+            "vCPU 1 is in NUMA node 1 in the state and 0 here",
+        ),
+    ] {
+        let changed: Vec<String> = words
+            .iter()
+            .map(|word| {
+                word.replace(here, other).replace("nodeid=1,cpus=1", {
+                    if other.contains("0-1") {
+                        "nodeid=1"
+                    } else {
+                        "nodeid=1,cpus=1"
+                    }
+                })
+            })
+            .collect();
+        refused(dir, &changed, why)?;
+    }
+    let far = with(words.clone(), &["-numa", "dist,src=0,dst=1,val=31"]);
+    refused(dir, &far, "to 1 is 20 in the state and 31 here")?;
+    Ok(())
+}
+
+#[test]
 fn a_machine_is_printed_as_the_file_that_makes_it_again() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let mut command = pando(&["qemu", "-print-machine", "-kernel", "embedded"])?;
     command.args(machine(["f0", "f1", "f2"], ["share=on"; 3]));
+    let uuid = "8a1b7f0e-32a5-4f4b-9c7e-0123456789ab";
+    command.args(["-name", "web", "-uuid", uuid]);
+    command.args(["-smbios", "type=1,serial=S1"]);
     let printed = finish(&mut command)?.expect_code(0)?.stdout;
+    let id = format!("name = \"web\"\nuuid = \"{uuid}\"\n\n[system]\nserial = \"S1\"\n");
+    assert!(printed.contains(&id), "{printed}");
     let file = dir.path().join("machine.toml");
     fs::write(&file, &printed)?;
     let mut again = pando(&["run", "--print-machine", "--machine"])?;

@@ -92,10 +92,14 @@ fn commands_before_the_negotiation_and_out_of_band() -> Result<()> {
         desc(qmp, r#"{"execute":"query-status"}"#)?,
         "Expecting capabilities negotiation with 'qmp_capabilities'"
     );
-    qmp.ok("qmp_capabilities", &json!({"enable": ["oob"]}))?;
+    assert_eq!(
+        qmp.refused("qmp_capabilities", &json!({"enable": ["oob"]}))?,
+        "Capability oob not available"
+    );
+    qmp.ok("qmp_capabilities", &json!({}))?;
     assert_eq!(
         desc(qmp, r#"{"exec-oob":"query-status"}"#)?,
-        "The command query-status does not support OOB"
+        "QMP input member 'exec-oob' is unexpected"
     );
     // Several in one write, in pieces, over lines.
     qmp.send(b"{\"execute\":\"query-name\",\"id\":1}{\"execute\":\n\"query-status\",")?;

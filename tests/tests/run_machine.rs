@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Stdio};
 
 use anyhow::{Context, Result, ensure};
-use pando_tests::command::pando;
+use pando_tests::command::{finish, pando};
 use pando_vmm::payload::protocol::{Command, Outcome, READY_LINE, Reply, Visit};
 
 /// A VM on a clone of `file`, whose COM1 is its standard input and output; the file of its machine too.
@@ -128,5 +128,28 @@ fn a_template_in_use_is_not_cloned() -> Result<()> {
     input.write_all(&Command::PowerOff.encode())?;
     ensure!(clone.wait()?.code() == Some(0), "the clone");
     drop(lines);
+    Ok(())
+}
+
+#[test]
+fn a_template_says_who_its_machine_is() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let (machine, out) = (dir.path().join("m.json"), dir.path().join("t"));
+    let uuid = "8a1b7f0e-32a5-4f4b-9c7e-0123456789ab";
+    let text = format!(
+        "{{\"kernel\": \"embedded\", \"name\": \"web\", \"uuid\": \"{uuid}\", \"memory\": {{\"size\": \"64M\"}}}}"
+    );
+    fs::write(&machine, text)?;
+    let mut create = pando(&["template", "create", "--ready", "serial:pando guest ready"])?;
+    finish(create.arg("--machine").arg(&machine).arg(&out))?.expect_code(0)?;
+    let shown = finish(pando(&["template", "inspect", "--json"])?.arg(&out))?;
+    let facts = shown.expect_code(0)?.json()?;
+    assert_eq!(facts["format"], 3);
+    assert_eq!(facts["identity"]["name"], "web");
+    assert_eq!(facts["identity"]["uuid"], uuid);
+    // The guest of each clone finds it in its memory, where SMBIOS is looked for.
+    let ram = fs::read(out.join("ram0.mem"))?;
+    assert_eq!(&ram[0xf_0000..0xf_0005], b"_SM3_");
+    finish(pando(&["template", "verify"])?.arg(&out))?.expect_code(0)?;
     Ok(())
 }

@@ -8,6 +8,7 @@
 pub mod backend;
 mod dimm;
 mod error;
+mod identity;
 mod numa;
 pub mod parts;
 mod role;
@@ -20,6 +21,7 @@ pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, Back
 pub use backend::{FileAccess, FileSource, OnOffAuto};
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};
+pub use identity::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
 pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
 pub use role::{Role, RoleError};
@@ -76,6 +78,7 @@ pub struct MachineSpec {
     dimms: Vec<Dimm>,
     slots: u32,
     max_bytes: u64,
+    identity: Identity,
 }
 
 impl MachineSpec {
@@ -102,6 +105,7 @@ impl MachineSpec {
             nodes,
             distances,
             dimms,
+            identity,
         } = parts;
         let mut pool = Pool::new(backends)?;
         let mut ram = match ram_backend {
@@ -126,7 +130,7 @@ impl MachineSpec {
             modules.push(pool.take_for(dimm)?);
         }
         pool.refuse_rest()?;
-        Self::with_dimms(cpus, ram, memory, &dimms, modules)
+        Self::with_dimms(cpus, ram, memory, &dimms, modules)?.with_identity(identity)
     }
 
     fn with_dimms(
@@ -188,7 +192,14 @@ impl MachineSpec {
             dimms,
             slots: memory.slots,
             max_bytes,
+            identity: Identity::default(),
         })
+    }
+
+    /// The same machine as somebody else.
+    pub fn with_identity(self, identity: Identity) -> Result<Self, SpecError> {
+        identity.check()?;
+        Ok(Self { identity, ..self })
     }
 
     /// How many vCPUs.
@@ -220,6 +231,11 @@ impl MachineSpec {
     /// Slots for memory modules.
     pub fn slots(&self) -> u32 {
         self.slots
+    }
+
+    /// Who it is.
+    pub fn identity(&self) -> &Identity {
+        &self.identity
     }
 
     /// RAM without modules, in bytes.
@@ -296,6 +312,7 @@ impl MachineSpec {
                     guest_address: Some(dimm.guest_address),
                 })
                 .collect(),
+            identity: self.identity.clone(),
         }
     }
 }

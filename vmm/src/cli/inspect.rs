@@ -84,6 +84,14 @@ pub fn print_summary(facts: &Summary) {
         human_bytes(facts.memory_bytes),
         facts.tool
     );
+    if let Some(identity) = &facts.identity {
+        let words = [("name", &identity.name), ("UUID", &identity.uuid)];
+        for (what, text) in words {
+            if let Some(text) = text {
+                say!("{what} {text}, of its clones too");
+            }
+        }
+    }
     let mut rows = table(&["backend", "size", "data", "zero", "hole", "at"]);
     for backend in &facts.backends {
         rows.add_row([

@@ -2,6 +2,7 @@
 //! `pando qemu`: QEMU's options, messages and exit codes.
 
 use super::out::{note, say};
+use crate::observe::log::timestamp;
 use crate::qemu::run::{self, Command, FAILED};
 use crate::qemu::{program_name, run_name};
 
@@ -15,6 +16,15 @@ pub fn words() -> Option<Vec<String>> {
     (words.next().as_deref() == Some("qemu")).then(|| words.collect())
 }
 
+/// The time in front of a message, where it is wanted.
+fn stamp(wanted: bool) -> String {
+    if wanted {
+        timestamp() + " "
+    } else {
+        String::new()
+    }
+}
+
 /// Runs the machine that the options describe; the exit code.
 pub fn run(words: &[String]) -> u8 {
     let program = program_name();
@@ -22,14 +32,16 @@ pub fn run(words: &[String]) -> u8 {
         Some(name) => name,
         None => format!("{program} qemu"),
     };
+    let mut stamped = false;
     let result = run::read(&shown, words).and_then(|command| match command {
         Command::Text(text) => {
             say!("{}", text.trim_end());
             Ok(crate::report::exit::OK)
         }
         Command::Machine(wanted) => {
+            stamped = wanted.program.timestamps;
             let prefix = program.clone();
-            let tell = Box::new(move |line: &str| note!("{prefix}: {line}"));
+            let tell = Box::new(move |line: &str| note!("{}{prefix}: {line}", stamp(stamped)));
             run::run(*wanted, words, tell)
         }
     });
@@ -38,7 +50,7 @@ pub fn run(words: &[String]) -> u8 {
         Err(error) => {
             let mut lines = error.lines().into_iter();
             if let Some(line) = lines.next() {
-                note!("{program}: {line}");
+                note!("{}{program}: {line}", stamp(stamped));
             }
             for hint in lines {
                 note!("{hint}");

@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 mod bytes;
+mod identity;
 mod print;
 
 pub use bytes::Bytes;
+pub use identity::{SystemTable, UuidWord};
 
 /// More than any machine needs; a bound on what is read into memory.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -72,6 +74,15 @@ pub struct MachineFile {
     /// Where COM1 goes: `stdio`, `null`, `file:PATH`, `pty` or `unix:PATH`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// A name, which monitors tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The UUID, which SMBIOS tells the guest.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<UuidWord>,
+    /// What else SMBIOS tells the guest of the system.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system: Option<SystemTable>,
     /// Sizes.
     #[serde(default, skip_serializing_if = "MemoryTable::is_default")]
     pub memory: MemoryTable,

@@ -185,6 +185,7 @@ fn parts(file: &MachineFile) -> Result<MachineParts, SpecError> {
                 guest_address: dimm.address,
             })
             .collect(),
+        identity: file.identity(),
     })
 }
 

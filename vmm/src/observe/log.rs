@@ -120,3 +120,13 @@ where
             .format_event(context, writer, event)
     }
 }
+
+/// This moment in UTC, `2026-01-31T12:00:00.000000Z`.
+pub fn timestamp() -> String {
+    use tracing_subscriber::fmt::format::Writer;
+    use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+    let mut text = String::new();
+    // Writing to memory does not fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut text));
+    text
+}

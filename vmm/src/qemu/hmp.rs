@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! The monitor for people: a few words of it.
 
+pub mod words;
+
 use std::fmt::Write;
 
 use serde_json::Value;
@@ -37,7 +39,11 @@ pub const COMMANDS: &[(&str, &str)] = &[
 
 /// Does what a line says; its answer.
 pub fn execute(vm: &mut Vm, line: &str) -> String {
-    let words: Vec<&str> = line.split_whitespace().collect();
+    let words = match words::words(line) {
+        Ok(words) => words,
+        Err(why) => return format!("{}\r\n", why.replace('\n', "\r\n")),
+    };
+    let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
         [] => Ok(String::new()),
         ["help" | "?", ..] => Ok(help()),

@@ -24,13 +24,20 @@ pub mod words;
 
 use std::path::Path;
 
-/// The name by which QEMU's system emulator is known, and by which a link to Pando acts as it.
-const EMULATOR: &str = "qemu-system-x86_64";
+/// How the names begin by which QEMU's system emulator is known, and by which a link to Pando acts as it.
+const EMULATORS: [&str; 3] = ["qemu-system-x86_64", "qemu-kvm", "kvm"];
 
 /// The name by which this program was started, if it is that of QEMU's emulator.
 pub fn run_name() -> Option<String> {
-    let name = program_name();
-    (name == EMULATOR).then_some(name)
+    Some(program_name()).filter(|name| is_emulator(name))
+}
+
+fn is_emulator(name: &str) -> bool {
+    EMULATORS.iter().any(|emulator| {
+        let rest = name.strip_prefix(emulator);
+        // `kvmtool` is another program.
+        rest.is_some_and(|rest| !rest.starts_with(char::is_alphanumeric))
+    })
 }
 
 /// The last part of the name by which this program was started.
@@ -40,4 +47,25 @@ pub fn program_name() -> String {
         || "pando".to_owned(),
         |name| name.to_string_lossy().into_owned(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_emulator_are_known() {
+        for name in [
+            "qemu-system-x86_64",
+            "qemu-system-x86_64-9.2",
+            "qemu-kvm",
+            "kvm",
+            "kvm-spice",
+        ] {
+            assert!(is_emulator(name), "{name}");
+        }
+        for name in ["pando", "qemu-img", "kvmtool", "qemu-system-aarch64", ""] {
+            assert!(!is_emulator(name), "{name}");
+        }
+    }
 }

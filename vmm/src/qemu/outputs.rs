@@ -46,8 +46,12 @@ fn outputs(wanted: &Wanted) -> Vec<(&'static str, &Path)> {
         .filter_map(|(what, path)| Some((what, path.as_deref()?)))
         .collect();
     let monitors = wanted.monitors.iter().map(|monitor| &monitor.chardev);
+    let hubs = wanted.hubs.all();
+    let logs = hubs.iter().filter_map(|hub| hub.log.as_ref());
+    all.extend(logs.map(|log| ("logfile", log.path.as_path())));
     for (what, chardev) in monitors
         .map(|chardev| ("monitor", chardev))
+        .chain(hubs.iter().map(|hub| ("chardev", &hub.chardev)))
         .chain(wanted.serial.iter().map(|chardev| ("serial port", chardev)))
     {
         if let Chardev::File { path, .. } = chardev {

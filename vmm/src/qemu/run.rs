@@ -13,9 +13,10 @@ use signal_hook::iterator::Signals;
 
 use super::background::{self, Background};
 use super::error::OptionError;
+use super::line::chardev::Chardev;
 use super::line::wanted::{self, ProgramOptions};
 use super::line::{Wanted, arguments, choices, options};
-use super::link::{open_link, reason};
+use super::link::{Link, open_link, reason};
 use super::qmp::message::{PACKAGE, QEMU_VERSION};
 use super::qmp::server::{self, Monitor};
 use super::vm::{Message, Plan, Teller, Vm};
@@ -104,7 +105,13 @@ pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionE
     let sender = vm.sender();
     let mut started = Vec::new();
     for option in &monitors {
-        let link = open_link(&option.chardev, &option.id, &mut |line| vm.say(line))?;
+        let link = match option.chardev {
+            Chardev::Hub(at) => vm
+                .monitor_on_hub(at, !option.control)
+                .map(Link::Stream)
+                .map_err(|error| OptionError::new(format!("cannot start a monitor: {error}")))?,
+            _ => open_link(&option.chardev, &option.id, &mut |line| vm.say(line))?,
+        };
         let monitor = server::start(option, link, sender.clone(), Message::Ask)
             .map_err(|error| OptionError::new(format!("cannot start a monitor: {error}")))?;
         if option.control {

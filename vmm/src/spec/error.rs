@@ -4,7 +4,7 @@
 use thiserror::Error;
 
 use super::backend::BackendError;
-use super::{MAX_BACKENDS, MAX_CPUS, MAX_NODES, MAX_SLOTS, MIN_RAM_BYTES};
+use super::{MAX_BACKENDS, MAX_CPUS, MAX_NODES, MAX_SLOTS, MAX_SYSTEM_TEXT_BYTES, MIN_RAM_BYTES};
 use crate::memory::layout::{LayoutError, PAGE_BYTES};
 
 /// Why a machine cannot be described this way.
@@ -15,6 +15,20 @@ pub enum SpecError {
     Cpus {
         /// The count asked for.
         cpus: u32,
+    },
+    /// More texts of the system than SMBIOS has room for.
+    #[error(
+        "the texts of the system have {bytes} bytes together, the most is {MAX_SYSTEM_TEXT_BYTES}"
+    )]
+    SystemTexts {
+        /// How many bytes with their ends.
+        bytes: usize,
+    },
+    /// A text of the system that SMBIOS cannot hold.
+    #[error("the text {text:?} of the system has a zero byte: leave it out")]
+    SystemTextZero {
+        /// The text.
+        text: String,
     },
     /// A backend by itself.
     #[error(transparent)]

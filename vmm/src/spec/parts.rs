@@ -5,7 +5,7 @@
 //!
 //! [`MachineSpec::from_parts`]: super::MachineSpec::from_parts
 
-use super::{BackendSpec, CpuCount};
+use super::{BackendSpec, CpuCount, Identity};
 
 /// All that a machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct MachineParts {
     pub distances: Vec<DistanceParts>,
     /// Memory modules (`-device pc-dimm`), in the order in which they take slots.
     pub dimms: Vec<DimmParts>,
+    /// Who it is (`-name`, `-uuid`, `-smbios type=1`).
+    pub identity: Identity,
 }
 
 impl MachineParts {
@@ -37,6 +39,7 @@ impl MachineParts {
             nodes: Vec::new(),
             distances: Vec::new(),
             dimms: Vec::new(),
+            identity: Identity::default(),
         }
     }
 }

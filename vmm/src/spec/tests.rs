@@ -32,6 +32,7 @@ fn two_nodes() -> MachineParts {
             })
             .into(),
         distances: vec![],
+        identity: Identity::default(),
         dimms: vec![DimmParts {
             id: "dimm0".into(),
             backend: "d0".into(),
@@ -229,6 +230,7 @@ fn three_nodes_need_every_distance_or_none() {
                 .iter()
                 .map(|&(from, to, distance)| DistanceParts { from, to, distance })
                 .collect(),
+            identity: Identity::default(),
             dimms: vec![],
         })
     };

@@ -11,9 +11,10 @@ use rustix::fs::FallocateFlags;
 use thiserror::Error;
 
 use super::error::TemplateError;
+use super::identity_entry::IdentityEntry;
 use super::load::{Template, scan_ram};
-use super::machine_entry::{MachineEntry, format_of};
-use super::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile};
+use super::machine_entry::MachineEntry;
+use super::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile, format_of};
 use super::seal::Seal;
 use super::staging::Staging;
 use super::{INDEX_FILE, MANIFEST_FILE, STATE_FILE, digest, state_file};
@@ -187,17 +188,18 @@ fn write_template(
             seal: Seal::of(file, &out.join(name))?,
         })
     };
-    let machine = MachineEntry::of(spec);
+    let (machine, identity) = (MachineEntry::of(spec), IdentityEntry::of(spec));
     let manifest = Manifest::seal(
         &out.join(MANIFEST_FILE),
         ManifestFile {
-            format: format_of(&machine),
+            format: format_of(&machine, &identity),
             tool: concat!("pando ", env!("CARGO_PKG_VERSION")).to_owned(),
             created_unix_s: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |t| t.as_secs()),
             cpus: spec.cpus().get(),
             machine,
+            identity,
             backends,
             state: entry(STATE_FILE, &state_handle, &state_bytes)?,
             index: entry(INDEX_FILE, &index, &index_bytes)?,

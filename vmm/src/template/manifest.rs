@@ -11,14 +11,15 @@ use serde::{Deserialize, Serialize};
 use super::WORKING_SET_FILE;
 use super::digest;
 use super::error::TemplateError;
-use super::machine_entry::{MachineEntry, format_of};
+use super::identity_entry::{self, IdentityEntry};
+use super::machine_entry::{self, MachineEntry};
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
 /// The newest format that this version reads. It writes the oldest one that can say what there is.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// The JSON document, field by field, unproven.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,9 @@ pub struct ManifestFile {
     /// Nodes and memory modules, where the machine has any: formats from 2 on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineEntry>,
+    /// Who the machine is, where it says so: formats from 3 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub identity: Option<IdentityEntry>,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendEntry>,
     /// `state.bin`.
@@ -159,14 +163,20 @@ impl Manifest {
             .map(|backend| BackendSpec::new(&*backend.id, backend.bytes))
             .collect::<Result<_, _>>()
             .map_err(|error| damaged(one_line(&error)))?;
-        if file.machine.is_some() && file.format < format_of(&file.machine) {
-            let format = file.format;
+        let format = file.format;
+        if file.machine.is_some() && format < machine_entry::FIRST_FORMAT {
             return Err(damaged(format!("format {format} has no nodes and modules")));
         }
+        if file.identity.is_some() && format < identity_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no identity")));
+        }
+        let identity = file.identity.as_ref().map(IdentityEntry::identity);
+        let identity = identity.transpose().map_err(damaged)?.unwrap_or_default();
         let spec = match &file.machine {
             None => MachineSpec::new(cpus, backends),
             Some(machine) => MachineSpec::from_parts(machine.parts(cpus, backends)),
         }
+        .and_then(|spec| spec.with_identity(identity))
         .map_err(|error| damaged(one_line(&error)))?;
         let order = spec.backends().iter().map(BackendSpec::id);
         if !order.eq(file.backends.iter().map(|entry| entry.id.as_str())) {
@@ -231,6 +241,15 @@ impl Manifest {
                 edx,
             })
             .collect()
+    }
+}
+
+/// The oldest format that can say what there is.
+pub fn format_of(machine: &Option<MachineEntry>, identity: &Option<IdentityEntry>) -> u32 {
+    match (machine, identity) {
+        (_, Some(_)) => identity_entry::FIRST_FORMAT,
+        (Some(_), None) => machine_entry::FIRST_FORMAT,
+        (None, None) => 1,
     }
 }
 

@@ -12,6 +12,7 @@ pub mod compat;
 pub mod digest;
 pub mod error;
 mod files;
+pub mod identity_entry;
 pub mod load;
 pub mod machine_entry;
 pub mod manifest;

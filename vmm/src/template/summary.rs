@@ -4,6 +4,7 @@
 use pando_pager::image::PageKind;
 use serde::Serialize;
 
+use super::identity_entry::IdentityEntry;
 use super::load::Template;
 use super::map::ImageMap;
 use super::picture::Panel;
@@ -23,6 +24,9 @@ pub struct Summary {
     pub created_unix_s: u64,
     /// Number of vCPUs.
     pub cpus: u8,
+    /// Who the machine is, and each clone of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub identity: Option<IdentityEntry>,
     /// RAM of all backends in bytes.
     pub memory_bytes: u64,
     /// Size of the saved state in bytes.
@@ -84,6 +88,7 @@ impl Summary {
             tool: file.tool.clone(),
             created_unix_s: file.created_unix_s,
             cpus: file.cpus,
+            identity: file.identity.clone(),
             memory_bytes: template.spec().layout().total_bytes(),
             state_bytes: file.state.seal.bytes,
             index_bytes: file.index.seal.bytes,

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use pando_vmm::config::{ConfigError, check_parts};
 use pando_vmm::spec::{
-    BackendKind, BackendOptions, BackendSpec, CpuCount, DimmParts, MachineParts, MachineSpec,
-    MemoryParts, NodeParts, OnOffAuto, SpecError,
+    BackendKind, BackendOptions, BackendSpec, CpuCount, DimmParts, Identity, MachineParts,
+    MachineSpec, MemoryParts, NodeParts, OnOffAuto, SpecError,
 };
 
 /// A number of bytes with one of QEMU's suffixes.
@@ -73,6 +73,7 @@ pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, Config
         memory: MemoryParts::default(),
         nodes: vec![],
         distances: vec![],
+        identity: Identity::default(),
         dimms: vec![],
     };
     for pair in args.chunks(2) {

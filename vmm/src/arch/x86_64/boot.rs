@@ -23,9 +23,10 @@ pub use map::{MapEntry, MapKind, memory_map};
 
 use self::kernel::{Kernel, Protocol};
 use super::acpi;
-use super::layout::{ACPI_ADDRESS, COMMAND_LINE_ADDRESS};
+use super::layout::{ACPI_ADDRESS, BOOT_PARAMS_ADDRESS, COMMAND_LINE_ADDRESS};
 use super::regs::InitialRegisters;
-use crate::memory::guest::GuestRam;
+use super::smbios;
+use crate::memory::guest::{GuestMemoryError, GuestRam};
 use crate::spec::{BackendSpec, MachineSpec};
 
 /// Where the kernel comes from.
@@ -69,7 +70,7 @@ struct Handover<'a> {
     command_line_bytes: u32,
 }
 
-/// Writes kernel, initrd, command line, memory map, ACPI tables, descriptor and page tables to RAM.
+/// Writes kernel, initrd, command line, memory map, ACPI and SMBIOS tables, descriptor and page tables to RAM.
 ///
 /// RAM must be fresh (all zero): what a kernel expects to be zero is not written. Every error names
 /// the file or the size that is wrong; RAM may be partly written then.
@@ -81,6 +82,7 @@ pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<Boo
         None => None,
     };
     ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, spec))?;
+    smbios::write(ram, spec.identity())?;
     reset::write_reset_vector(ram)?;
     let map = memory_map(ram.layout(), &|backend| {
         spec.backends()
@@ -106,6 +108,18 @@ pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<Boo
     };
     tables::write_descriptor_table(ram, &registers)?;
     Ok(BootEntry { registers })
+}
+
+/// Writes a program that halts for ever, and returns the registers that begin it.
+pub fn idle(ram: &GuestRam) -> Result<InitialRegisters, GuestMemoryError> {
+    #[rustfmt::skip]
+    let code = [
+        0xfa,       // cli
+        0xf4,       // hlt
+        0xeb, 0xfd, // jmp back to hlt
+    ];
+    ram.write(BOOT_PARAMS_ADDRESS, &code)?;
+    Ok(InitialRegisters::pvh(BOOT_PARAMS_ADDRESS))
 }
 
 /// Writes the command line with its terminating zero; returns its length without.

@@ -4,51 +4,21 @@
 
 use super::layout::{RESET_VECTOR_ADDRESS, SMBIOS_ADDRESS};
 use crate::memory::guest::{GuestMemoryError, GuestRam};
+use crate::spec::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
 
 /// Length of the entry point in bytes.
 const ENTRY_BYTES: u64 = 24;
-/// Most bytes of all texts together: the tables end before the reset vector.
-pub const MAX_TEXT_BYTES: usize = 0xf000;
-const _: () = assert!(SMBIOS_ADDRESS + 0xf000 + 0x100 < RESET_VECTOR_ADDRESS);
+// The tables end before the reset vector.
+const _: () = assert!(SMBIOS_ADDRESS + MAX_SYSTEM_TEXT_BYTES as u64 + 0x100 < RESET_VECTOR_ADDRESS);
 
-/// What is said of the system. Empty texts are not there.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct SystemTexts {
-    /// Who made it.
-    pub manufacturer: String,
-    /// What it is called.
-    pub product: String,
-    /// Its version.
-    pub version: String,
-    /// Its serial number.
-    pub serial: String,
-    /// Its stock keeping unit.
-    pub sku: String,
-    /// Its family.
-    pub family: String,
-}
-
-impl SystemTexts {
-    fn all(&self) -> [&str; 6] {
-        [
-            &self.manufacturer,
-            &self.product,
-            &self.version,
-            &self.serial,
-            &self.sku,
-            &self.family,
-        ]
+/// Writes the tables of a machine that says who it is; nothing for one that does not.
+pub fn write(ram: &GuestRam, identity: &Identity) -> Result<(), GuestMemoryError> {
+    if !identity.tells_guest() {
+        return Ok(());
     }
-
-    /// Length of all texts in bytes.
-    pub fn bytes(&self) -> usize {
-        self.all().iter().map(|text| text.len() + 1).sum()
-    }
-}
-
-/// Writes the tables. The texts have at most [`MAX_TEXT_BYTES`].
-pub fn write(ram: &GuestRam, system: &SystemTexts, uuid: [u8; 16]) -> Result<(), GuestMemoryError> {
-    ram.write(SMBIOS_ADDRESS, &tables(SMBIOS_ADDRESS, system, uuid))
+    let system = identity.system.clone().unwrap_or_default();
+    let Uuid(uuid) = identity.uuid.unwrap_or_default();
+    ram.write(SMBIOS_ADDRESS, &tables(SMBIOS_ADDRESS, &system, uuid))
 }
 
 /// Entry point and tables as they are to lie at `address`.

@@ -3,7 +3,7 @@
 
 use super::{
     BackendTable, Bytes, DimmTable, DistanceTable, KindWord, MachineFile, MemoryTable, NodeTable,
-    RomWord,
+    RomWord, UuidWord,
 };
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::EMBEDDED_KERNEL;
@@ -22,6 +22,9 @@ impl MachineFile {
             append: boot.map(|boot| boot.append.clone()),
             cpus: Some(parts.cpus.get().into()),
             serial: serial.map(str::to_owned),
+            name: parts.identity.name,
+            uuid: parts.identity.uuid.map(UuidWord),
+            system: parts.identity.system.map(Into::into),
             memory: MemoryTable {
                 size: parts.memory.bytes.map(Bytes),
                 backend: parts.ram_backend,

@@ -11,6 +11,12 @@ kernel = "embedded"
 append = "quiet"
 cpus = 2
 serial = "null"
+name = "web"
+uuid = "8a1b7f0e-32a5-4f4b-9c7e-0123456789ab"
+
+[system]
+manufacturer = "Aspen"
+serial = "S1"
 
 [memory]
 size = "128M"
@@ -73,6 +79,17 @@ fn a_file_makes_the_machine_that_it_prints_again() {
     assert!(matches!(boot.kernel, KernelImage::Embedded { .. }));
     let ids: Vec<&str> = spec.backends().iter().map(|b| b.id()).collect();
     assert_eq!(ids, ["m0", "m1", "d0"]);
+    let identity = spec.identity();
+    assert_eq!(identity.name.as_deref(), Some("web"));
+    assert_eq!(
+        identity.uuid.unwrap().to_string(),
+        "8a1b7f0e-32a5-4f4b-9c7e-0123456789ab"
+    );
+    let system = identity.system.as_ref().unwrap();
+    assert_eq!(
+        (system.manufacturer.as_str(), system.serial.as_str()),
+        ("Aspen", "S1")
+    );
     let printed = MachineFile::of(&spec, Some(&boot), Some("null"));
     let text = printed.to_toml().unwrap();
     let again = MachineFile::from_toml(&text).unwrap();
@@ -108,6 +125,8 @@ fn what_it_cannot_say_is_refused_with_its_place() {
     assert!(size.contains("'12X' is no size"), "{size}");
     let below = refused("[memory]\nsize = -1");
     assert!(below.contains("below zero"), "{below}");
+    let uuid = refused("uuid = '8a1b'");
+    assert!(uuid.contains("\"8a1b\" is no UUID"), "{uuid}");
     let missing = refused("[[backend]]\nid = 'a'");
     assert!(missing.contains("size"), "{missing}");
     let json = MachineFile::from_json("{\"cpus\": 1, \"cpu\": 2}").unwrap_err();

@@ -19,11 +19,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+pub use endpoint::open_stdout;
 pub use error::ConsoleError;
 pub(super) use output::ConsoleWaker;
 pub use output::{BACKLOG_BYTES, ConsoleOutput};
 pub use target::{ParseTargetError, SerialTarget};
-pub use terminal::SavedTerminal;
+pub use terminal::{Kind as TerminalKind, RawTerminal, SavedTerminal, kind as terminal_kind};
 
 use self::endpoint::{Endpoint, Source};
 use self::feed::Feed;

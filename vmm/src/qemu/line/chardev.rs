@@ -5,6 +5,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use super::hub::Log;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
 
@@ -24,6 +25,8 @@ pub enum Chardev {
         /// Whether what is in it stays.
         append: bool,
     },
+    /// One that several use, or that has a log: its number among [`Hubs`](super::hub::Hubs).
+    Hub(usize),
     /// A socket.
     Socket {
         /// Its address.
@@ -61,6 +64,10 @@ pub struct NamedChardev {
     pub id: String,
     /// Where it goes.
     pub chardev: Chardev,
+    /// Whether several may use it.
+    pub mux: bool,
+    /// A copy of what it shows.
+    pub log: Option<Log>,
 }
 
 /// Reads the text of `-chardev`.
@@ -87,18 +94,15 @@ pub fn named(text: &str) -> Result<NamedChardev, OptionError> {
         "socket" => socket(&mut props)?,
         other => return Err(no_backend(other)),
     };
-    if props.switch("mux")? == Some(true) {
-        return Err(OptionError::new(
-            "mux=on cannot be had: give the port and the monitor a chardev each",
-        ));
-    }
-    if props.has("logfile") {
-        return Err(OptionError::new(
-            "logfile cannot be had: use -chardev file, or log what the socket sends",
-        ));
-    }
+    let mux = props.switch("mux")?.unwrap_or(false);
+    let log = Log::read(&mut props)?;
     props.finish()?;
-    Ok(NamedChardev { id, chardev })
+    Ok(NamedChardev {
+        id,
+        chardev,
+        mux,
+        log,
+    })
 }
 
 /// What a short form means.
@@ -110,12 +114,20 @@ pub enum Short {
     Named(String),
     /// A chardev of its own.
     Own(Chardev),
+    /// A chardev that it shares with a monitor.
+    Mon(Chardev),
 }
 
 /// Reads `stdio`, `unix:PATH,server=on,wait=off` and so on.
 pub fn short(text: &str) -> Result<Short, OptionError> {
-    // The monitor behind Ctrl-A c is not there; the port is.
-    let text = text.strip_prefix("mon:").unwrap_or(text);
+    if let Some(shared) = text.strip_prefix("mon:") {
+        return match short(shared)? {
+            Short::Own(chardev) => Ok(Short::Mon(chardev)),
+            _ => Err(OptionError::new(format!(
+                "'{text}' has nothing that a monitor could share: use mon:stdio, or -chardev with mux=on and -mon"
+            ))),
+        };
+    }
     let (kind, rest) = match text.split_once(':') {
         Some((kind, rest)) => (kind, Some(rest)),
         None => (text, None),
@@ -264,7 +276,8 @@ mod tests {
     #[test]
     fn short_forms_are_read() {
         assert_eq!(short("none"), Ok(Short::None));
-        assert_eq!(own("mon:stdio"), Chardev::Stdio);
+        assert_eq!(short("mon:stdio"), Ok(Short::Mon(Chardev::Stdio)));
+        short("mon:chardev:c").unwrap_err();
         assert_eq!(short("chardev:c"), Ok(Short::Named("c".into())));
         let server = |wait| Chardev::Socket {
             address: Address::Unix("q.sock".into()),
@@ -302,6 +315,8 @@ mod tests {
         assert_eq!(c.id, "qmp");
         named("socket,id=q,host=127.0.0.1,port=1,server=on").unwrap();
         named("stdio,id=s,signal=on").unwrap();
+        let m = named("stdio,id=m,mux=on,logfile=l,logappend=on").unwrap();
+        assert!(m.mux && m.log.unwrap().append);
     }
 
     #[test]

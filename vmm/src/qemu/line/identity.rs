@@ -1,77 +1,27 @@
 #![forbid(unsafe_code)]
 //! Who the machine is: `-name`, `-uuid`, `-smbios type=1`.
 
-use std::fmt;
-use std::str::FromStr;
-
-use serde::{Deserialize, Serialize};
-
-use crate::arch::x86_64::smbios::{MAX_TEXT_BYTES, SystemTexts};
 use crate::qemu::error::OptionError;
 use crate::qemu::words::{Form, Props, again};
+use crate::spec::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts};
 
-/// A UUID in the order of its text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct Uuid(pub [u8; 16]);
-
-impl FromStr for Uuid {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        let bytes = text.as_bytes();
-        let dashes = [8, 13, 18, 23];
-        if bytes.len() != 36 || dashes.iter().any(|&at| bytes[at] != b'-') {
-            return Err(());
-        }
-        let digits: Vec<u8> = (0..36)
-            .filter(|at| !dashes.contains(at))
-            .filter_map(|at| char::from(bytes[at]).to_digit(16))
-            .filter_map(|digit| u8::try_from(digit).ok())
-            .collect();
-        if digits.len() != 32 {
-            return Err(());
-        }
-        let mut uuid = [0; 16];
-        for (byte, pair) in uuid.iter_mut().zip(digits.chunks(2)) {
-            *byte = pair[0] << 4 | pair[1];
-        }
-        Ok(Self(uuid))
-    }
-}
-
-impl fmt::Display for Uuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (at, byte) in self.0.iter().enumerate() {
-            if matches!(at, 4 | 6 | 8 | 10) {
-                f.write_str("-")?;
-            }
-            write!(f, "{byte:02x}")?;
-        }
-        Ok(())
-    }
-}
-
-/// Who the machine is.
+/// Who the machine is, as far as options were read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Identity {
-    /// `-name`
-    pub name: Option<String>,
-    /// `-uuid`, or that of `-smbios`.
-    pub uuid: Option<Uuid>,
-    /// `-smbios type=1`, when it is there.
-    pub system: Option<SystemTexts>,
+pub struct IdentityOptions {
+    /// What they say.
+    pub said: Identity,
     /// All that `-name` said: several are one.
     name_words: String,
     /// All that `-smbios type=1` said.
     system_words: String,
 }
 
-impl Identity {
+impl IdentityOptions {
     /// Reads `-name`.
     pub fn name(&mut self, text: &str) -> Result<(), OptionError> {
         let words = again(&self.name_words, text, "guest");
         let mut props = Props::parse(&words, Some("guest"), Form::Switches)?;
-        self.name = props.text("guest")?;
+        self.said.name = props.text("guest")?;
         // Threads have names anyway.
         props.switch("debug-threads")?;
         if props.has("process") {
@@ -89,7 +39,7 @@ impl Identity {
         let uuid = text
             .parse()
             .map_err(|()| OptionError::new("failed to parse UUID string: wrong format"))?;
-        self.uuid = Some(uuid);
+        self.said.uuid = Some(uuid);
         Ok(())
     }
 
@@ -125,19 +75,19 @@ impl Identity {
         if let Some(uuid) = props.text("uuid")?
             && is_new
         {
-            self.uuid = Some(
+            self.said.uuid = Some(
                 uuid.parse()
                     .map_err(|()| OptionError::new("Invalid UUID"))?,
             );
         }
         props.finish()?;
-        if system.bytes() > MAX_TEXT_BYTES {
+        if system.bytes() > MAX_SYSTEM_TEXT_BYTES {
             return Err(OptionError::new(format!(
-                "the texts have {} bytes together, the most is {MAX_TEXT_BYTES}",
+                "the texts have {} bytes together, the most is {MAX_SYSTEM_TEXT_BYTES}",
                 system.bytes()
             )));
         }
-        self.system = Some(system);
+        self.said.system = Some(system);
         self.system_words = words;
         Ok(())
     }
@@ -146,44 +96,31 @@ impl Identity {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
     #[test]
     fn identities_are_read() {
-        let mut twice = Identity::default();
+        let mut twice = IdentityOptions::default();
         twice.smbios("type=1,serial=s").unwrap();
         twice.smbios("type=1,product=p").unwrap();
-        let system = twice.system.unwrap();
+        let system = twice.said.system.unwrap();
         assert_eq!(
             (system.serial.as_str(), system.product.as_str()),
             ("s", "p")
         );
-        let mut identity = Identity::default();
+        let mut identity = IdentityOptions::default();
         identity.name("clone-1,debug-threads=on").unwrap();
         identity
             .smbios("type=1,serial=S,uuid=8a1b7f0e-32a5-4f4b-9c7e-0123456789ab")
             .unwrap();
-        assert_eq!(identity.name.as_deref(), Some("clone-1"));
-        assert_eq!(identity.system.as_ref().unwrap().serial, "S");
+        assert_eq!(identity.said.name.as_deref(), Some("clone-1"));
+        assert_eq!(identity.said.system.as_ref().unwrap().serial, "S");
         assert_eq!(
-            identity.uuid.unwrap().to_string(),
+            identity.said.uuid.unwrap().to_string(),
             "8a1b7f0e-32a5-4f4b-9c7e-0123456789ab"
         );
         let mut message = |text| identity.smbios(text).unwrap_err().to_string();
         assert_eq!(message("type=1,uuid=xyz"), "Invalid UUID");
         assert!(message("type=2").contains("type 2 cannot be had"));
         assert!(message("type=1,foo=1").contains("Invalid parameter"));
-    }
-
-    proptest! {
-        #[test]
-        fn uuids_come_back(bytes: [u8; 16]) {
-            prop_assert_eq!(Uuid(bytes).to_string().parse(), Ok(Uuid(bytes)));
-        }
-
-        #[test]
-        fn no_text_panics(text: String) {
-            let _ = text.parse::<Uuid>();
-        }
     }
 }

@@ -7,11 +7,14 @@ pub mod chardev;
 pub mod choices;
 pub mod device;
 pub mod global;
+pub mod hub;
 pub mod identity;
 pub mod machine;
 pub mod memory;
 pub mod options;
+mod ports;
 pub mod refused;
+pub mod said;
 pub mod wanted;
 
 pub use argv::{Argument, arguments};

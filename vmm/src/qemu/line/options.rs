@@ -110,12 +110,13 @@ pub const OPTIONS: &[OptionInfo] = &[
     with(
         "serial",
         "DEV",
-        "where COM1 goes: stdio, mon:stdio, null, none, pty, file:PATH, unix:..., tcp:..., chardev:ID",
+        "where COM1 goes: stdio, null, none, pty, file:PATH, unix:..., tcp:..., chardev:ID; mon:... has a monitor there \
+         too, behind Ctrl-A c",
     ),
     with(
         "chardev",
-        "stdio|null|pty|file|socket,id=ID[,...]",
-        "one end of a port or monitor",
+        "stdio|null|pty|file|socket,id=ID[,mux=on][,logfile=PATH[,logappend=on]][,...]",
+        "one end of a port or monitor; with mux=on of several, one after the other by Ctrl-A c",
     ),
     with(
         "mon",
@@ -146,7 +147,10 @@ pub const OPTIONS: &[OptionInfo] = &[
         "type=1[,manufacturer=,product=,version=,serial=,uuid=,sku=,family=]",
         "what SMBIOS tells the guest",
     ),
-    switch("nographic", "COM1 is this terminal"),
+    switch(
+        "nographic",
+        "COM1 is this terminal, and a monitor behind Ctrl-A c",
+    ),
     switch(
         "nodefaults",
         "no COM1 on this terminal unless -serial says so",
@@ -168,11 +172,7 @@ pub const OPTIONS: &[OptionInfo] = &[
         "migration.CAPABILITY=on|off",
         "set a migration capability",
     ),
-    with(
-        "msg",
-        "timestamp=on|off",
-        "time in front of messages: off only",
-    ),
+    with("msg", "timestamp=on|off", "time in front of messages"),
     switch(
         "print-machine",
         "print the machine as a machine file of Pando, and do not run it; QEMU has no such option",
@@ -187,6 +187,22 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     as_it_is("no-hpet", None, "there is no HPET"),
     as_it_is("only-migratable", None, "all devices can be saved"),
+    as_it_is(
+        "boot",
+        Some("[menu=off][,strict=on|off]"),
+        "the kernel is what boots",
+    ),
+    as_it_is(
+        "rtc",
+        Some("[base=utc][,clock=host][,driftfix=none]"),
+        "the guest's clock is KVM's, which follows the host's",
+    ),
+    as_it_is(
+        "overcommit",
+        Some("[mem-lock=off][,cpu-pm=off]"),
+        "guest memory is not locked, and idle vCPUs give their CPUs back",
+    ),
+    as_it_is("sandbox", Some("off"), "there is no filter of system calls"),
     as_it_is("vga", Some("none"), "there is no graphics card"),
     as_it_is("net", Some("none"), "there is no network device"),
     as_it_is("nic", Some("none"), "there is no network device"),

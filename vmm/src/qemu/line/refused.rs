@@ -68,7 +68,6 @@ pub const REFUSED: &[Refused] = &[
             "bios",
             "pflash",
             "L",
-            "boot",
             "option-rom",
             "acpitable",
             "fw_cfg",
@@ -111,16 +110,6 @@ pub const REFUSED: &[Refused] = &[
         instead: "states are kept in files of their own: use -incoming file:PATH",
     },
     Refused {
-        names: &["rtc"],
-        argument: true,
-        instead: "the guest's clock is KVM's, which follows the host's: leave the option out",
-    },
-    Refused {
-        names: &["overcommit"],
-        argument: true,
-        instead: "guest memory is neither locked nor the host's CPUs given up: leave the option out",
-    },
-    Refused {
         names: &["gdb"],
         argument: true,
         instead: "there is no debugger stub: leave the option out",
@@ -131,7 +120,7 @@ pub const REFUSED: &[Refused] = &[
         instead: "there is no debugger stub: leave the option out",
     },
     Refused {
-        names: &["sandbox", "runas", "chroot", "run-with", "user"],
+        names: &["runas", "chroot", "run-with", "user"],
         argument: true,
         instead: NO_PROCESS,
     },

@@ -5,11 +5,13 @@
 use std::path::PathBuf;
 
 use super::argv::Argument;
-use super::chardev::{self, Chardev, NamedChardev, Short};
-use super::identity::Identity;
+use super::chardev::Chardev;
+use super::hub::Hubs;
+use super::identity::IdentityOptions;
 use super::machine::{self, MachineOption};
 use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Numa};
-use super::{device, global};
+use super::ports::Pending;
+use super::{device, global, said};
 use crate::qemu::error::{OptionError, expects};
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::Capabilities;
@@ -37,11 +39,13 @@ pub struct Wanted {
     /// `-append`
     pub append: Option<String>,
     /// Who it is.
-    pub identity: Identity,
+    pub identity: IdentityOptions,
     /// Where COM1 goes; `None` where it goes nowhere.
     pub serial: Option<Chardev>,
     /// Monitors.
     pub monitors: Vec<MonitorOption>,
+    /// What COM1 and monitors have in common.
+    pub hubs: Hubs,
     /// `-incoming`
     pub incoming: Option<Incoming>,
     /// `-global migration.*`
@@ -88,6 +92,8 @@ pub struct ProgramOptions {
     pub log_file: Option<PathBuf>,
     /// `-d`
     pub log_items: Vec<String>,
+    /// `-msg timestamp=on`
+    pub timestamps: bool,
     /// `-print-machine`
     pub print_machine: bool,
 }
@@ -112,15 +118,6 @@ pub enum Incoming {
     Defer,
     /// Load this at once; the option as it was typed.
     From(StateAddress, String),
-}
-
-/// What is complete only when all options were read.
-#[derive(Debug, Default)]
-struct Pending {
-    serials: Vec<(Short, String)>,
-    chardevs: Vec<NamedChardev>,
-    monitors: Vec<(Short, bool, bool, String)>,
-    nodefaults: bool,
 }
 
 /// Reads all options.
@@ -177,6 +174,10 @@ impl Wanted {
                 let (capability, on) = global::global(value)?;
                 self.capabilities.set(capability, on);
             }
+            "boot" => said::boot(value)?,
+            "rtc" => said::rtc(value)?,
+            "overcommit" => said::overcommit(value)?,
+            "sandbox" => said::sandbox(value)?,
             "enable-kvm" | "mem-prealloc" | "no-user-config" | "no-hpet" | "only-migratable" => (),
             "display" | "vga" | "net" | "nic" | "parallel" => none_only(argument.name, value)?,
             _ => return Ok(false),
@@ -238,9 +239,12 @@ impl Wanted {
             "help" | "h" | "version" => (),
             "msg" => {
                 let mut props = Props::parse(value, None, Form::Switches)?;
-                if props.switch("timestamp")? == Some(true) {
+                if let Some(on) = props.switch("timestamp")? {
+                    program.timestamps = on;
+                }
+                if props.switch("guest-name")? == Some(true) {
                     return Err(OptionError::new(
-                        "timestamp=on cannot be had: the log (-D) has the time in front of each line",
+                        "guest-name=on cannot be had: call the program by a link with a name of its own",
                     ));
                 }
                 props.finish()?;
@@ -263,6 +267,7 @@ impl Wanted {
             nodes: memory.nodes.clone(),
             distances: memory.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
+            identity: self.identity.said.clone(),
         };
         if let Some(id) = &parts.ram_backend
             && !parts.backends.iter().any(|backend| backend.id() == id)
@@ -342,124 +347,4 @@ fn log_items(text: &str) -> Result<Vec<String>, OptionError> {
         )),
         None => Ok(items),
     }
-}
-
-impl Pending {
-    fn option(&mut self, argument: &Argument, value: &str) -> Result<bool, OptionError> {
-        let typed = argument.typed.clone();
-        match argument.name {
-            "serial" => self.serials.push((chardev::short(value)?, typed)),
-            "chardev" => {
-                let new = chardev::named(value)?;
-                if self.chardevs.iter().any(|old| old.id == new.id) {
-                    return Err(OptionError::new(format!(
-                        "Duplicate ID '{}' for chardev",
-                        new.id
-                    )));
-                }
-                self.chardevs.push(new);
-            }
-            "mon" => {
-                let mut props = Props::parse(value, Some("chardev"), Form::Switches)?;
-                let id = props.required("chardev")?;
-                // The monitor's own name, which nothing refers to.
-                props.text("id")?;
-                let mode = props.word("mode", &["control", "readline"])?;
-                let pretty = props.switch("pretty")?.unwrap_or(false);
-                props.finish()?;
-                let control = mode.as_deref() == Some("control");
-                self.monitors
-                    .push((Short::Named(id), control, pretty, typed));
-            }
-            "qmp" => self
-                .monitors
-                .push((chardev::short(value)?, true, false, typed)),
-            "qmp-pretty" => self
-                .monitors
-                .push((chardev::short(value)?, true, true, typed)),
-            "monitor" => self
-                .monitors
-                .push((chardev::short(value)?, false, false, typed)),
-            // There is no display anyway: COM1 is this terminal unless something else is said.
-            "nographic" => (),
-            "nodefaults" => self.nodefaults = true,
-            _ => return Ok(false),
-        }
-        Ok(true)
-    }
-
-    fn complete(mut self, wanted: &mut Wanted) -> Result<(), OptionError> {
-        let serials = std::mem::take(&mut self.serials);
-        let said = !serials.is_empty();
-        let mut ports = Vec::new();
-        for (short, typed) in serials {
-            ports.push(self.resolve(short).map_err(|error| error.at(&typed))?);
-        }
-        if ports.iter().skip(1).any(Option::is_some) {
-            return Err(OptionError::new(
-                "there is one serial port, COM1: leave the second -serial out",
-            ));
-        }
-        wanted.serial = ports.into_iter().next().flatten();
-        for (short, control, pretty, typed) in std::mem::take(&mut self.monitors) {
-            let id = match &short {
-                Short::Named(id) => id.clone(),
-                _ => format!("monitor{}", wanted.monitors.len()),
-            };
-            if let Some(chardev) = self.resolve(short).map_err(|error| error.at(&typed))? {
-                wanted.monitors.push(MonitorOption {
-                    chardev,
-                    id,
-                    control,
-                    pretty,
-                });
-            }
-        }
-        if wanted.monitors.len() > MAX_MONITORS {
-            return Err(OptionError::new(format!(
-                "there are {} monitors, the most is {MAX_MONITORS}",
-                wanted.monitors.len()
-            )));
-        }
-        let terminal_is_free = !wanted
-            .monitors
-            .iter()
-            .any(|monitor| monitor.chardev == Chardev::Stdio);
-        if !said && !self.nodefaults && terminal_is_free && !wanted.program.daemonize {
-            wanted.serial = Some(Chardev::Stdio);
-        }
-        one_terminal(wanted)
-    }
-
-    fn resolve(&mut self, short: Short) -> Result<Option<Chardev>, OptionError> {
-        match short {
-            Short::None => Ok(None),
-            Short::Own(chardev) => Ok(Some(chardev)),
-            Short::Named(id) => {
-                let at = self.chardevs.iter().position(|named| named.id == id);
-                let at = at.ok_or_else(|| {
-                    OptionError::new(format!("chardev \"{id}\" not found, or in use already"))
-                })?;
-                Ok(Some(self.chardevs.remove(at).chardev))
-            }
-        }
-    }
-}
-
-/// Standard input and output can be one thing.
-fn one_terminal(wanted: &Wanted) -> Result<(), OptionError> {
-    let monitors = wanted.monitors.iter().map(|monitor| &monitor.chardev);
-    let users = monitors
-        .chain(wanted.serial.as_ref())
-        .filter(|chardev| **chardev == Chardev::Stdio)
-        .count();
-    if users > 1 {
-        return Err(OptionError::new(
-            "cannot use stdio by multiple character devices",
-        ));
-    }
-    if users > 0 && wanted.program.daemonize {
-        return Err(OptionError::new("cannot use stdio with -daemonize"));
-    }
-    Ok(())
 }

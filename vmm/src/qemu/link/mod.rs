@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! Ends of ports and monitors, opened: what a [`Chardev`] names, as descriptors.
 
+pub mod client;
+pub mod mux;
 pub mod relay;
 mod socket;
 
@@ -57,13 +59,15 @@ pub fn open_link(chardev: &Chardev, label: &str, tell: Tell<'_>) -> Result<Link,
     match chardev {
         Chardev::Null => Ok(Link::Null),
         Chardev::Stdio => Ok(Link::Stdio),
-        Chardev::File { path, append } => file(path, *append).map(Link::File).map_err(|error| {
-            OptionError::new(format!(
-                "Unable to open file '{}': {}",
-                path.display(),
-                reason(&error)
-            ))
-        }),
+        Chardev::File { path, append } => {
+            open_file(path, *append).map(Link::File).map_err(|error| {
+                OptionError::new(format!(
+                    "Unable to open file '{}': {}",
+                    path.display(),
+                    reason(&error)
+                ))
+            })
+        }
         Chardev::Pty => {
             let pty = pty().map_err(|error| {
                 OptionError::new(format!("Failed to create PTY: {}", reason(&error)))
@@ -75,11 +79,15 @@ pub fn open_link(chardev: &Chardev, label: &str, tell: Tell<'_>) -> Result<Link,
             Ok(Link::Pty(pty))
         }
         Chardev::Socket { address, role } => socket(address, *role, tell),
+        // Whoever uses one is given it, opened.
+        Chardev::Hub(_) => Err(OptionError::new(
+            "a device that several use is inside another",
+        )),
     }
 }
 
-/// A file to write to, emptied unless `append`.
-fn file(path: &Path, append: bool) -> io::Result<File> {
+/// A file to write to, emptied unless `append`; never one that is memory.
+pub fn open_file(path: &Path, append: bool) -> io::Result<File> {
     let file = OpenOptions::new()
         .create(true)
         .write(true)

@@ -8,6 +8,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use pando_pager::image::frame::{Frame, FrameError, HEADER_BYTES};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::address::StateAddress;
 use super::state::SavedMachine;
@@ -15,8 +16,9 @@ use crate::memory::layout::PAGE_BYTES;
 use crate::qemu::link::reason;
 use crate::sys::lock::{LockKind, Locked, TO_THE_END, lock_range};
 
-/// The version of the body that this build writes and reads.
-pub const FORMAT: u32 = 1;
+/// The version of the body that this build writes and reads. Version 1 said nothing of nodes, modules
+/// and, in its beginnings, of memory that the guest only reads.
+pub const FORMAT: u32 = 2;
 const FRAME: Frame = Frame {
     magic: *b"PANDOMG\0",
     version: FORMAT,
@@ -35,6 +37,8 @@ pub struct StateFile {
     pub offset_bytes: u64,
     /// Whether places in it can be chosen.
     pub can_seek: bool,
+    /// Whether it is a file on disk: what is in it comes at once.
+    pub is_regular: bool,
 }
 
 /// Opens `address` to save to. `fds` gives the descriptors of `getfd`.
@@ -125,6 +129,7 @@ fn at(mut file: File, path: &Path, offset_bytes: u64) -> Result<StateFile, Strin
         path: path.to_owned(),
         offset_bytes,
         can_seek: true,
+        is_regular: true,
     })
 }
 
@@ -137,17 +142,25 @@ fn descriptor(
     let passed = fds(name).map(File::from);
     let file = match passed {
         Some(file) => file,
+        // A FIFO would wait for its other end.
         None if name.bytes().all(|c| c.is_ascii_digit()) && !name.is_empty() => OpenOptions::new()
             .read(!write)
             .write(write)
+            .custom_flags(libc::O_NONBLOCK)
             .open(format!("/proc/self/fd/{name}"))
             .map_err(|error| format!("fd {name} cannot be used: {}", reason(&error)))?,
         None => return Err(format!("File descriptor named '{name}' not found")),
     };
+    let is_regular = file.metadata().is_ok_and(|facts| facts.is_file());
+    if !is_regular {
+        // The thread that reads or writes it may wait.
+        let _ = fcntl_getfl(&file).and_then(|flags| fcntl_setfl(&file, flags - OFlags::NONBLOCK));
+    }
     let mut state = StateFile {
         path: PathBuf::from(format!("fd:{name}")),
         offset_bytes: 0,
         can_seek: false,
+        is_regular,
         file,
     };
     if let Ok(offset) = state.file.stream_position() {
@@ -266,6 +279,7 @@ fn ram_offset(begin: u64, head_bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::migration::state::SavedTopology;
     use proptest::prelude::*;
 
     fn saved() -> SavedMachine {
@@ -278,6 +292,7 @@ mod tests {
             ignore_shared: true,
             mapped_ram: false,
             backends: Vec::new(),
+            topology: SavedTopology::default(),
             machine: vec![1, 2, 3],
         }
     }
@@ -310,6 +325,9 @@ mod tests {
         let mut newer = good.clone();
         newer[8] = 9;
         assert!(lines(&newer)[0].contains("has version 9"));
+        let mut older = good.clone();
+        older[8] = 1;
+        assert!(lines(&older)[0].contains("has version 1"));
         let mut flipped = good;
         flipped[40] ^= 1;
         assert!(lines(&flipped)[0].contains("is damaged: its checksum"));

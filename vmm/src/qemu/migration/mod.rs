@@ -18,3 +18,4 @@ pub mod capability;
 pub mod file;
 pub mod ram;
 pub mod state;
+pub mod topology;

@@ -2,11 +2,15 @@
 //! RAM on its way into a state file and out of it.
 
 use std::fs::File;
-use std::io::{self, BufReader, BufWriter, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::fs::{Mode, OFlags};
 use xxhash_rust::xxh3::Xxh3;
 
+use super::file::{LoadError, StateFile};
+use super::state::{SavedContent, SavedMachine};
 use crate::memory::guest::GuestRam;
 use crate::memory::layout::PAGE_BYTES;
 
@@ -155,24 +159,22 @@ pub fn save(
     out.flush()
 }
 
-/// Brings the pages of `runs` into memory that is all zero, and proves them.
-pub fn load(
-    ram: &GuestRam,
-    backend: usize,
+/// Reads the pages of `saved`, of a backend of so many bytes, and proves them; `take` gets them piece by
+/// piece, each with its place in the backend, before that.
+fn read_runs(
     saved: &Contents,
+    bytes: u64,
     placement: Placement,
     file: &mut File,
+    take: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    let bytes = ram
-        .layout()
-        .backend_bytes()
-        .get(backend)
-        .copied()
-        .unwrap_or(0);
+    let total: u64 = saved
+        .runs
+        .iter()
+        .fold(0, |sum, run| sum.saturating_add(run.1));
+    let mut pages = 0;
     let mut hash = Xxh3::new();
     let mut buffer = vec![0; CHUNK];
-    let packed = placement == Placement::Packed;
-    let mut input = BufReader::with_capacity(if packed { 0 } else { CHUNK }, file);
     for &(first, count) in &saved.runs {
         let end = first.saturating_add(count).saturating_mul(PAGE_BYTES);
         if end > bytes {
@@ -182,14 +184,24 @@ pub fn load(
         }
         let mut offset = first * PAGE_BYTES;
         if let Placement::Mapped(begin) = placement {
-            input.seek(SeekFrom::Start(begin + offset))?;
+            file.seek(SeekFrom::Start(begin + offset))?;
         }
         while offset < end {
             let length = usize::try_from((end - offset).min(CHUNK_BYTES)).unwrap_or(CHUNK);
-            input.read_exact(&mut buffer[..length])?;
-            hash.update(&buffer[..length]);
-            write(ram, backend, offset, &buffer[..length])?;
+            let piece = &mut buffer[..length];
+            let there = read_until_end(file, piece)?;
+            if there < length {
+                let whole = there as u64 / PAGE_BYTES;
+                return Err(io::Error::other(format!(
+                    "the file is cut: it ends in page {}, the {}th of {total} that it is to have",
+                    offset / PAGE_BYTES + whole,
+                    pages + whole + 1,
+                )));
+            }
+            hash.update(piece);
+            take(offset, piece)?;
             offset += length as u64;
+            pages += length as u64 / PAGE_BYTES;
         }
     }
     if hash.digest() == saved.checksum {
@@ -201,6 +213,143 @@ pub fn load(
             saved.checksum
         )))
     }
+}
+
+/// Fills `buffer`, as far as there is something; how much that is.
+fn read_until_end(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read(&mut buffer[done..]) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+/// Brings the pages of `saved` into memory that is all zero, and proves them.
+fn load(
+    ram: &GuestRam,
+    backend: usize,
+    saved: &Contents,
+    placement: Placement,
+    file: &mut File,
+) -> io::Result<()> {
+    let all = ram.layout().backend_bytes();
+    let bytes = all.get(backend).copied().unwrap_or(0);
+    read_runs(saved, bytes, placement, file, &mut |offset, piece| {
+        write(ram, backend, offset, piece)
+    })
+}
+
+/// The RAM of one backend in a file.
+struct Part {
+    backend: usize,
+    bytes: u64,
+    contents: Contents,
+    placement: Placement,
+}
+
+impl Part {
+    fn read(
+        &self,
+        file: &mut File,
+        take: &mut dyn FnMut(u64, &[u8]) -> io::Result<()>,
+    ) -> io::Result<()> {
+        read_runs(&self.contents, self.bytes, self.placement, file, take)
+    }
+}
+
+/// Calls `read` for each backend whose RAM is in the file, which is at `place`.
+fn each(
+    saved: &SavedMachine,
+    state: &mut StateFile,
+    mut place: u64,
+    read: &mut dyn FnMut(&Part, &mut File) -> io::Result<()>,
+) -> Result<(), LoadError> {
+    for (position, backend) in saved.backends.iter().enumerate() {
+        let SavedContent::Here { runs, checksum } = &backend.content else {
+            continue;
+        };
+        let placement = if saved.mapped_ram {
+            Placement::Mapped(place)
+        } else {
+            Placement::Packed
+        };
+        let part = Part {
+            backend: position,
+            bytes: backend.bytes,
+            contents: Contents {
+                runs: runs.clone(),
+                checksum: *checksum,
+            },
+            placement,
+        };
+        read(&part, &mut state.file).map_err(|error| {
+            LoadError::io(format!(
+                "RAM of \"{}\" in {} cannot be used: {error}",
+                backend.id,
+                state.path.display()
+            ))
+            .and("error while loading state section id 0(ram)")
+        })?;
+        place += backend.bytes;
+    }
+    Ok(())
+}
+
+/// Brings all RAM that is in the file into memory that is all zero, and proves it.
+pub fn load_all(
+    saved: &SavedMachine,
+    state: &mut StateFile,
+    place: u64,
+    ram: &GuestRam,
+) -> Result<(), LoadError> {
+    each(saved, state, place, &mut |part, file| {
+        load(ram, part.backend, &part.contents, part.placement, file)
+    })
+}
+
+/// Proves all RAM that is in the file, and goes back to where it begins.
+pub fn prove_all(saved: &SavedMachine, state: &mut StateFile, place: u64) -> Result<(), LoadError> {
+    each(saved, state, place, &mut |part, file| {
+        part.read(file, &mut |_, _| Ok(()))
+    })?;
+    let back = state.file.seek(SeekFrom::Start(place));
+    back.map(drop).map_err(|error| {
+        let name = state.path.display();
+        LoadError::io(format!("{name} cannot be read twice: {error}"))
+    })
+}
+
+/// Copies all RAM that is in the file, proven, to a file without a name: it can then be read again from
+/// there, packed, from the beginning.
+pub fn copy(
+    saved: &SavedMachine,
+    state: &mut StateFile,
+    place: u64,
+    directory: &Path,
+) -> Result<StateFile, LoadError> {
+    let cannot = |error: io::Error| {
+        let name = directory.display();
+        LoadError::io(format!("cannot keep RAM of the state in {name}: {error}"))
+    };
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    let nameless = rustix::fs::open(directory, flags, Mode::RUSR | Mode::WUSR);
+    let mut kept = File::from(nameless.map_err(|errno| cannot(errno.into()))?);
+    each(saved, state, place, &mut |part, file| {
+        part.read(file, &mut |_, piece| kept.write_all(piece))
+    })?;
+    kept.rewind().map_err(cannot)?;
+    Ok(StateFile {
+        file: kept,
+        path: state.path.clone(),
+        offset_bytes: 0,
+        can_seek: true,
+        is_regular: true,
+    })
 }
 
 #[cfg(test)]
@@ -236,6 +385,18 @@ mod tests {
             };
             file.rewind().unwrap();
             assert!(load(&ram(bytes), 0, &wrong, placement, &mut file).is_err());
+            let begin = if placement == Placement::Packed {
+                0
+            } else {
+                8192
+            };
+            let cut = file.try_clone().unwrap();
+            cut.set_len(begin + 2 * 4096 + 7).unwrap();
+            file.rewind().unwrap();
+            let error = load(&ram(bytes), 0, &found, placement, &mut file).unwrap_err();
+            let (page, number) = if begin == 0 { (4, 3) } else { (3, 2) };
+            let text = format!("it ends in page {page}, the {number}th of 4 that it is to have");
+            assert!(error.to_string().contains(&text), "{error}");
             let outside = Contents {
                 runs: vec![(1 << 60, 1 << 60)],
                 checksum: 0,

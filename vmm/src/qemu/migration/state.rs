@@ -24,8 +24,42 @@ pub struct SavedMachine {
     pub mapped_ram: bool,
     /// Its memory, in the machine's order.
     pub backends: Vec<SavedBackend>,
+    /// Nodes and memory modules.
+    pub topology: SavedTopology,
     /// vCPUs, chips and devices: a state file of a template, whole.
     pub machine: Vec<u8>,
+}
+
+/// Nodes and memory modules, as the guest was told of them.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SavedTopology {
+    /// For each NUMA node, the numbers of its vCPUs.
+    pub node_cpus: Vec<Vec<u8>>,
+    /// How far nodes are apart, row by row.
+    pub distances: Vec<u8>,
+    /// For each memory backend, its node.
+    pub backend_nodes: Vec<u32>,
+    /// Slots for memory modules.
+    pub slots: u32,
+    /// RAM and modules together, at most, in bytes.
+    pub max_bytes: u64,
+    /// Memory modules.
+    pub dimms: Vec<SavedDimm>,
+}
+
+/// One memory module.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedDimm {
+    /// What it is called.
+    pub id: String,
+    /// Id of its backend.
+    pub backend: String,
+    /// The node that it belongs to.
+    pub node: u32,
+    /// Its slot.
+    pub slot: u32,
+    /// Its first guest physical address.
+    pub guest_address: u64,
 }
 
 /// One memory backend.

@@ -280,22 +280,17 @@ pub fn execute(vm: &mut Vm, name: &str, arguments: Map<String, Value>) -> Result
     (command.run)(vm, &arguments)
 }
 
-/// `qmp_capabilities`: whether out-of-band commands are wanted.
-pub fn negotiate(arguments: &Map<String, Value>) -> Result<bool, QmpError> {
+/// `qmp_capabilities`: there are none to enable.
+pub fn negotiate(arguments: &Map<String, Value>) -> Result<(), QmpError> {
     let checked = Arguments::check(arguments.clone(), &[may("enable", Kind::List)], false)?;
-    let mut oob = false;
-    for capability in checked.list("enable") {
-        match capability.as_str() {
-            Some("oob") => oob = true,
-            other => {
-                return Err(QmpError::generic(format!(
-                    "Parameter 'enable' does not accept value '{}'",
-                    other.unwrap_or("?")
-                )));
-            }
-        }
+    match checked.list("enable").first().map(Value::as_str) {
+        None => Ok(()),
+        Some(Some("oob")) => Err(QmpError::generic("Capability oob not available")),
+        Some(other) => Err(QmpError::generic(format!(
+            "Parameter 'enable' does not accept value '{}'",
+            other.unwrap_or("?")
+        ))),
     }
-    Ok(oob)
 }
 
 fn done(result: Result<(), QmpError>) -> Result<Value, QmpError> {

@@ -70,8 +70,6 @@ pub struct Request {
     pub command: String,
     /// What it is given.
     pub arguments: Map<String, Value>,
-    /// Whether it came with `exec-oob`.
-    pub out_of_band: bool,
 }
 
 /// A request with the id that its answer must carry.
@@ -83,8 +81,8 @@ pub struct Received {
     pub request: Result<Request, QmpError>,
 }
 
-/// Takes a value apart that a client sent. `oob` is whether out-of-band commands were negotiated.
-pub fn receive(value: Value, oob: bool) -> Received {
+/// Takes a value apart that a client sent. No command is done out of band, so none can come that way.
+pub fn receive(value: Value) -> Received {
     let Value::Object(mut members) = value else {
         return Received {
             id: None,
@@ -94,23 +92,17 @@ pub fn receive(value: Value, oob: bool) -> Received {
     let id = members.remove("id");
     Received {
         id,
-        request: request(members, oob).map_err(QmpError::generic),
+        request: request(members).map_err(QmpError::generic),
     }
 }
 
-fn request(members: Map<String, Value>, oob: bool) -> Result<Request, String> {
-    let mut command: Option<(String, bool)> = None;
+fn request(members: Map<String, Value>) -> Result<Request, String> {
+    let mut command = None;
     let mut arguments = Map::new();
     for (name, value) in members {
         match (name.as_str(), value) {
-            ("exec-oob", _) if !oob => return Err(unexpected(&name)),
-            ("execute" | "exec-oob", Value::String(text)) => {
-                if command.is_some() {
-                    return Err("QMP input member 'exec-oob' clashes with 'execute'".to_owned());
-                }
-                command = Some((text, name == "exec-oob"));
-            }
-            ("execute" | "exec-oob", _) => {
+            ("execute", Value::String(text)) => command = Some(text),
+            ("execute", _) => {
                 return Err(format!("QMP input member '{name}' must be a string"));
             }
             ("arguments", Value::Object(object)) => arguments = object,
@@ -120,13 +112,8 @@ fn request(members: Map<String, Value>, oob: bool) -> Result<Request, String> {
             _ => return Err(unexpected(&name)),
         }
     }
-    let (command, out_of_band) =
-        command.ok_or_else(|| "QMP input lacks member 'execute'".to_owned())?;
-    Ok(Request {
-        command,
-        arguments,
-        out_of_band,
-    })
+    let command = command.ok_or_else(|| "QMP input lacks member 'execute'".to_owned())?;
+    Ok(Request { command, arguments })
 }
 
 fn unexpected(name: &str) -> String {
@@ -135,7 +122,7 @@ fn unexpected(name: &str) -> String {
 
 /// What a client is greeted with.
 pub fn greeting() -> Value {
-    json!({"QMP": {"version": version(), "capabilities": ["oob"]}})
+    json!({"QMP": {"version": version(), "capabilities": []}})
 }
 
 /// What `query-version` says.
@@ -236,15 +223,12 @@ mod tests {
     use super::*;
 
     fn refused(value: Value) -> String {
-        receive(value, false).request.unwrap_err().desc
+        receive(value).request.unwrap_err().desc
     }
 
     #[test]
     fn requests_are_taken_apart() {
-        let received = receive(
-            json!({"execute": "stop", "arguments": {"a": 1}, "id": [7]}),
-            false,
-        );
+        let received = receive(json!({"execute": "stop", "arguments": {"a": 1}, "id": [7]}));
         assert_eq!(received.id, Some(json!([7])));
         assert_eq!(received.request.unwrap().command, "stop");
         assert_eq!(refused(json!([1])), "QMP input must be a JSON object");
@@ -262,12 +246,6 @@ mod tests {
             "QMP input member 'arguments' must be an object"
         );
         assert!(refused(json!({"exec-oob": "a"})).contains("is unexpected"));
-        assert!(
-            receive(json!({"exec-oob": "a"}), true)
-                .request
-                .unwrap()
-                .out_of_band
-        );
     }
 
     #[test]

@@ -10,3 +10,4 @@ pub mod objects;
 pub mod port;
 pub mod schema;
 pub mod server;
+pub mod types;

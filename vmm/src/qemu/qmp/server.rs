@@ -92,7 +92,6 @@ struct Client<'a> {
     output: BorrowedFd<'a>,
     is_socket: bool,
     negotiated: bool,
-    oob: bool,
     reader: json::Reader,
     line: Vec<u8>,
     fds: Vec<OwnedFd>,
@@ -150,7 +149,6 @@ impl<A: Fn(Ask) -> bool> Server<A> {
             output,
             is_socket,
             negotiated: false,
-            oob: false,
             reader: json::Reader::default(),
             line: Vec::new(),
             fds: Vec::new(),
@@ -203,7 +201,7 @@ impl<A: Fn(Ask) -> bool> Server<A> {
         while let Some(value) = client.reader.next_value() {
             let (id, reply) = match value {
                 Ok(value) => {
-                    let received = message::receive(value, client.oob);
+                    let received = message::receive(value);
                     let reply = match received.request {
                         Ok(request) => self.one(client, request),
                         Err(error) => here(Err(error)),
@@ -221,7 +219,7 @@ impl<A: Fn(Ask) -> bool> Server<A> {
     }
 
     fn one(&self, client: &mut Client<'_>, request: message::Request) -> Reply {
-        if client.negotiated && !request.out_of_band && request.command != "qmp_capabilities" {
+        if client.negotiated && request.command != "qmp_capabilities" {
             let fds = std::mem::take(&mut client.fds);
             let (reply, answer) = bounded(1);
             return if (self.ask)(Ask::Qmp(request, fds, reply)) {
@@ -231,25 +229,19 @@ impl<A: Fn(Ask) -> bool> Server<A> {
             }
             .unwrap_or_else(|| here(Err(QmpError::generic("the machine has ended"))));
         }
-        here(self.own(client, request))
+        here(self.own(client, &request))
     }
 
     /// What the monitor answers by itself.
     fn own(
         &self,
         client: &mut Client<'_>,
-        request: message::Request,
+        request: &message::Request,
     ) -> Result<serde_json::Value, QmpError> {
         let not_found = |desc: String| QmpError::of(Class::CommandNotFound, desc);
-        if request.out_of_band {
-            let command = request.command;
-            return Err(QmpError::generic(format!(
-                "The command {command} does not support OOB"
-            )));
-        }
         match (request.command.as_str(), client.negotiated) {
             ("qmp_capabilities", false) => {
-                client.oob = super::commands::negotiate(&request.arguments)?;
+                super::commands::negotiate(&request.arguments)?;
                 client.negotiated = true;
                 self.port.listen(true);
                 Ok(serde_json::json!({}))

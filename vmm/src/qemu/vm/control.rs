@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
+use crate::arch::x86_64::boot;
 use crate::arch::x86_64::regs::InitialRegisters;
-use crate::arch::x86_64::smbios;
 use crate::machine::{Failure, Machine, MachineError, Outcome};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
@@ -21,6 +21,10 @@ use crate::sys::lock::LockKind;
 const NOTHING_TO_RUN: &str =
     "there is nothing to run: Pando has no firmware; give a kernel with -kernel";
 
+/// What is said when a machine that was loaded without `-kernel` resets.
+const STANDS_STILL: &str = "the guest has reset, and there is nothing to boot, as Pando has no firmware: it stands \
+     still from now on, as with QEMU where no device is bootable; give clones -kernel too if they are to reboot";
+
 /// How long a guest that has ended may take until everybody knows.
 const MAX_ENDING: Duration = Duration::from_secs(10);
 
@@ -28,12 +32,6 @@ impl Vm {
     /// Makes the machine anew, from its beginning. What was there must have ended.
     pub(super) fn make_machine(&mut self, begin: Begin<'_>) -> Result<(), OptionError> {
         let Made { ram, pager } = self.memory.make(begin)?;
-        let identity = &self.plan.wanted.identity;
-        if self.plan.boot.is_some() && (identity.uuid.is_some() || identity.system.is_some()) {
-            let system = identity.system.clone().unwrap_or_default();
-            smbios::write(&ram, &system, identity.uuid.unwrap_or_default().0)
-                .map_err(|error| OptionError::new(one_line(&error)))?;
-        }
         let target = self
             .serial
             .target()
@@ -45,6 +43,21 @@ impl Vm {
             None => Machine::boot_at(spec, ram, &InitialRegisters::linux64(0), target),
         };
         let machine = machine.map_err(|error| OptionError::new(one_line(&error)))?;
+        self.replace(Held::Fresh(machine), pager);
+        Ok(())
+    }
+
+    /// Makes a machine that runs and does nothing: what QEMU's firmware does where no device is bootable.
+    fn stand_still(&mut self) -> Result<(), OptionError> {
+        // A template's file keeps what it holds, as the memory of a PC does over a reset.
+        let Made { ram, pager } = self.memory.make(Begin::Files)?;
+        let registers = boot::idle(&ram).map_err(|error| OptionError::new(one_line(&error)))?;
+        let target = self
+            .serial
+            .target()
+            .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
+        let machine = Machine::boot_at(&self.plan.spec, ram, &registers, target)
+            .map_err(|error| OptionError::new(one_line(&error)))?;
         self.replace(Held::Fresh(machine), pager);
         Ok(())
     }
@@ -154,13 +167,8 @@ impl Vm {
             }
             _ => (),
         }
-        if self.plan.boot.is_none() {
-            if self.status == RunStatus::Prelaunch && !self.has_program {
-                return Ok(());
-            }
-            return Err(QmpError::generic(format!(
-                "cannot reset: {NOTHING_TO_RUN}, of a clone too, and the reset boots it"
-            )));
+        if self.plan.boot.is_none() && !self.has_program {
+            return Ok(());
         }
         self.write_files()?;
         self.after = After::Reset;
@@ -186,7 +194,10 @@ impl Vm {
     fn reset(&mut self, status: RunStatus) -> Result<(), OptionError> {
         self.held.end();
         self.pager = None;
-        self.make_machine(Begin::Zero)?;
+        match self.plan.boot {
+            Some(_) => self.make_machine(Begin::Zero)?,
+            None => self.stand_still()?,
+        }
         self.has_program = true;
         let runs = status == RunStatus::Running;
         self.status = match status {
@@ -250,10 +261,7 @@ impl Vm {
             return;
         }
         if self.plan.boot.is_none() {
-            self.say("the guest asks for a reset, and there is nothing to boot: give clones -kernel too if \
-                      they are to reboot");
-            self.guest_is_off("guest-reset");
-            return;
+            self.say(STANDS_STILL);
         }
         let data = json!({"guest": true, "reason": "guest-reset"});
         self.bus.send("RESET", Some(data));

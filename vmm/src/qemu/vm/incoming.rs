@@ -1,23 +1,24 @@
 #![forbid(unsafe_code)]
 //! Loading: `-incoming` and `migrate-incoming`. Everything is compared before anything is made.
 
-use std::path::Path;
+use std::path::PathBuf;
+use std::thread;
 
-use pando_pager::image::{BackendIndex, Index};
+use pando_pager::image::BackendIndex;
 
+use super::memory::Made;
 use super::outgoing::MigrationStatus;
-use super::{After, Held, RunStatus, Vm};
-use crate::machine::{HostCheck, Machine};
+use super::{After, Held, Message, RunStatus, Vm};
+use crate::machine::{HostCheck, Machine, MachineState};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
-use crate::qemu::line::identity::Uuid;
 use crate::qemu::migration::address::StateAddress;
 use crate::qemu::migration::file::{self, LoadError, StateFile};
-use crate::qemu::migration::ram::{self, Contents, Placement};
-use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
+use crate::qemu::migration::ram;
+use crate::qemu::migration::state::{SavedContent, SavedMachine};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::{exit, one_line};
-use crate::template::seal::Seal;
+use crate::spec::FileAccess;
 use crate::template::state_file;
 
 /// What a machine that waits for a state knows.
@@ -27,6 +28,8 @@ pub struct IncomingState {
     pub asked: bool,
     /// Whether a load has begun.
     pub begun: bool,
+    /// Whether a thread waits for more of the state.
+    pub receiving: bool,
     /// Whether the guest may run by itself when its state is there.
     pub start: bool,
 }
@@ -36,6 +39,7 @@ impl IncomingState {
         Self {
             asked,
             begun: false,
+            receiving: false,
             start,
         }
     }
@@ -49,6 +53,28 @@ pub struct Source {
     exit_on_error: bool,
     /// Whether the file says by itself what it leaves out: nobody could set a capability before.
     takes_capabilities: bool,
+}
+
+/// A state that may be loaded.
+#[derive(Debug)]
+pub struct Load {
+    file: StateFile,
+    saved: SavedMachine,
+    /// Where RAM begins in the file.
+    ram_place: u64,
+    indexes: Vec<Option<BackendIndex>>,
+    exit_on_error: bool,
+}
+
+/// What a thread has read of a state that may come slowly, or never.
+#[derive(Debug)]
+pub enum Came {
+    /// Its beginning.
+    Head(Source, Result<(SavedMachine, u64), LoadError>),
+    /// All of it, proven, in a file without a name.
+    Copy(Load, Result<StateFile, LoadError>),
+    /// All of it, in memory that was made for it.
+    Ram(Load, Box<Made>, Result<(), LoadError>),
 }
 
 impl Vm {
@@ -96,34 +122,145 @@ impl Vm {
         }));
     }
 
-    /// Loads the state; what comes then is in it.
-    pub(super) fn load(&mut self, source: Source) {
+    /// Loads the state. What does not come from a file on disk may be slow: a thread waits for it.
+    pub(super) fn load(&mut self, mut source: Source) {
         self.migration.status = MigrationStatus::Active;
         self.migration_event("active");
-        let exit_on_error = source.exit_on_error;
-        match self.load_state(source) {
-            Ok(saved) => {
-                self.migration.status =
-                    MigrationStatus::Completed(super::outgoing::Statistics::default());
-                self.migration_event("completed");
-                let was = match saved.status.as_str() {
-                    "running" => RunStatus::Running,
-                    "prelaunch" => RunStatus::Prelaunch,
-                    _ => RunStatus::Paused,
-                };
-                let next = RunStatus::after_load(was, self.incoming.start);
-                self.has_program = saved.has_program;
-                self.status = match next {
-                    RunStatus::Running => RunStatus::Paused,
-                    other => other,
-                };
-                if next == RunStatus::Running
-                    && let Err(error) = self.cont()
-                {
-                    self.say(&error.desc);
-                }
+        if source.file.is_regular {
+            let head = source.file.read_head();
+            self.head_came(source, head);
+        } else {
+            let exit_on_error = source.exit_on_error;
+            self.receive(exit_on_error, move || {
+                let head = source.file.read_head();
+                Came::Head(source, head)
+            });
+        }
+    }
+
+    /// Lets a thread read what may not come at once.
+    fn receive(&mut self, exit_on_error: bool, read: impl FnOnce() -> Came + Send + 'static) {
+        let sender = self.sender();
+        // Ends with the process, should nothing ever come.
+        let started = thread::Builder::new()
+            .name("incoming".to_owned())
+            .spawn(move || {
+                let _ = sender.send(Message::Came(Box::new(read())));
+            });
+        self.incoming.receiving = started.is_ok();
+        if let Err(error) = started {
+            let error = LoadError::io(format!("cannot start the thread that loads: {error}"));
+            self.load_failed(&error, exit_on_error);
+        }
+    }
+
+    /// A thread has read what it was to.
+    pub(super) fn came(&mut self, came: Came) {
+        self.incoming.receiving = false;
+        match came {
+            Came::Head(source, head) => self.head_came(source, head),
+            Came::Copy(load, Err(error)) | Came::Ram(load, _, Err(error)) => {
+                self.load_failed(&error, load.exit_on_error);
             }
+            Came::Copy(load, Ok(file)) => {
+                let saved = SavedMachine {
+                    mapped_ram: false,
+                    ..load.saved
+                };
+                self.load_from_file(Load {
+                    file,
+                    saved,
+                    ram_place: 0,
+                    ..load
+                });
+            }
+            Came::Ram(load, made, Ok(())) => {
+                let result = self.restore(&load, *made);
+                self.loaded(&load, result);
+            }
+        }
+    }
+
+    fn head_came(&mut self, source: Source, head: Result<(SavedMachine, u64), LoadError>) {
+        let exit_on_error = source.exit_on_error;
+        match self.checked(source, head) {
+            Ok(load) if load.file.is_regular || !has_ram(&load.saved) => self.load_from_file(load),
+            // It is proven before a template's file is written.
+            Ok(load) if self.writes_a_file(&load.saved) => {
+                let directory = self.directory_of_files();
+                self.receive(exit_on_error, move || {
+                    let mut load = load;
+                    let place = load.ram_place;
+                    let copy = ram::copy(&load.saved, &mut load.file, place, &directory);
+                    Came::Copy(load, copy)
+                });
+            }
+            Ok(load) => match self.make_for(&load) {
+                Ok(made) => self.receive(exit_on_error, move || {
+                    let mut load = load;
+                    let place = load.ram_place;
+                    let result = ram::load_all(&load.saved, &mut load.file, place, &made.ram);
+                    Came::Ram(load, Box::new(made), result)
+                }),
+                Err(error) => self.load_failed(&error, exit_on_error),
+            },
             Err(error) => self.load_failed(&error, exit_on_error),
+        }
+    }
+
+    /// Compares everything that can be compared before anything is made.
+    fn checked(
+        &mut self,
+        source: Source,
+        head: Result<(SavedMachine, u64), LoadError>,
+    ) -> Result<Load, LoadError> {
+        let (saved, ram_place) = head?;
+        self.compare(&saved, source.takes_capabilities)?;
+        if saved.mapped_ram && !source.file.can_seek && has_ram(&saved) {
+            return Err(LoadError::invalid(
+                "Migration requires seekable transport (e.g. file)",
+            ));
+        }
+        Ok(Load {
+            indexes: self.prove_files(&saved)?,
+            file: source.file,
+            saved,
+            ram_place,
+            exit_on_error: source.exit_on_error,
+        })
+    }
+
+    fn load_from_file(&mut self, mut load: Load) {
+        let result = self.load_state(&mut load);
+        self.loaded(&load, result);
+    }
+
+    fn loaded(&mut self, load: &Load, result: Result<(), LoadError>) {
+        match result {
+            Ok(()) => self.go_on(&load.saved),
+            Err(error) => self.load_failed(&error, load.exit_on_error),
+        }
+    }
+
+    /// The state is loaded; what comes then is in it.
+    fn go_on(&mut self, saved: &SavedMachine) {
+        self.migration.status = MigrationStatus::Completed(super::outgoing::Statistics::default());
+        self.migration_event("completed");
+        let was = match saved.status.as_str() {
+            "running" => RunStatus::Running,
+            "prelaunch" => RunStatus::Prelaunch,
+            _ => RunStatus::Paused,
+        };
+        let next = RunStatus::after_load(was, self.incoming.start);
+        self.has_program = saved.has_program;
+        self.status = match next {
+            RunStatus::Running => RunStatus::Paused,
+            other => other,
+        };
+        if next == RunStatus::Running
+            && let Err(error) = self.cont()
+        {
+            self.say(&error.desc);
         }
     }
 
@@ -142,22 +279,32 @@ impl Vm {
         self.incoming.begun = false;
     }
 
-    fn load_state(&mut self, source: Source) -> Result<SavedMachine, LoadError> {
-        let Source {
-            mut file,
-            takes_capabilities,
-            ..
-        } = source;
-        let (saved, ram_place) = file.read_head()?;
-        self.compare(&saved, takes_capabilities)?;
-        let indexes = self.prove_files(&saved)?;
-        let made = self
-            .memory
-            .make(Begin::Proven(&indexes))
-            .map_err(|error| LoadError::invalid(error.to_string()))?;
-        load_ram(&saved, &mut file, ram_place, &made.ram)?;
-        let state = state_file::decode(&file.path, &saved.machine)
-            .map_err(|error| LoadError::invalid(one_line(&error)))?;
+    fn load_state(&mut self, load: &mut Load) -> Result<(), LoadError> {
+        let place = load.ram_place;
+        if self.writes_a_file(&load.saved) {
+            // A state that is cut or damaged must not cost the file what it holds.
+            ram::prove_all(&load.saved, &mut load.file, place)?;
+        }
+        let made = self.make_for(load)?;
+        ram::load_all(&load.saved, &mut load.file, place, &made.ram)?;
+        self.restore(load, made)
+    }
+
+    fn make_for(&self, load: &Load) -> Result<Made, LoadError> {
+        // Before memory is made: files of templates are emptied for it.
+        self.decode(load)?;
+        self.memory
+            .make(Begin::Proven(&load.indexes))
+            .map_err(|error| LoadError::invalid(error.to_string()))
+    }
+
+    fn decode(&self, load: &Load) -> Result<MachineState, LoadError> {
+        state_file::decode(&load.file.path, &load.saved.machine)
+            .map_err(|error| LoadError::invalid(one_line(&error)))
+    }
+
+    fn restore(&mut self, load: &Load, made: Made) -> Result<(), LoadError> {
+        let state = self.decode(load)?;
         let target = self
             .serial
             .target()
@@ -165,243 +312,31 @@ impl Vm {
         let machine = Machine::restore(&self.plan.spec, made.ram, &state, target, HostCheck::Due)
             .map_err(|error| LoadError::invalid(one_line(&error)))?;
         self.replace(Held::Fresh(machine), made.pager);
-        Ok(saved)
-    }
-
-    /// Refuses a state of another machine. Nothing was read or made yet.
-    fn compare(&mut self, saved: &SavedMachine, takes_capabilities: bool) -> Result<(), LoadError> {
-        if takes_capabilities {
-            self.migration.capabilities.ignore_shared = saved.ignore_shared;
-            self.migration.capabilities.mapped_ram = saved.mapped_ram;
-        }
-        let ours = self.migration.capabilities;
-        for (name, here, there) in [
-            ("x-ignore-shared", ours.ignore_shared, saved.ignore_shared),
-            ("mapped-ram", ours.mapped_ram, saved.mapped_ram),
-        ] {
-            if here != there {
-                let word = |on| if on { "on" } else { "off" };
-                return Err(LoadError::invalid(format!(
-                    "Capability {name} is {}, but received capability is {}",
-                    word(here),
-                    word(there)
-                )));
-            }
-        }
-        let kind = &self.plan.wanted.machine.kind;
-        if saved.kind != *kind {
-            return Err(LoadError::invalid(format!(
-                "Machine type received is '{}' and local is '{kind}'",
-                saved.kind
-            )));
-        }
-        if let (true, Some(there)) = (ours.validate_uuid, saved.uuid) {
-            let here = self.plan.wanted.identity.uuid.unwrap_or_default();
-            if here.0 != there {
-                return Err(LoadError::invalid(format!(
-                    "UUID received is {} and local is {here}",
-                    Uuid(there)
-                )));
-            }
-        }
-        let cpus = self.plan.spec.cpus().get();
-        if saved.cpus != cpus {
-            return Err(LoadError::invalid(format!(
-                "the state has {} vCPUs, this machine {cpus}: give it -smp {}",
-                saved.cpus, saved.cpus
-            )));
-        }
-        self.compare_backends(saved)
-    }
-
-    fn compare_backends(&self, saved: &SavedMachine) -> Result<(), LoadError> {
-        let ours = self.plan.spec.backends();
-        let of_ram = |line: String| {
-            LoadError::invalid(line)
-                .and("error while loading state for instance 0x0 of device 'ram'")
-        };
-        for there in &saved.backends {
-            let Some(here) = ours.iter().find(|backend| backend.id() == there.id) else {
-                return Err(of_ram(format!(
-                    "Unknown ramblock \"{}\", cannot accept migration",
-                    there.id
-                )));
-            };
-            if here.bytes() != there.bytes {
-                return Err(of_ram(format!(
-                    "Size mismatch: {}: {:#x} != {:#x}: Invalid argument",
-                    there.id,
-                    there.bytes,
-                    here.bytes()
-                )));
-            }
-            if here.is_rom() != there.is_rom {
-                let (word, how) = if there.is_rom {
-                    ("read-only memory", "readonly=on alone")
-                } else {
-                    (
-                        "memory that the guest writes",
-                        "share=off,readonly=on,rom=off",
-                    )
-                };
-                return Err(of_ram(format!(
-                    "memory backend \"{}\" is {word} in the state, and not here: give it {how}",
-                    there.id
-                )));
-            }
-        }
-        if let Some(more) = ours
-            .iter()
-            .find(|here| saved.backends.iter().all(|there| there.id != here.id()))
-        {
-            return Err(of_ram(format!(
-                "memory backend \"{}\" is not in the state: leave it out, or save the template again with it",
-                more.id()
-            )));
-        }
-        let layout = self.plan.spec.layout();
-        for (position, (here, there)) in ours.iter().zip(&saved.backends).enumerate() {
-            let address = layout.guest_address(position, 0).unwrap_or(0);
-            if here.id() != there.id || address != there.guest_address {
-                let at = |id: &str| {
-                    let position = ours.iter().position(|backend| backend.id() == id);
-                    position.and_then(|position| layout.guest_address(position, 0))
-                };
-                return Err(of_ram(format!(
-                    "memory backend \"{}\" is at {:#x} in the state and at {:#x} here: give the backends in \
-                     the same order",
-                    there.id,
-                    there.guest_address,
-                    at(&there.id).unwrap_or(0)
-                )));
-            }
-        }
         Ok(())
     }
 
-    /// For each backend that is left out, its index, once its file is known to be the one that was
-    /// saved.
-    fn prove_files(&self, saved: &SavedMachine) -> Result<Vec<Option<BackendIndex>>, LoadError> {
-        saved
-            .backends
-            .iter()
-            .enumerate()
-            .map(|(position, there)| match &there.content {
-                SavedContent::Here { .. } => Ok(None),
-                SavedContent::LeftOut {
-                    offset_bytes,
-                    seal,
-                    index,
-                } => self
-                    .prove_file(position, there, (*offset_bytes, *seal), index)
-                    .map(Some),
+    /// Whether RAM of the state goes to the file of a template.
+    fn writes_a_file(&self, saved: &SavedMachine) -> bool {
+        let backends = saved.backends.iter().zip(self.plan.spec.backends());
+        backends
+            .filter(|(there, _)| matches!(there.content, SavedContent::Here { .. }))
+            .any(|(_, here)| {
+                here.file()
+                    .is_some_and(|file| file.access() == FileAccess::Template)
             })
-            .collect()
     }
 
-    fn prove_file(
-        &self,
-        position: usize,
-        there: &SavedBackend,
-        (offset_bytes, seal): (u64, Seal),
-        index: &[u8],
-    ) -> Result<BackendIndex, LoadError> {
-        let id = &there.id;
-        let here = &self.plan.spec.backends()[position];
-        let (Some(source), Some(file)) = (here.file(), self.memory.file(position)) else {
-            return Err(LoadError::invalid(format!(
-                "memory backend \"{id}\" is left out of the state, and here it has no file that could have its \
-                 content: give it memory-backend-file with share=off,readonly=on,rom=off"
-            )));
-        };
-        let path = source.path();
-        if source.offset_bytes() != offset_bytes {
-            return Err(LoadError::invalid(format!(
-                "memory backend \"{id}\" begins at offset {offset_bytes:#x} of its file in the state, and at {:#x} \
-                 here",
-                source.offset_bytes()
-            )));
-        }
-        let damaged = |why: String| {
-            LoadError::invalid(format!(
-                "the index of memory backend \"{id}\" in the state is damaged: {why}"
-            ))
-        };
-        let decoded = Index::decode(index).map_err(|error| damaged(error.to_string()))?;
-        let index = match decoded.into_backends().pop() {
-            Some((name, index)) if name == *id && index.pages().bytes() == there.bytes => index,
-            _ => return Err(damaged("it is another backend's".to_owned())),
-        };
-        let now = Seal::of(file, path).map_err(|error| LoadError::invalid(one_line(&error)))?;
-        // The same file, not written since: its pages are proven as they are read.
-        if now != seal && !holds(file, &index)? {
-            return Err(LoadError::invalid(changed(id, path, now, seal)));
-        }
-        Ok(index)
+    /// Where there is room for what the files of backends hold.
+    fn directory_of_files(&self) -> PathBuf {
+        let mut files = self.plan.spec.backends().iter().filter_map(|b| b.file());
+        let parent = files.find_map(|file| file.path().parent().map(PathBuf::from));
+        parent
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or_else(|| PathBuf::from("."))
     }
 }
 
-/// Whether a file holds what an index says, whatever file it is.
-fn holds(file: &std::fs::File, index: &BackendIndex) -> Result<bool, LoadError> {
-    use pando_pager::image::{ChunkIndex, PageKind};
-    let found = BackendIndex::scan(file, index.pages().bytes(), &mut |_, _| ())
-        .map_err(|error| LoadError::io(one_line(&error)))?;
-    // A hole and zeros read the same.
-    let data = |index: &BackendIndex| {
-        let runs = index.runs().filter(|(_, kind)| *kind == PageKind::Data);
-        runs.map(|(pages, _)| pages).collect::<Vec<_>>()
-    };
-    let chunks = index
-        .pages()
-        .get()
-        .div_ceil(pando_pager::image::CHUNK_PAGES);
-    Ok(data(&found) == data(index)
-        && (0..chunks)
-            .map(ChunkIndex::new)
-            .all(|chunk| found.checksum(chunk) == index.checksum(chunk)))
-}
-
-fn changed(id: &str, path: &Path, now: Seal, seal: Seal) -> String {
-    let how = if now.inode != seal.inode {
-        "it is another file, with other content"
-    } else {
-        "it was written since"
-    };
-    format!(
-        "memory backend \"{id}\": {} does not hold what it held when the state was saved: {how}; give each backend \
-         the file of its template, and save the state again if the template ran on",
-        path.display()
-    )
-}
-
-fn load_ram(
-    saved: &SavedMachine,
-    file: &mut StateFile,
-    mut place: u64,
-    ram: &crate::memory::guest::GuestRam,
-) -> Result<(), LoadError> {
-    for (position, backend) in saved.backends.iter().enumerate() {
-        let SavedContent::Here { runs, checksum } = &backend.content else {
-            continue;
-        };
-        let placement = if saved.mapped_ram {
-            Placement::Mapped(place)
-        } else {
-            Placement::Packed
-        };
-        let contents = Contents {
-            runs: runs.clone(),
-            checksum: *checksum,
-        };
-        ram::load(ram, position, &contents, placement, &mut file.file).map_err(|error| {
-            LoadError::io(format!(
-                "RAM of \"{}\" in {} cannot be used: {error}",
-                backend.id,
-                file.path.display()
-            ))
-            .and("error while loading state section id 0(ram)")
-        })?;
-        place += backend.bytes;
-    }
-    Ok(())
+fn has_ram(saved: &SavedMachine) -> bool {
+    let mut backends = saved.backends.iter();
+    backends.any(|backend| matches!(backend.content, SavedContent::Here { .. }))
 }

@@ -17,7 +17,7 @@ use crate::sys::lock::{LockKind, Locked, lock_range};
 
 /// Memory of one machine, and the pager that fills it.
 #[derive(Debug)]
-pub(super) struct Made {
+pub struct Made {
     /// The memory.
     pub(super) ram: GuestRam,
     /// Its pager, where a file is served.

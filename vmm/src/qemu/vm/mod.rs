@@ -2,8 +2,10 @@
 //! The machine as its monitors see it. One thread, [`Vm::run`], owns everything; monitors, signals
 //! and the machine's own end reach it through two queues.
 
+mod compare;
 mod control;
 mod held;
+mod hubs;
 mod incoming;
 mod memory;
 mod objects;
@@ -20,7 +22,7 @@ use crossbeam::channel::{Receiver, Sender, bounded, select};
 use pando_pager::{Pager, Serving};
 
 pub use held::Held;
-pub use incoming::IncomingState;
+pub use incoming::{Came, IncomingState};
 pub use outgoing::{MigrationStatus, Saved};
 pub use plan::Plan;
 pub use status::RunStatus;
@@ -47,6 +49,10 @@ pub enum Message {
     Ask(Ask),
     /// A state was written, or not.
     Saved(Saved),
+    /// A thread has read more of a state that is being loaded.
+    Came(Box<Came>),
+    /// A person at the terminal wants the end.
+    Quit,
     /// A signal came.
     Signal(i32),
 }
@@ -107,6 +113,7 @@ pub struct Vm {
     /// Backends that monitors added.
     added: Vec<objects::Added>,
     serial: SerialPort,
+    hubs: Vec<hubs::OpenHub>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
     ends_sender: Sender<End>,
@@ -128,8 +135,9 @@ impl Vm {
     /// yet.
     pub fn new(plan: Plan, mut tell: Teller) -> Result<Self, OptionError> {
         let memory = Memory::open(&plan.spec)?;
-        let serial = SerialPort::open(plan.wanted.serial.as_ref(), &mut *tell)?;
         let (sender, inbox) = bounded(MAX_REQUESTS);
+        let hubs = hubs::open(plan.wanted.hubs.all(), &sender, &mut *tell)?;
+        let serial = SerialPort::open(plan.wanted.serial.as_ref(), &hubs, &mut *tell)?;
         let (ends_sender, ends) = bounded(MAX_ENDS);
         let waits = plan.wanted.incoming.is_some();
         let mut vm = Self {
@@ -153,6 +161,7 @@ impl Vm {
             changed: BTreeMap::new(),
             added: Vec::new(),
             serial,
+            hubs,
             sender,
             inbox,
             ends_sender,
@@ -178,25 +187,37 @@ impl Vm {
     /// Begins with what the command line asks for; the exit code, if that is the end already.
     pub fn begin(&mut self) -> Option<u8> {
         self.start();
-        self.settle()
+        let mut end = self.settle();
+        // Who started a daemon waits to hear that all is well.
+        while end.is_none() && self.incoming.receiving && self.plan.wanted.program.daemonize {
+            end = self.step();
+        }
+        end
     }
 
     /// Runs until the end; the exit code. [`Self::begin`] comes first.
     pub fn run(&mut self) -> u8 {
+        let mut end = self.settle();
         loop {
-            if let Some(code) = self.settle() {
-                return code;
-            }
-            let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
-            select! {
-                recv(ends) -> end => if let Ok(end) = end {
-                    self.ended(end);
-                },
-                recv(inbox) -> message => if let Ok(message) = message {
-                    self.take(message);
-                },
+            match end {
+                Some(code) => return code,
+                None => end = self.step(),
             }
         }
+    }
+
+    /// Waits for what happens next and sees to it; the exit code, if that is the end.
+    fn step(&mut self) -> Option<u8> {
+        let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
+        select! {
+            recv(ends) -> end => if let Ok(end) = end {
+                self.ended(end);
+            },
+            recv(inbox) -> message => if let Ok(message) = message {
+                self.take(message);
+            },
+        }
+        self.settle()
     }
 
     /// Does what comes behind an answer; the exit code, if that is the end.
@@ -211,6 +232,7 @@ impl Vm {
                 After::Quit => self.shut_down(false, "host-qmp-quit"),
                 After::Exit(code) => {
                     self.held.end();
+                    self.finish_ports();
                     return Some(code);
                 }
             }
@@ -231,6 +253,8 @@ impl Vm {
                 let _ = reply.send(hmp::execute(self, &line));
             }
             Message::Saved(saved) => self.saved(saved),
+            Message::Came(came) => self.came(*came),
+            Message::Quit => self.shut_down(false, "host-ui"),
             Message::Signal(signal) => {
                 self.say(&format!("terminating on signal {signal}"));
                 self.shut_down(false, "host-signal");

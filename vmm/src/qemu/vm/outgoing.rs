@@ -3,6 +3,7 @@
 //! that monitors go on being answered.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,11 +19,11 @@ use crate::qemu::migration::address::StateAddress;
 use crate::qemu::migration::capability::Capabilities;
 use crate::qemu::migration::file::{self, StateFile};
 use crate::qemu::migration::ram::{self, Placement};
-use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
+use crate::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine, SavedTopology};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::one_line;
 use crate::spec::{BackendSource, FileAccess, FileSource};
-use crate::sys::lock::LockKind;
+use crate::sys::lock::{LockKind, is_locked};
 use crate::template::seal::Seal;
 use crate::template::state_file;
 
@@ -125,6 +126,7 @@ impl Vm {
             return Err(QmpError::generic(why));
         }
         let opened = file::create(address, &mut |name| self.fds.remove(name));
+        let opened = opened.and_then(|target| self.refuse_memory(target));
         let target = match opened {
             Ok(target) => target,
             Err(why) => {
@@ -145,15 +147,53 @@ impl Vm {
         Ok(())
     }
 
+    /// Refuses a descriptor of what is memory; of a path its lock has told.
+    fn refuse_memory(&self, target: StateFile) -> Result<StateFile, String> {
+        let name = target.path.display();
+        if let Some(id) = self.backend_of(&target.file) {
+            return Err(format!(
+                "{name} is the file of memory backend {id}, which nothing else may write: name another file"
+            ));
+        }
+        // A lock that was taken by path is this file's own, and does not count here.
+        if target.is_regular && is_locked(&target.file).unwrap_or(false) {
+            return Err(format!(
+                "{name} is the memory of a machine that is there, or a state that is being saved or loaded: name \
+                 another file"
+            ));
+        }
+        Ok(target)
+    }
+
+    /// The memory backend whose file this is.
+    fn backend_of(&self, file: &std::fs::File) -> Option<&str> {
+        let place = |file: &std::fs::File| {
+            let facts = file.metadata().ok()?;
+            Some((facts.dev(), facts.ino()))
+        };
+        let wanted = place(file)?;
+        let mut backends = self.plan.spec.backends().iter().enumerate();
+        let is_same = |position| self.memory.file(position).and_then(place) == Some(wanted);
+        backends.find_map(|(position, backend)| is_same(position).then(|| backend.id()))
+    }
+
     pub(super) fn migration_event(&self, status: &str) {
         if self.migration.capabilities.events {
             self.bus.send("MIGRATION", Some(json!({"status": status})));
         }
     }
 
+    /// QEMU looks for changed pages twice: before the machine stops, and behind that.
+    fn pass_event(&self, pass: u32) {
+        if self.migration.capabilities.events {
+            self.bus.send("MIGRATION_PASS", Some(json!({"pass": pass})));
+        }
+    }
+
     /// Stops the machine and starts the thread that writes.
     pub(super) fn save(&mut self, target: Target) {
         self.migration.before = self.status;
+        self.pass_event(1);
         self.migration.status = MigrationStatus::Active;
         self.migration_event("active");
         if self.status == RunStatus::Running {
@@ -177,7 +217,10 @@ impl Vm {
             .job(target.0)
             .and_then(|job| self.start_job(job).map_err(|error| error.to_string()));
         match started {
-            Ok(()) => self.migration_event("device"),
+            Ok(()) => {
+                self.migration_event("device");
+                self.pass_event(2);
+            }
             Err(why) => self.save_failed(why),
         }
     }
@@ -230,10 +273,11 @@ impl Vm {
                 cpus: self.plan.spec.cpus().get(),
                 status: status.name().to_owned(),
                 has_program: self.has_program,
-                uuid: self.plan.wanted.identity.uuid.map(|uuid| uuid.0),
+                uuid: self.plan.spec.identity().uuid.map(|uuid| uuid.0),
                 ignore_shared: capabilities.ignore_shared,
                 mapped_ram: capabilities.mapped_ram,
                 backends,
+                topology: SavedTopology::of(&self.plan.spec),
                 machine,
             },
             ram,

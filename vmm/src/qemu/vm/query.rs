@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 
 use super::outgoing::{MigrationStatus, Statistics};
 use super::{RunStatus, Vm};
-use crate::qemu::line::identity::Uuid;
 use crate::qemu::migration::capability::{Capabilities, Capability};
 use crate::qemu::qmp::message::QmpError;
+use crate::spec::Uuid;
 
 impl Vm {
     /// What the machine is doing.
@@ -23,7 +23,7 @@ impl Vm {
     }
 
     pub(in crate::qemu) fn uuid(&self) -> Uuid {
-        self.plan.wanted.identity.uuid.unwrap_or_default()
+        self.plan.spec.identity().uuid.unwrap_or_default()
     }
 
     /// The path of the object that is all RAM.
@@ -70,7 +70,7 @@ impl Vm {
     }
 
     pub(in crate::qemu) fn query_name(&self) -> Value {
-        match &self.plan.wanted.identity.name {
+        match &self.plan.spec.identity().name {
             Some(name) => json!({"name": name}),
             None => json!({}),
         }

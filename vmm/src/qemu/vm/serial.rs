@@ -3,11 +3,15 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
+use super::hubs::OpenHub;
 use crate::device::legacy::console::SerialTarget;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::chardev::Chardev;
-use crate::qemu::link::relay::Relay;
+use crate::qemu::link::client::Client;
+use crate::qemu::link::relay::{Extras, Relay};
 use crate::qemu::link::{Link, Pty, Tell, open_link, reason};
 
 /// Where COM1 goes.
@@ -21,19 +25,31 @@ pub(super) enum SerialPort {
     File(File),
     /// To a pseudo-terminal.
     Pty(Pty),
-    /// To a socket.
-    Socket(Relay),
+    /// To a socket, or to an end that others use too.
+    Relay(Arc<Relay>),
 }
 
 impl SerialPort {
     /// Opens it.
-    pub(super) fn open(chardev: Option<&Chardev>, tell: Tell<'_>) -> Result<Self, OptionError> {
+    pub(super) fn open(
+        chardev: Option<&Chardev>,
+        hubs: &[OpenHub],
+        tell: Tell<'_>,
+    ) -> Result<Self, OptionError> {
         let Some(chardev) = chardev else {
             return Ok(Self::Null);
         };
-        let relay = |listener, client| {
-            Relay::start(listener, client)
-                .map(Self::Socket)
+        if let Chardev::Hub(at) = chardev
+            && let Some(hub) = hubs.get(*at)
+        {
+            return Ok(Self::Relay(Arc::clone(&hub.relay)));
+        }
+        let relay = |listener, client: Option<OwnedFd>| {
+            client
+                .map(Client::socket)
+                .transpose()
+                .and_then(|client| Relay::start(listener, client, Extras::default()))
+                .map(|relay| Self::Relay(Arc::new(relay)))
                 .map_err(|error| {
                     OptionError::new(format!("cannot start the serial port: {}", reason(&error)))
                 })
@@ -55,7 +71,14 @@ impl SerialPort {
             Self::Stdio => SerialTarget::Stdio,
             Self::File(file) => SerialTarget::Fd(file.try_clone()?.into()),
             Self::Pty(pty) => SerialTarget::Fd(pty.master.try_clone()?),
-            Self::Socket(relay) => SerialTarget::Fd(relay.port()?),
+            Self::Relay(relay) => SerialTarget::Fd(relay.port()?),
         })
+    }
+
+    /// What the machine has printed last goes out.
+    pub(super) fn finish(&self) {
+        if let Self::Relay(relay) = self {
+            relay.finish();
+        }
     }
 }

@@ -21,6 +21,7 @@ fn example() -> ManifestFile {
         created_unix_s: 1_700_000_000,
         cpus: 2,
         machine: None,
+        identity: None,
         backends: vec![BackendEntry {
             id: "ram0".into(),
             file: "ram0.mem".into(),
@@ -59,7 +60,7 @@ fn a_newer_format_is_named_even_with_fields_unknown_here() {
     assert!(
         error
             .to_string()
-            .contains("has format 9, and this pando reads formats up to 2")
+            .contains("has format 9, and this pando reads formats up to 3")
     );
 }
 
@@ -148,6 +149,35 @@ fn nodes_and_modules_are_written_and_read_back() {
         MachineEntry::of(spec).as_ref(),
         read.file().machine.as_ref()
     );
+}
+
+#[test]
+fn who_a_machine_is_is_written_and_read_back() {
+    let mut file = example();
+    file.format = 3;
+    let mut system = <[String; 6]>::default();
+    system[3] = "S1".into();
+    file.identity = Some(IdentityEntry {
+        name: Some("web".into()),
+        uuid: Some("8a1b7f0e-32a5-4f4b-9c7e-0123456789ab".into()),
+        system: Some(system),
+    });
+    let manifest = Manifest::seal(path(), file.clone()).unwrap();
+    let read = Manifest::parse(path(), &manifest.to_json()).unwrap();
+    assert_eq!(read, manifest);
+    let identity = read.spec().identity();
+    assert_eq!(identity.name.as_deref(), Some("web"));
+    assert_eq!(identity.system.as_ref().unwrap().serial, "S1");
+    assert_eq!(IdentityEntry::of(read.spec()), file.identity);
+    let refused = |change: &dyn Fn(&mut ManifestFile)| {
+        let mut wrong = file.clone();
+        change(&mut wrong);
+        Manifest::seal(path(), wrong).unwrap_err().to_string()
+    };
+    let old = refused(&|file| file.format = 2);
+    assert!(old.contains("format 2 has no identity"), "{old}");
+    let uuid = refused(&|file| file.identity.as_mut().unwrap().uuid = Some("x".into()));
+    assert!(uuid.contains("its uuid \"x\" is none"), "{uuid}");
 }
 
 #[test]

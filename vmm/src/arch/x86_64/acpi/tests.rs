@@ -63,6 +63,7 @@ fn two_nodes() -> MachineSpec {
                 distance: 31,
             },
         ],
+        identity: crate::spec::Identity::default(),
         dimms: vec![dimm("d0", 1, 2), dimm("rom", 0, 0)],
     })
     .unwrap()

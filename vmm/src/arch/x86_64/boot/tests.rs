@@ -11,7 +11,7 @@ use crate::arch::x86_64::layout::{
 };
 use crate::memory::guest::RamBacking;
 use crate::memory::layout::RamLayout;
-use crate::spec::CpuCount;
+use crate::spec::{CpuCount, Identity, SystemTexts, Uuid};
 
 const MIB: u64 = 1 << 20;
 
@@ -108,6 +108,28 @@ fn read<const N: usize>(ram: &GuestRam, address: u64) -> [u8; N] {
 
 fn error(ram: &GuestRam, boot: &BootSource) -> String {
     load(ram, boot, &spec(1)).unwrap_err().to_string()
+}
+
+#[test]
+fn a_machine_that_says_who_it_is_tells_its_guest() {
+    let ram = machine(64 * MIB);
+    let at = |ram: &GuestRam| {
+        let mut found = [0; 5];
+        ram.read(crate::arch::x86_64::layout::SMBIOS_ADDRESS, &mut found)
+            .unwrap();
+        found
+    };
+    load(&ram, &embedded(bzimage()), &spec(1)).unwrap();
+    assert_eq!(at(&ram), [0; 5]);
+    let identity = Identity {
+        uuid: Some(Uuid([7; 16])),
+        system: Some(SystemTexts::default()),
+        ..Identity::default()
+    };
+    let known = spec(1).with_identity(identity).unwrap();
+    let ram = machine(64 * MIB);
+    load(&ram, &embedded(bzimage()), &known).unwrap();
+    assert_eq!(&at(&ram), b"_SM3_");
 }
 
 #[test]

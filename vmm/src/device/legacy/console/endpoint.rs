@@ -90,7 +90,7 @@ fn stdio() -> Result<(Endpoint, Sink), ConsoleError> {
 
 /// Standard output, and whether writing to it may block. Its own flags are shared with the shell
 /// and stay as they are; a pipe or terminal is opened once more, non-blocking.
-fn open_stdout() -> io::Result<(OwnedFd, bool)> {
+pub fn open_stdout() -> io::Result<(OwnedFd, bool)> {
     let stdout = io::stdout();
     let kind = FileType::from_raw_mode(fstat(&stdout)?.st_mode);
     if matches!(kind, FileType::CharacterDevice | FileType::Fifo) {

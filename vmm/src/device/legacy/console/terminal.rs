@@ -73,11 +73,11 @@ impl Drop for SavedTerminal {
 
 /// A terminal in raw mode until this is dropped.
 #[derive(Debug)]
-pub(super) struct RawTerminal(());
+pub struct RawTerminal(());
 
 impl RawTerminal {
     /// Makes `fd` raw, but for line ends in the output, which other messages rely on.
-    pub(super) fn new(fd: impl AsFd) -> io::Result<Self> {
+    pub fn new(fd: impl AsFd) -> io::Result<Self> {
         let terminal = rustix::io::fcntl_dupfd_cloexec(&fd, 0)?;
         let settings = tcgetattr(&terminal)?;
         let mut raw = settings.clone();
@@ -100,7 +100,7 @@ impl Drop for RawTerminal {
 
 /// What a descriptor is to this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
     /// No terminal.
     Other,
     /// The terminal, and this process is in its foreground.
@@ -110,7 +110,7 @@ pub(super) enum Kind {
 }
 
 /// Finds out what `fd` is.
-pub(super) fn kind(fd: impl AsFd) -> Kind {
+pub fn kind(fd: impl AsFd) -> Kind {
     if !isatty(&fd) {
         return Kind::Other;
     }
