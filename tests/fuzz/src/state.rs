@@ -21,7 +21,7 @@ use pando_vmm::memory::layout::RamLayout;
 use pando_vmm::qemu::hmp;
 use pando_vmm::qemu::migration::file::{FORMAT, StateFile};
 use pando_vmm::qemu::migration::ram::{self, Contents, Placement};
-use pando_vmm::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine};
+use pando_vmm::qemu::migration::state::{SavedBackend, SavedContent, SavedMachine, SavedTopology};
 use pando_vmm::qemu::vm::Vm;
 use pando_vmm::spec::{BackendSpec, CpuCount, MachineSpec};
 use pando_vmm::template::seal::Seal;
@@ -60,6 +60,7 @@ fn state_of(bytes: &[u8]) -> StateFile {
         path: PathBuf::from("state"),
         offset_bytes: 0,
         can_seek: true,
+        is_regular: true,
     }
 }
 
@@ -225,6 +226,7 @@ fn saved(
             is_rom: false,
             content,
         }],
+        topology: SavedTopology::default(),
         machine: postcard::to_stdvec(machine).unwrap_or_default(),
     }
 }

@@ -171,6 +171,7 @@ fn manifest_file() -> ManifestFile {
         created_unix_s: 1,
         cpus: 2,
         machine: None,
+        identity: None,
         backends: vec![BackendEntry {
             id: "ram0".into(),
             file: "ram0.mem".into(),

@@ -230,7 +230,7 @@ fn read_until_end(file: &mut File, buffer: &mut [u8]) -> io::Result<usize> {
 }
 
 /// Brings the pages of `saved` into memory that is all zero, and proves them.
-fn load(
+pub fn load(
     ram: &GuestRam,
     backend: usize,
     saved: &Contents,
