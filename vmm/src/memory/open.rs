@@ -58,10 +58,13 @@ pub fn open(backend: &BackendSpec, source: &FileSource) -> Result<OpenedFile, Op
     }
 }
 
-/// What is wrong with the file of read-only memory, if anything is. For a refusal of such memory that would
-/// hide it: QEMU speaks of the file first. Files that opening could make or change are not looked at.
-pub fn fault_of_rom(backend: &BackendSpec) -> Option<OpenError> {
-    let source = backend.file().filter(|_| backend.is_rom())?;
+/// What is wrong with the file of memory that is only read, if anything is. For a refusal of such memory
+/// that would hide it: QEMU speaks of the file first. Files that opening could make or change are not
+/// looked at.
+pub fn fault_of_read_only(backend: &BackendSpec) -> Option<OpenError> {
+    let is_read =
+        |file: &&FileSource| matches!(file.access(), FileAccess::Clone | FileAccess::Rom { .. });
+    let source = backend.file().filter(is_read)?;
     open(backend, source).err()
 }
 

@@ -37,8 +37,12 @@ pub enum Command {
     Machine(Box<Wanted>),
 }
 
-/// Reads an argument vector without the program's name.
-pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
+/// Reads an argument vector without the program's name. `tell` is told what QEMU warns of.
+pub fn read(
+    program: &str,
+    words: &[String],
+    tell: &mut dyn FnMut(&str),
+) -> Result<Command, OptionError> {
     let arguments = arguments(words, &mut read_file)?;
     let has = |name: &str| arguments.iter().any(|argument| argument.name == name);
     if has("help") || has("h") {
@@ -52,6 +56,11 @@ pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
     }
     if let Some(text) = arguments.iter().find_map(choices::of) {
         return Ok(Command::Text(text));
+    }
+    for argument in &arguments {
+        for warning in argument.warnings() {
+            tell(&warning);
+        }
     }
     let wanted = wanted::read(&arguments)?;
     if wanted.program.print_machine {
@@ -83,7 +92,7 @@ fn read_file(path: &str) -> Result<String, String> {
 }
 
 /// Makes the machine and runs it until the end; the exit code.
-pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionError> {
+pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, OptionError> {
     let program = wanted.program.clone();
     let background = match background::begin(&program, words)? {
         Background::Parent(code) => return Ok(code),
@@ -92,6 +101,9 @@ pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionE
     };
     // First of all: no file is written that turns out to be memory.
     let plan = Plan::new(wanted)?;
+    for warning in plan.wanted.warnings() {
+        tell(&warning);
+    }
     start_log(&program)?;
     let _pid_file = program
         .pid_file

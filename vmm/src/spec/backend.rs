@@ -203,7 +203,8 @@ impl BackendSpec {
             return Err(BackendError::Id { id });
         }
         if options.bytes == 0 {
-            return Err(BackendError::Empty { id });
+            let kind = options.kind.qemu_name();
+            return Err(BackendError::Empty { id, kind });
         }
         let source = source(&options)?;
         if !options.bytes.is_multiple_of(PAGE_BYTES) {

@@ -201,8 +201,8 @@ pub enum SpecError {
     },
     /// Some distances and not others.
     #[error(
-        "numa: The distance between node {from} and {to} is missing, at least one distance value between \
-         each nodes should be provided"
+        "The distance between node {from} and {to} is missing, at least one distance value between \
+         each nodes should be provided."
     )]
     MissingDistance {
         /// From this node.
@@ -253,7 +253,7 @@ pub enum DimmFault {
     #[error("no free slots available")]
     NoFreeSlot,
     /// It has no such slot.
-    #[error("invalid slot number {slot}, valid range is [0-{last}]")]
+    #[error("invalid slot number {}, valid range is [0-{last}]", slot.cast_signed())]
     SlotRange {
         /// The slot asked for.
         slot: u32,

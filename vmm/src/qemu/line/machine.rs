@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! The machine itself: `-machine`, `-accel`, `-cpu`, `-smp`.
+//! The machine itself: `-machine`, `-accel`, `-cpu`.
 
 use crate::qemu::error::OptionError;
 use crate::qemu::words::{Form, Props};
@@ -154,50 +154,6 @@ pub fn cpu(text: &str) -> Result<(), OptionError> {
     }
 }
 
-/// Reads `-smp`: how many vCPUs.
-pub fn smp(text: &str) -> Result<u32, OptionError> {
-    let mut props = Props::parse(text, Some("cpus"), Form::KeyValue)?;
-    let cpus = props.number("cpus")?;
-    let most = props.number("maxcpus")?;
-    let mut product = 1_u64;
-    let mut said = false;
-    for name in ["sockets", "dies", "clusters", "modules", "cores", "threads"] {
-        let Some(count) = props.number(name)? else {
-            continue;
-        };
-        let wrong = match (name, count) {
-            (_, 0) => Some("CPU topology parameters must be greater than zero".to_owned()),
-            ("sockets" | "cores", _) | (_, 1) => None,
-            _ => Some(format!(
-                "{name}={count} cannot be had: use sockets and cores"
-            )),
-        };
-        if let Some(wrong) = wrong {
-            return Err(OptionError::new(wrong));
-        }
-        product = product.saturating_mul(count);
-        said = true;
-    }
-    props.finish()?;
-    let count = cpus.or(most).unwrap_or(product);
-    if said && product != count {
-        return Err(OptionError::new(format!(
-            "Invalid CPU topology: product of the hierarchy must match maxcpus: {product} != maxcpus ({count})"
-        )));
-    }
-    if most.is_some_and(|most| most != count) {
-        return Err(OptionError::new(
-            "maxcpus above cpus cannot be had: no vCPU can be added later",
-        ));
-    }
-    if count == 0 {
-        return Err(OptionError::new(
-            "CPU topology parameters must be greater than zero",
-        ));
-    }
-    Ok(u32::try_from(count).unwrap_or(u32::MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -222,12 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn vcpus_are_counted() {
-        assert_eq!(smp("2"), Ok(2));
-        assert_eq!(smp("cpus=4,sockets=2,cores=2,threads=1,maxcpus=4"), Ok(4));
-        for wrong in ["0", "2,maxcpus=4", "3,cores=2", "2,threads=2", "x"] {
-            assert!(smp(wrong).is_err(), "{wrong}");
-        }
+    fn the_cpu_is_the_hosts() {
         assert!(cpu("host").is_ok() && cpu("max,migratable=on").is_ok());
         assert!(cpu("Nehalem").is_err() && cpu("host,+x2apic").is_err());
         assert!(accel("kvm").is_ok() && accel("tcg,thread=multi").is_err());

@@ -10,8 +10,10 @@ pub mod global;
 pub mod identity;
 pub mod machine;
 pub mod memory;
+pub mod numa;
 pub mod options;
 pub mod refused;
+pub mod smp;
 pub mod wanted;
 
 pub use argv::{Argument, arguments};

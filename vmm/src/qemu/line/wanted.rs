@@ -8,17 +8,16 @@ use super::argv::Argument;
 use super::chardev::{self, Chardev, NamedChardev, Short};
 use super::identity::Identity;
 use super::machine::{self, MachineOption};
-use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Numa};
+use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID};
+use super::numa::NumaOptions;
+use super::smp::{self, Smp};
 use super::{device, global};
 use crate::qemu::error::{OptionError, expects};
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::Capabilities;
 use crate::qemu::qmp::json;
 use crate::qemu::words::{Form, Props, again};
-use crate::spec::{
-    BackendOptions, BackendSpec, CpuCount, DimmParts, DistanceParts, MachineParts, MemoryParts,
-    NodeParts,
-};
+use crate::spec::{BackendOptions, BackendSpec, CpuCount, DimmParts, MachineParts, MemoryParts};
 
 /// Most monitors of a machine.
 pub const MAX_MONITORS: usize = 16;
@@ -56,17 +55,15 @@ pub struct WantedMemory {
     /// `-m`
     pub sizes: MemoryParts,
     /// `-smp`
-    pub cpus: Option<u32>,
+    pub cpus: Option<Smp>,
     /// All that `-m` said: several are one.
     size_words: String,
     /// All that `-smp` said.
     cpu_words: String,
     /// `-object`
     pub backends: Vec<BackendSpec>,
-    /// `-numa node`
-    pub nodes: Vec<NodeParts>,
-    /// `-numa dist`
-    pub distances: Vec<DistanceParts>,
+    /// `-numa`
+    pub numa: NumaOptions,
     /// `-device pc-dimm`, each with how messages quote it.
     pub dimms: Vec<(DimmParts, String)>,
 }
@@ -198,22 +195,19 @@ impl Wanted {
             }
             "smp" => {
                 memory.cpu_words = again(&memory.cpu_words, value, "cpus");
-                memory.cpus = Some(machine::smp(&memory.cpu_words)?);
+                memory.cpus = Some(smp::smp(&memory.cpu_words)?);
             }
             "object" => {
                 let new = memory::object(value, prealloc)?;
                 if memory.backends.iter().any(|old| old.id() == new.id()) {
                     return Err(OptionError::new(format!(
-                        "attempt to add duplicate property '{}' to object (type 'container')",
+                        "Duplicate ID '{}' for object",
                         new.id()
                     )));
                 }
                 memory.backends.push(new);
             }
-            "numa" => match memory::numa(value)? {
-                Numa::Node(node) => memory.nodes.push(node),
-                Numa::Distance(distance) => memory.distances.push(distance),
-            },
+            "numa" => memory.numa.read(value)?,
             "device" => {
                 let dimm = device::device(value, memory.dimms.len())?;
                 memory.dimms.push((dimm, argument.typed.clone()));
@@ -253,19 +247,22 @@ impl Wanted {
     /// The machine's parts, with RAM of Pando's own making where no backend is named.
     pub fn parts(&self) -> Result<MachineParts, OptionError> {
         let memory = &self.memory;
-        let cpus = CpuCount::new(memory.cpus.unwrap_or(1))
-            .map_err(|error| OptionError::new(error.to_string()))?;
+        let cpus = memory.cpus.map_or(1, |smp| smp.cpus);
+        smp::check(cpus, &self.machine.kind)?;
+        let cpus = CpuCount::new(cpus).map_err(|error| OptionError::new(error.to_string()))?;
+        let is_backend = |id: &str| memory.backends.iter().any(|backend| backend.id() == id);
+        memory.numa.check(&is_backend)?;
         let mut parts = MachineParts {
             cpus,
             backends: memory.backends.clone(),
             ram_backend: self.machine.memory_backend.clone(),
             memory: memory.sizes,
-            nodes: memory.nodes.clone(),
-            distances: memory.distances.clone(),
+            nodes: memory.numa.nodes.clone(),
+            distances: memory.numa.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
         };
         if let Some(id) = &parts.ram_backend
-            && !parts.backends.iter().any(|backend| backend.id() == id)
+            && !is_backend(id)
         {
             return Err(OptionError::new(format!("Memory backend '{id}' not found")));
         }
@@ -287,10 +284,21 @@ impl Wanted {
         Ok(parts)
     }
 
+    /// QEMU's warnings of what is accepted.
+    pub fn warnings(&self) -> Vec<String> {
+        let smp = self.memory.cpus.unwrap_or(Smp { cpus: 1, cores: 1 });
+        self.memory.numa.warnings(smp.cpus, smp.cores)
+    }
+
     /// Whether RAM was made because no backend was named: QEMU's `query-memdev` does not list it.
     pub fn has_own_ram(&self) -> bool {
         self.machine.memory_backend.is_none()
-            && self.memory.nodes.iter().all(|node| node.backend.is_none())
+            && self
+                .memory
+                .numa
+                .nodes
+                .iter()
+                .all(|node| node.backend.is_none())
     }
 }
 
