@@ -211,6 +211,7 @@ fn backend(table: &BackendTable) -> Result<BackendSpec, SpecError> {
         merge: table.merge,
         dump: table.dump,
         discard_data: table.discard_data,
+        ..BackendOptions::default()
     })?)
 }
 

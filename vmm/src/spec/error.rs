@@ -276,6 +276,14 @@ pub enum DimmFault {
         /// How many there are.
         nodes: usize,
     },
+    /// Not a size for memory of its kind.
+    #[error("backend memory size must be multiple of {align_bytes:#x}, {bytes:#x} is not")]
+    Size {
+        /// Its size.
+        bytes: u64,
+        /// What it must be a multiple of.
+        align_bytes: u64,
+    },
     /// Not a place for memory.
     #[error("address must be aligned to {align_bytes:#x} bytes, {address:#x} is not")]
     Unaligned {

@@ -5,7 +5,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use crate::qemu::error::{OptionError, missing};
+use super::memory::is_identifier;
+use crate::qemu::error::{OptionError, missing, no_identifier};
 use crate::qemu::words::{Form, Props};
 
 /// Where a port or monitor goes.
@@ -70,6 +71,9 @@ pub fn named(text: &str) -> Result<NamedChardev, OptionError> {
     let id = props
         .text("id")?
         .ok_or_else(|| OptionError::new("chardev: no id specified"))?;
+    if !is_identifier(&id) {
+        return Err(no_identifier());
+    }
     let backend =
         backend.ok_or_else(|| OptionError::new(format!("chardev: \"{id}\" missing backend")))?;
     let chardev = match backend.as_str() {

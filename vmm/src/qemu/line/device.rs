@@ -27,9 +27,11 @@ pub fn dimm(mut props: Props, anonymous: usize) -> Result<DimmParts, OptionError
         return Err(no_identifier());
     }
     if let Some(name) = props.names().find(|name| !PROPERTIES.contains(name)) {
-        return Err(OptionError::new(format!(
-            "Property 'pc-dimm.{name}' not found"
-        )));
+        let why = match name {
+            "size" | "hotplugged" | "hotpluggable" => "is not writable",
+            _ => "not found",
+        };
+        return Err(OptionError::new(format!("Property 'pc-dimm.{name}' {why}")));
     }
     let node = match props.integer("node", "node")? {
         Some(node) => u32::try_from(node).map_err(|_| expects("node", "uint32_t"))?,

@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! Memory: `-m` and `-object memory-backend-*`, as parts of a machine.
 
+use std::path::Path;
+
 use crate::qemu::error::{
     OptionError, expects, invalid_parameter, missing, no_identifier, not_accepted,
 };
@@ -24,12 +26,13 @@ pub fn sizes(text: &str) -> Result<MemoryParts, OptionError> {
         },
         None => Ok(None),
     };
-    let bytes = size("size", 1 << 20)?.map(|bytes| match bytes {
-        0 => DEFAULT_RAM_BYTES,
-        bytes => bytes
-            .checked_next_multiple_of(RAM_UNIT_BYTES)
-            .unwrap_or(bytes),
-    });
+    let bytes = size("size", 1 << 20)?
+        .filter(|&bytes| bytes > 0)
+        .map(|bytes| {
+            bytes
+                .checked_next_multiple_of(RAM_UNIT_BYTES)
+                .unwrap_or(bytes)
+        });
     let max_bytes = size("maxmem", 1)?;
     let slots = match props.text("slots")? {
         Some(typed) => Some(slots(&typed)?),
@@ -43,6 +46,18 @@ pub fn sizes(text: &str) -> Result<MemoryParts, OptionError> {
     }
     let least_bytes = bytes.unwrap_or(DEFAULT_RAM_BYTES);
     match max_bytes {
+        Some(max_bytes) if max_bytes < least_bytes => {
+            return Err(OptionError::new(format!(
+                "invalid value of maxmem: maximum memory size ({max_bytes:#x}) must be at least the initial \
+                 memory size ({least_bytes:#x})"
+            )));
+        }
+        Some(max_bytes) if max_bytes == least_bytes && slots.is_some_and(|slots| slots > 0) => {
+            return Err(OptionError::new(format!(
+                "invalid value of maxmem: memory slots were specified but maximum memory size \
+                 ({max_bytes:#x}) is equal to the initial memory size ({least_bytes:#x})"
+            )));
+        }
         Some(max_bytes) if max_bytes >= least_bytes && max_bytes % 4096 != 0 => {
             return Err(OptionError::new(format!(
                 "maximum memory size must by aligned to multiple of 4096 bytes, {max_bytes} is not"
@@ -62,7 +77,10 @@ fn no_size(name: &str, typed: &str) -> OptionError {
     let is_number = typed
         .strip_prefix('-')
         .is_some_and(|digits| size::parse(digits, 1).is_some());
-    let is_great = !typed.is_empty() && typed.bytes().all(|c| c.is_ascii_digit());
+    let digits = typed.trim_end_matches(|c: char| "bkmgtpeBKMGTPE".contains(c));
+    let is_great = digits.len() + 1 >= typed.len()
+        && !digits.is_empty()
+        && digits.bytes().all(|c| c.is_ascii_digit());
     if is_number || is_great {
         return OptionError::new(format!(
             "Value '{typed}' is out of range for parameter '{name}'"
@@ -140,7 +158,7 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
     if is_file {
         file_options(&mut props, &mut options)?;
     }
-    no_reserve(&mut props, options.prealloc)?;
+    options.reserve = reserve(&mut props, options.prealloc)?;
     host_nodes(&mut props)?;
     if kind == BackendKind::Memfd {
         memfd_options(&mut props)?;
@@ -161,6 +179,7 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
             kind.qemu_name()
         )));
     }
+    options.prealloc_threads = threads.unwrap_or(1);
     if is_file && options.path.is_none() {
         return Err(missing("mem-path"));
     }
@@ -221,13 +240,20 @@ fn file_options(props: &mut Props, options: &mut BackendOptions) -> Result<(), O
 }
 
 /// Memory is never reserved ahead; `prealloc=on` takes it.
-fn no_reserve(props: &mut Props, prealloc: bool) -> Result<(), OptionError> {
+fn reserve(props: &mut Props, prealloc: bool) -> Result<bool, OptionError> {
     match props.switch("reserve")? {
         Some(false) if prealloc => Err(OptionError::new(
             "'prealloc=on' and 'reserve=off' are incompatible",
         )),
-        _ => Ok(()),
+        reserve => Ok(reserve.unwrap_or(true)),
     }
+}
+
+/// Most nodes of a host that QEMU counts with.
+const MAX_HOST_NODES: u64 = 128;
+
+fn is_host_node(node: u64) -> bool {
+    Path::new(&format!("/sys/devices/system/node/node{node}")).exists()
 }
 
 fn host_nodes(props: &mut Props) -> Result<(), OptionError> {
@@ -243,6 +269,13 @@ fn host_nodes(props: &mut Props) -> Result<(), OptionError> {
         (policy, true) => Err(OptionError::new(format!(
             "host-nodes must be set for policy {policy}"
         ))),
+        _ if nodes.iter().any(|&node| node >= MAX_HOST_NODES) => Err(OptionError::new(format!(
+            "Invalid host-nodes value: {}",
+            nodes.iter().max().unwrap_or(&0)
+        ))),
+        _ if nodes.iter().any(|node| !is_host_node(*node)) => Err(OptionError::new(
+            "cannot bind memory to host NUMA nodes: Invalid argument: this host has no such node",
+        )),
         (policy, false) => Err(OptionError::new(format!(
             "policy={policy} cannot be had: start Pando under numactl to bind its memory"
         ))),

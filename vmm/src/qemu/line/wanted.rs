@@ -12,7 +12,7 @@ use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID};
 use super::numa::NumaOptions;
 use super::smp::{self, Smp};
 use super::{device, global};
-use crate::qemu::error::{OptionError, expects};
+use crate::qemu::error::{OptionError, expects, missing, not_accepted};
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::Capabilities;
 use crate::qemu::qmp::json;
@@ -210,6 +210,12 @@ impl Wanted {
             "numa" => memory.numa.read(value)?,
             "device" => {
                 let dimm = device::device(value, memory.dimms.len())?;
+                if memory.dimms.iter().any(|(old, _)| old.id == dimm.id) {
+                    return Err(OptionError::new(format!(
+                        "Duplicate ID '{}' for device",
+                        dimm.id
+                    )));
+                }
                 memory.dimms.push((dimm, argument.typed.clone()));
             }
             _ => return Ok(false),
@@ -290,15 +296,22 @@ impl Wanted {
         self.memory.numa.warnings(smp.cpus, smp.cores)
     }
 
-    /// Whether RAM was made because no backend was named: QEMU's `query-memdev` does not list it.
-    pub fn has_own_ram(&self) -> bool {
-        self.machine.memory_backend.is_none()
-            && self
-                .memory
-                .numa
-                .nodes
-                .iter()
-                .all(|node| node.backend.is_none())
+    /// Ids of the memory backends in the order in which they were typed. RAM that no option names is
+    /// QEMU's, and the last.
+    pub fn backend_ids(&self) -> Vec<&str> {
+        let mut ids: Vec<&str> = self.memory.backends.iter().map(BackendSpec::id).collect();
+        if !ids.contains(&DEFAULT_RAM_ID) {
+            ids.push(DEFAULT_RAM_ID);
+        }
+        ids
+    }
+
+    /// What QEMU calls a memory module: nothing, where no id was typed.
+    pub fn dimm_id<'a>(&self, id: &'a str) -> Option<&'a str> {
+        let typed = self.memory.dimms.iter().find(|(dimm, _)| dimm.id == id);
+        typed
+            .is_none_or(|(_, typed)| typed.contains(id))
+            .then_some(id)
     }
 }
 
@@ -316,6 +329,15 @@ fn reserved_id() -> OptionError {
 fn incoming(value: &str, typed: &str) -> Result<Incoming, OptionError> {
     if value == "defer" {
         return Ok(Incoming::Defer);
+    }
+    // What is no URI is the channel in words.
+    if !value.starts_with('{') && !value.contains(':') {
+        let mut props = Props::parse(value, Some("channel-type"), Form::KeyValue)?;
+        let kind = props.required("channel-type")?;
+        return Err(match kind.as_str() {
+            "main" => missing("addr"),
+            kind => not_accepted("channel-type", kind),
+        });
     }
     let address = if value.starts_with('{') {
         let json = json::parse(value.as_bytes()).map_err(OptionError::new)?;

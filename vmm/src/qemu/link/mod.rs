@@ -59,7 +59,7 @@ pub fn open_link(chardev: &Chardev, label: &str, tell: Tell<'_>) -> Result<Link,
         Chardev::Stdio => Ok(Link::Stdio),
         Chardev::File { path, append } => file(path, *append).map(Link::File).map_err(|error| {
             OptionError::new(format!(
-                "Unable to open file '{}': {}",
+                "Could not open '{}': {}",
                 path.display(),
                 reason(&error)
             ))

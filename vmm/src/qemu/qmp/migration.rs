@@ -105,6 +105,11 @@ pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError
             Some((_, None)) if !on => (),
             Some((_, None)) => {
                 let mut why = refusal(name);
+                if name == "postcopy-ram" && vm.has_files_to_load() {
+                    why = format!(
+                        "Postcopy is not supported: Host backend files need to be TMPFS or HUGETLBFS only. {why}"
+                    );
+                }
                 if name == "postcopy-ram" && vm.capabilities().ignore_shared {
                     why = format!("Postcopy is not compatible with ignore-shared. {why}");
                 }

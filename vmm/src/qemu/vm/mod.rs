@@ -7,6 +7,7 @@ mod held;
 mod incoming;
 mod memory;
 mod objects;
+mod order;
 mod outgoing;
 mod plan;
 mod query;
