@@ -177,7 +177,10 @@ fn no_backend(backend: &str) -> OptionError {
 
 fn file(props: &mut Props) -> Result<Chardev, OptionError> {
     Ok(Chardev::File {
-        path: props.required("path")?.into(),
+        path: props
+            .text("path")?
+            .ok_or_else(|| OptionError::new("chardev: file: no filename given"))?
+            .into(),
         append: props.switch("append")?.unwrap_or(false),
     })
 }
@@ -230,6 +233,9 @@ fn address(props: &mut Props) -> Result<Address, OptionError> {
         return Ok(Address::Unix(path.into()));
     }
     let Some(port) = props.text("port")? else {
+        if props.has("host") {
+            return Err(OptionError::new("chardev: socket: no port given"));
+        }
         return Err(OptionError::new("chardev: socket: no host or path given"));
     };
     let host = props.text("host")?.unwrap_or_default();

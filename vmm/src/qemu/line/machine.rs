@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
 //! The machine itself: `-machine`, `-accel`, `-cpu`.
 
-use crate::qemu::error::OptionError;
+use crate::qemu::error::{OptionError, expects, not_accepted};
 use crate::qemu::words::{Form, Props};
 
 /// Names of the machine, with what QEMU's states call them.
@@ -22,8 +22,6 @@ const AS_IT_IS: &[(&str, &[&str])] = &[
     ("hmat", &["off"]),
     ("nvdimm", &["off"]),
     ("graphics", &["off"]),
-    ("dump-guest-core", &["on"]),
-    ("mem-merge", &["on"]),
     ("kernel-irqchip", &["on"]),
     ("acpi", &["on"]),
     ("pit", &["on"]),
@@ -39,6 +37,10 @@ pub struct MachineOption {
     pub kind: String,
     /// The backend that is its RAM.
     pub memory_backend: Option<String>,
+    /// Whether memory may be merged where its backend does not say.
+    pub merge: bool,
+    /// The same for whether a core dump has it.
+    pub dump: bool,
 }
 
 impl Default for MachineOption {
@@ -46,6 +48,8 @@ impl Default for MachineOption {
         Self {
             kind: "pc-q35-10.0".to_owned(),
             memory_backend: None,
+            merge: true,
+            dump: true,
         }
     }
 }
@@ -57,9 +61,11 @@ impl MachineOption {
         if let Some(kind) = props.text("type")? {
             self.kind = full_kind(&kind)?;
         }
-        if let Some(backend) = props.text("memory-backend")? {
-            self.memory_backend = Some(backend);
+        if let Some(backend) = props.backend("memory-backend")? {
+            self.memory_backend = Some(backend).filter(|id| !id.is_empty());
         }
+        self.merge = props.switch("mem-merge")?.unwrap_or(self.merge);
+        self.dump = props.switch("dump-guest-core")?.unwrap_or(self.dump);
         if let Some(accel) = props.text("accel")? {
             accelerator(&accel)?;
         }
@@ -69,6 +75,17 @@ impl MachineOption {
                     Ok(value) => value.unwrap_or_default(),
                     Err(_) => continue,
                 };
+                let value = match value.as_str() {
+                    "yes" | "true" | "y" => "on".to_owned(),
+                    "no" | "false" | "n" => "off".to_owned(),
+                    _ => value,
+                };
+                if !matches!(value.as_str(), "on" | "off" | "auto" | "split") {
+                    return Err(match *name {
+                        "smm" | "vmport" | "acpi" => not_accepted(name, &value),
+                        _ => expects(name, "'on' or 'off'"),
+                    });
+                }
                 if !values.contains(&value.as_str()) {
                     return Err(OptionError::new(format!(
                         "{name}={value} cannot be had: on this machine {name} is {}",
@@ -102,6 +119,7 @@ fn full_kind(kind: &str) -> Result<String, OptionError> {
     Err(OptionError::new(format!(
         "unsupported machine type: {kind:?}"
     ))
+    .hint("Use -machine help to list supported machines")
     .hint("Pando has one machine, by the names q35, pc, microvm, pc-q35-VERSION and pc-i440fx-VERSION"))
 }
 

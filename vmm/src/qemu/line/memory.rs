@@ -109,14 +109,25 @@ fn slots(typed: &str) -> Result<u32, OptionError> {
     }
 }
 
-/// Reads `-object`. `prealloc` is what `-mem-prealloc` asks for.
-pub fn object(text: &str, prealloc: bool) -> Result<BackendSpec, OptionError> {
+/// What holds for a backend that does not say it itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    /// `-mem-prealloc`
+    pub prealloc: bool,
+    /// `-machine mem-merge=`
+    pub merge: bool,
+    /// `-machine dump-guest-core=`
+    pub dump: bool,
+}
+
+/// Reads `-object`.
+pub fn object(text: &str, defaults: Defaults) -> Result<BackendSpec, OptionError> {
     let props = Props::parse(text, Some("qom-type"), Form::SwitchesOrJson)?;
-    backend(props, prealloc)
+    backend(props, defaults)
 }
 
 /// A memory backend from the properties of an object.
-pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionError> {
+pub fn backend(mut props: Props, defaults: Defaults) -> Result<BackendSpec, OptionError> {
     let kind = match props.required("qom-type")?.as_str() {
         "memory-backend-file" => BackendKind::File,
         "memory-backend-ram" => BackendKind::Ram,
@@ -150,9 +161,9 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
         kind,
         id,
         share: props.switch("share")?,
-        prealloc: props.switch("prealloc")?.unwrap_or(prealloc),
-        merge: props.switch("merge")?.unwrap_or(true),
-        dump: props.switch("dump")?.unwrap_or(true),
+        prealloc: props.switch("prealloc")?.unwrap_or(defaults.prealloc),
+        merge: props.switch("merge")?.unwrap_or(defaults.merge),
+        dump: props.switch("dump")?.unwrap_or(defaults.dump),
         ..BackendOptions::default()
     };
     if is_file {
@@ -286,8 +297,14 @@ fn host_nodes(props: &mut Props) -> Result<(), OptionError> {
 mod tests {
     use super::*;
 
+    const PLAIN: Defaults = Defaults {
+        prealloc: false,
+        merge: true,
+        dump: true,
+    };
+
     fn message(text: &str) -> String {
-        object(text, false).unwrap_err().to_string()
+        object(text, PLAIN).unwrap_err().to_string()
     }
 
     #[test]
@@ -313,7 +330,7 @@ mod tests {
     #[test]
     fn objects_are_refused_in_qemus_words() {
         let file = "memory-backend-file,id=pc.ram,mem-path=/t,size=64M";
-        assert_eq!(object(file, false).unwrap().bytes(), 64 << 20);
+        assert_eq!(object(file, PLAIN).unwrap().bytes(), 64 << 20);
         assert_eq!(
             message("memory-backend-file,id=r,mem-path=/t"),
             "Parameter 'size' is missing"

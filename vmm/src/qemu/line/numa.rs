@@ -34,7 +34,8 @@ impl NumaOptions {
                 props.finish()?;
                 self.add_distance(distance)
             }
-            kind @ ("cpu" | "hmat-lb" | "hmat-cache") => Err(OptionError::new(format!(
+            "hmat-lb" | "hmat-cache" => Err(no_hmat()),
+            kind @ "cpu" => Err(OptionError::new(format!(
                 "-numa {kind} cannot be had: give each node its vCPUs with -numa node,cpus="
             ))),
             other => Err(not_accepted("type", other)),
@@ -47,10 +48,7 @@ impl NumaOptions {
         let has_mem = props.size("mem")?.is_some();
         let backend = props.backend("memdev")?;
         if props.has("initiator") {
-            return Err(OptionError::new(
-                "ACPI Heterogeneous Memory Attribute Table (HMAT) is disabled, enable it with -machine hmat=on \
-                 before using any of hmat specific options: Pando has no such table, leave initiator= out",
-            ));
+            return Err(no_hmat());
         }
         let mixes = backend.is_some() || self.nodes.iter().any(|node| node.backend.is_some());
         if has_mem && mixes {
@@ -180,6 +178,13 @@ impl NumaOptions {
                 .to_owned(),
         ]
     }
+}
+
+fn no_hmat() -> OptionError {
+    OptionError::new(
+        "ACPI Heterogeneous Memory Attribute Table (HMAT) is disabled, enable it with -machine hmat=on before \
+         using any of hmat specific options: Pando has no such table, leave them out",
+    )
 }
 
 fn distance(props: &mut Props) -> Result<DistanceParts, OptionError> {

@@ -8,7 +8,7 @@ use super::argv::Argument;
 use super::chardev::{self, Chardev, NamedChardev, Short};
 use super::identity::Identity;
 use super::machine::{self, MachineOption};
-use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID};
+use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Defaults};
 use super::numa::NumaOptions;
 use super::smp::{self, Smp};
 use super::{device, global};
@@ -124,7 +124,19 @@ struct Pending {
 pub fn read(arguments: &[Argument]) -> Result<Wanted, OptionError> {
     let mut wanted = Wanted::default();
     let mut pending = Pending::default();
-    let prealloc = arguments.iter().any(|a| a.name == "mem-prealloc");
+    // The machine first: it says what holds for memory.
+    for argument in arguments
+        .iter()
+        .filter(|a| matches!(a.name, "machine" | "M"))
+    {
+        let read = wanted.machine.read(&argument.value);
+        read.map_err(|error| error.at(&argument.typed))?;
+    }
+    let defaults = Defaults {
+        prealloc: arguments.iter().any(|a| a.name == "mem-prealloc"),
+        merge: wanted.machine.merge,
+        dump: wanted.machine.dump,
+    };
     for argument in arguments {
         let value = argument.value.as_str();
         wanted
@@ -133,7 +145,7 @@ pub fn read(arguments: &[Argument]) -> Result<Wanted, OptionError> {
                 if done {
                     Ok(true)
                 } else {
-                    wanted.memory_option(argument, value, prealloc)
+                    wanted.memory_option(argument, value, defaults)
                 }
             })
             .and_then(|done| {
@@ -159,7 +171,8 @@ pub fn read(arguments: &[Argument]) -> Result<Wanted, OptionError> {
 impl Wanted {
     fn machine_option(&mut self, argument: &Argument, value: &str) -> Result<bool, OptionError> {
         match argument.name {
-            "machine" | "M" => self.machine.read(value)?,
+            // Read before all others.
+            "machine" | "M" => (),
             "accel" => machine::accel(value)?,
             "cpu" => machine::cpu(value)?,
             "kernel" => self.kernel = Some(value.into()),
@@ -185,7 +198,7 @@ impl Wanted {
         &mut self,
         argument: &Argument,
         value: &str,
-        prealloc: bool,
+        defaults: Defaults,
     ) -> Result<bool, OptionError> {
         let memory = &mut self.memory;
         match argument.name {
@@ -198,7 +211,7 @@ impl Wanted {
                 memory.cpus = Some(smp::smp(&memory.cpu_words)?);
             }
             "object" => {
-                let new = memory::object(value, prealloc)?;
+                let new = memory::object(value, defaults)?;
                 if memory.backends.iter().any(|old| old.id() == new.id()) {
                     return Err(OptionError::new(format!(
                         "Duplicate ID '{}' for object",
@@ -281,6 +294,8 @@ impl Wanted {
             let ram = BackendSpec::from_options(BackendOptions {
                 id: DEFAULT_RAM_ID.to_owned(),
                 bytes,
+                merge: self.machine.merge,
+                dump: self.machine.dump,
                 ..BackendOptions::default()
             })
             .map_err(|error| OptionError::new(error.to_string()))?;
@@ -345,6 +360,15 @@ fn incoming(value: &str, typed: &str) -> Result<Incoming, OptionError> {
     } else {
         address::parse(value)?
     };
+    // No monitor has given names yet.
+    if let StateAddress::Fd(name) = &address
+        && name.parse::<u32>().is_err()
+    {
+        return Err(OptionError::new(match name.as_str() {
+            "" => "invalid file descriptor address".to_owned(),
+            name => format!("Invalid file descriptor number '{name}'"),
+        }));
+    }
     Ok(Incoming::From(address, typed.to_owned()))
 }
 

@@ -178,8 +178,14 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
 
 /// `object-add`
 pub fn add(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let machine = &vm.wanted().machine;
+    let defaults = memory::Defaults {
+        prealloc: false,
+        merge: machine.merge,
+        dump: machine.dump,
+    };
     let backend = Props::from_json(Value::Object(args.to_map()))
-        .and_then(|props| memory::backend(props, false))
+        .and_then(|props| memory::backend(props, defaults))
         .map_err(|error| QmpError::generic(error.to_string()))?;
     vm.add_object(backend)?;
     Ok(json!({}))

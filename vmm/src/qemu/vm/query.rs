@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::outgoing::{MigrationStatus, Statistics};
 use super::{RunStatus, Vm};
+use crate::qemu::line::Wanted;
 use crate::qemu::line::identity::Uuid;
 use crate::qemu::migration::capability::{Capabilities, Capability};
 use crate::qemu::qmp::message::QmpError;
@@ -16,6 +17,11 @@ impl Vm {
     /// What the machine is doing.
     pub(in crate::qemu) fn status(&self) -> RunStatus {
         self.status
+    }
+
+    /// What the command line wanted.
+    pub(in crate::qemu) fn wanted(&self) -> &Wanted {
+        &self.plan.wanted
     }
 
     /// The machine in QEMU's words.

@@ -97,7 +97,10 @@ impl Props {
     }
 
     fn set(&mut self, key: String, value: Typed) {
-        self.pairs.retain(|(name, _)| *name != key);
+        // A list has all that are typed.
+        if !matches!(key.as_str(), "cpus" | "host-nodes") {
+            self.pairs.retain(|(name, _)| *name != key);
+        }
         self.pairs.push((key, value));
     }
 
@@ -214,17 +217,22 @@ impl Props {
     /// Numbers: one, a range `0-3`, or a list of such in JSON.
     pub fn numbers(&mut self, key: &str) -> Result<Vec<u64>, OptionError> {
         let wrong = || expects(key, "a uint64 value or range");
-        match self.take(key) {
-            None => Ok(Vec::new()),
-            Some(Typed::Json(Value::Array(items))) => items
+        let mut all = Vec::new();
+        while let Some(one) = self.take(key) {
+            all.extend(Self::list(one, wrong)?);
+        }
+        Ok(all)
+    }
+
+    fn list(typed: Typed, wrong: impl Fn() -> OptionError) -> Result<Vec<u64>, OptionError> {
+        match typed {
+            Typed::Json(Value::Array(items)) => items
                 .iter()
-                .map(|item| item.as_u64().ok_or_else(wrong))
+                .map(|item| item.as_u64().ok_or_else(&wrong))
                 .collect(),
-            Some(Typed::Json(Value::Number(number))) => {
-                Ok(vec![number.as_u64().ok_or_else(wrong)?])
-            }
-            Some(Typed::Json(_)) => Err(wrong()),
-            Some(Typed::Text(text)) => {
+            Typed::Json(Value::Number(number)) => Ok(vec![number.as_u64().ok_or_else(&wrong)?]),
+            Typed::Json(_) => Err(wrong()),
+            Typed::Text(text) => {
                 let (first, last) = text.split_once('-').unwrap_or((&text, &text));
                 let (first, last) = (number(first), number(last));
                 match first.zip(last) {
