@@ -76,19 +76,18 @@ pub fn read(
 
 fn read_file(path: &str) -> Result<String, String> {
     let mut content = Vec::new();
-    fs::File::open(path)
-        .and_then(|file| {
-            file.take(config_file::MAX_FILE_BYTES + 1)
-                .read_to_end(&mut content)
-        })
-        .map_err(|error| reason(&error))?;
+    let file = fs::File::open(path)
+        .map_err(|error| format!("Could not open '{path}': {}", reason(&error)))?;
+    file.take(config_file::MAX_FILE_BYTES + 1)
+        .read_to_end(&mut content)
+        .map_err(|error| format!("Cannot read config file: {}", reason(&error)))?;
     if content.len() as u64 > config_file::MAX_FILE_BYTES {
         return Err(format!(
-            "it has more than {} bytes",
+            "Cannot read config file: it has more than {} bytes",
             config_file::MAX_FILE_BYTES
         ));
     }
-    String::from_utf8(content).map_err(|_| "it is no text".to_owned())
+    String::from_utf8(content).map_err(|_| "Cannot read config file: it is no text".to_owned())
 }
 
 /// Makes the machine and runs it until the end; the exit code.
@@ -156,7 +155,7 @@ fn start_log(program: &ProgramOptions) -> Result<(), OptionError> {
     log::start_to(program.log_file.as_deref(), &filter).map_err(|error| {
         let path = program.log_file.clone().unwrap_or_default();
         OptionError::new(format!(
-            "error opening log file {}: {}",
+            "Error opening logfile {}: {}",
             path.display(),
             reason(&error)
         ))
@@ -206,7 +205,7 @@ impl PidFile {
     fn write(path: &Path) -> Result<Self, OptionError> {
         let failed = |error: io::Error| {
             OptionError::new(format!(
-                "cannot create PID file: {}: {}",
+                "cannot create PID file: Could not create '{}': {}",
                 path.display(),
                 reason(&error)
             ))

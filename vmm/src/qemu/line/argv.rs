@@ -58,10 +58,8 @@ pub fn arguments(
         }
         let argument = argument(word, &mut words)?;
         if argument.name == "readconfig" {
-            let content = read_file(&argument.value).map_err(|why| {
-                OptionError::new(format!("Cannot read config file {}: {why}", argument.value))
-                    .at(&argument.typed)
-            })?;
+            let content = read_file(&argument.value)
+                .map_err(|why| OptionError::new(why).at(&argument.typed))?;
             for group in config_file::parse(&argument.value, &content)? {
                 found.push(from_group(&argument, &group)?);
             }
@@ -171,7 +169,7 @@ mod tests {
         assert!(message(&["-drive", "file=x"]).starts_with("-drive: Pando does not have it"));
         assert_eq!(
             message(&["-readconfig", "none"]),
-            "-readconfig none: Cannot read config file none: No such file or directory"
+            "-readconfig none: No such file or directory"
         );
     }
 }

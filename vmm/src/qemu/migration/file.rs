@@ -136,7 +136,7 @@ fn descriptor(
             .write(write)
             .open(format!("/proc/self/fd/{name}"))
             .map_err(|error| format!("fd {name} cannot be used: {}", reason(&error)))?,
-        None => return Err(format!("File descriptor named '{name}' not found")),
+        None => return Err(format!("File descriptor named '{name}' has not been found")),
     };
     let mut state = StateFile {
         path: PathBuf::from(format!("fd:{name}")),
