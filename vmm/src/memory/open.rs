@@ -16,7 +16,7 @@ mod error;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 pub use error::OpenError;
@@ -233,13 +233,15 @@ impl Opening<'_> {
             let error = io::Error::from_raw_os_error(libc::EISDIR);
             return Err(self.refused(&error));
         }
-        let is_template = self.source.access() == FileAccess::Template;
+        // The one device that is memory when it is mapped.
+        let is_zero = kind.is_char_device() && facts.rdev() == rustix::fs::makedev(1, 5);
+        let is_template = is_zero && self.source.access() == FileAccess::Template;
         let what = if kind.is_fifo() {
             "a FIFO"
         } else if kind.is_socket() {
             "a socket"
         } else if !kind.is_file() && !is_template {
-            "a device"
+            "a device (ftruncate: Invalid argument)"
         } else {
             return Ok(());
         };

@@ -149,7 +149,7 @@ impl Room {
             let end = address.checked_add(bytes);
             address >= self.start && end.is_some_and(|end| end <= self.end())
         };
-        if bytes % align_bytes != 0 {
+        if !bytes.is_multiple_of(align_bytes) {
             return Err(DimmFault::Size { bytes, align_bytes });
         }
         if let Some(address) = asked {

@@ -104,16 +104,40 @@ impl MachineOption {
     }
 }
 
+/// Versions of its machines that QEMU has.
+const VERSIONS: &[&str] = &[
+    "2.4", "2.5", "2.6", "2.7", "2.8", "2.9", "2.10", "2.11", "2.12", "3.0", "3.1", "4.0", "4.0.1",
+    "4.1", "4.2", "5.0", "5.1", "5.2", "6.0", "6.1", "6.2", "7.0", "7.1", "7.2", "8.0", "8.1",
+    "8.2", "9.0", "9.1", "9.2", "10.0",
+];
+
+fn version(kind: &str) -> Option<&str> {
+    kind.strip_prefix("pc-q35-")
+        .or_else(|| kind.strip_prefix("pc-i440fx-"))
+}
+
+impl MachineOption {
+    /// QEMU's warning of an old machine.
+    pub fn warning(&self) -> Option<String> {
+        let mut numbers = version(&self.kind)?.split('.');
+        let mut number = || numbers.next()?.parse::<u32>().ok();
+        let (major, minor) = (number()?, number()?);
+        ((major, minor) <= (7, 0)).then(|| {
+            format!(
+                "warning: Machine type '{}' is deprecated: machines more than 3 years old are subject to \
+                 deletion after 6 years",
+                self.kind
+            )
+        })
+    }
+}
+
 fn full_kind(kind: &str) -> Result<String, OptionError> {
     if let Some((_, full)) = KINDS.iter().find(|(name, _)| *name == kind) {
         return Ok((*full).to_owned());
     }
-    let versioned = ["pc-q35-", "pc-i440fx-"].iter().any(|prefix| {
-        kind.strip_prefix(prefix).is_some_and(|version| {
-            !version.is_empty() && version.chars().all(|c| c.is_ascii_digit() || c == '.')
-        })
-    });
-    if versioned {
+    let version = version(kind).filter(|version| VERSIONS.contains(version));
+    if version.is_some_and(|version| version != "4.0.1" || kind.starts_with("pc-q35-")) {
         return Ok(kind.to_owned());
     }
     Err(OptionError::new(format!(
@@ -183,14 +207,21 @@ mod tests {
             .read("q35,memory-backend=pc.ram,accel=kvm:tcg,usb=off")
             .unwrap();
         assert_eq!(machine.memory_backend.as_deref(), Some("pc.ram"));
+        machine.read("pc-q35-7.0,mem-merge=off").unwrap();
+        assert!(machine.warning().unwrap().contains("deprecated"));
+        assert!(!machine.merge && machine.dump);
         machine.read("pc-q35-9.2").unwrap();
         assert_eq!(machine.kind, "pc-q35-9.2");
+        assert_eq!(machine.warning(), None);
         let mut message = |text| machine.read(text).unwrap_err().to_string();
         assert_eq!(
             message("q35,foo=1"),
             "Property 'pc-q35-10.0-machine.foo' not found"
         );
         assert!(message("q35,usb=on").starts_with("usb=on cannot be had"));
+        assert!(message("pc-q35-1.0").starts_with("unsupported machine type"));
+        assert!(message("q35,usb=x").contains("expects 'on' or 'off'"));
+        assert!(message("q35,smm=x").contains("does not accept value 'x'"));
         assert!(message("isapc").starts_with("unsupported machine type"));
         assert!(message("q35,accel=tcg").contains("use -accel kvm"));
     }

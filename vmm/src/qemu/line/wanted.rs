@@ -308,7 +308,9 @@ impl Wanted {
     /// QEMU's warnings of what is accepted.
     pub fn warnings(&self) -> Vec<String> {
         let smp = self.memory.cpus.unwrap_or(Smp { cpus: 1, cores: 1 });
-        self.memory.numa.warnings(smp.cpus, smp.cores)
+        let mut all: Vec<String> = self.machine.warning().into_iter().collect();
+        all.extend(self.memory.numa.warnings(smp.cpus, smp.cores));
+        all
     }
 
     /// Ids of the memory backends in the order in which they were typed. RAM that no option names is
