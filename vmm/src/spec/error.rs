@@ -201,8 +201,8 @@ pub enum SpecError {
     },
     /// Some distances and not others.
     #[error(
-        "The distance between node {from} and {to} is missing, at least one distance value between \
-         each nodes should be provided."
+        "numa: The distance between node {from} and {to} is missing, at least one distance value between \
+         each nodes should be provided. Give it with dist"
     )]
     MissingDistance {
         /// From this node.

@@ -12,6 +12,7 @@ pub mod machine;
 pub mod memory;
 pub mod numa;
 pub mod options;
+mod pending;
 pub mod refused;
 pub mod smp;
 pub mod wanted;

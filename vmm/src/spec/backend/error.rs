@@ -19,7 +19,7 @@ pub enum BackendError {
     },
     /// No bytes at all.
     #[error(
-        "memory backend {id}: property 'size' of {kind} doesn't take value '0': no bytes are no memory"
+        "memory backend {id}: property 'size' of {kind} doesn't take value '0': 0 bytes are no memory"
     )]
     Empty {
         /// Its id.
