@@ -80,7 +80,7 @@ pub const DIFFERENCES: &[Difference] = &[
         "refused before a file is made: none is left behind",
     ),
     listed(
-        &["tpl-dir-ro", "clone-norom"],
+        &["clone-norom"],
         Kind::Better,
         1,
         "refused: RAM that cannot be written (`readonly=on` without `rom=off`) runs no guest",
@@ -147,12 +147,6 @@ pub const DIFFERENCES: &[Difference] = &[
         Kind::Better,
         1,
         "`-mem-path` is refused with the reason that the templating page gives",
-    ),
-    listed(
-        &["numa-missing"],
-        Kind::Better,
-        1,
-        "the message says that the backend is not there, not that it is ambiguous",
     ),
     listed(
         &["dimm-hotplug*", "vmem-hotplug-nobus"],

@@ -91,7 +91,7 @@ fn a_state_goes_through_descriptors() -> Result<()> {
         clone
             .qmp
             .refused("migrate-incoming", &json!({"uri": "fd:other"}))?
-            .contains("'other' not found")
+            .contains("'other' has not been found")
     );
     clone
         .qmp

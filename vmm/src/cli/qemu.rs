@@ -33,7 +33,8 @@ pub fn run(words: &[String]) -> u8 {
         None => format!("{program} qemu"),
     };
     let mut stamped = false;
-    let result = run::read(&shown, words).and_then(|command| match command {
+    let mut warn = |line: &str| note!("{program}: {line}");
+    let result = run::read(&shown, words, &mut warn).and_then(|command| match command {
         Command::Text(text) => {
             say!("{}", text.trim_end());
             Ok(crate::report::exit::OK)

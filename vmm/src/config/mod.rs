@@ -10,7 +10,7 @@ use thiserror::Error;
 
 use self::file::{BackendTable, Bytes, KindWord, MachineFile, RomWord};
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
-use crate::memory::open::{OpenError, fault_of_rom};
+use crate::memory::open::{OpenError, fault_of_read_only};
 use crate::observe::memory::total_bytes;
 use crate::payload;
 use crate::spec::{
@@ -112,7 +112,7 @@ pub fn check_parts(parts: MachineParts) -> Result<MachineSpec, ConfigError> {
             SpecError::RomAsRam { id } => backend.id() == id,
             _ => false,
         };
-        match backends.iter().find(is_rom).and_then(fault_of_rom) {
+        match backends.iter().find(is_rom).and_then(fault_of_read_only) {
             Some(fault) => ConfigError::File(fault),
             None => ConfigError::Spec(error),
         }
@@ -212,6 +212,7 @@ fn backend(table: &BackendTable) -> Result<BackendSpec, SpecError> {
         merge: table.merge,
         dump: table.dump,
         discard_data: table.discard_data,
+        ..BackendOptions::default()
     })?)
 }
 

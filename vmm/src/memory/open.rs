@@ -16,7 +16,7 @@ mod error;
 
 use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 pub use error::OpenError;
@@ -58,10 +58,13 @@ pub fn open(backend: &BackendSpec, source: &FileSource) -> Result<OpenedFile, Op
     }
 }
 
-/// What is wrong with the file of read-only memory, if anything is. For a refusal of such memory that would
-/// hide it: QEMU speaks of the file first. Files that opening could make or change are not looked at.
-pub fn fault_of_rom(backend: &BackendSpec) -> Option<OpenError> {
-    let source = backend.file().filter(|_| backend.is_rom())?;
+/// What is wrong with the file of memory that is only read, if anything is. For a refusal of such memory
+/// that would hide it: QEMU speaks of the file first. Files that opening could make or change are not
+/// looked at.
+pub fn fault_of_read_only(backend: &BackendSpec) -> Option<OpenError> {
+    let is_read =
+        |file: &&FileSource| matches!(file.access(), FileAccess::Clone | FileAccess::Rom { .. });
+    let source = backend.file().filter(is_read)?;
     open(backend, source).err()
 }
 
@@ -230,13 +233,15 @@ impl Opening<'_> {
             let error = io::Error::from_raw_os_error(libc::EISDIR);
             return Err(self.refused(&error));
         }
-        let is_template = self.source.access() == FileAccess::Template;
+        // The one device that is memory when it is mapped.
+        let is_zero = kind.is_char_device() && facts.rdev() == rustix::fs::makedev(1, 5);
+        let is_template = is_zero && self.source.access() == FileAccess::Template;
         let what = if kind.is_fifo() {
             "a FIFO"
         } else if kind.is_socket() {
             "a socket"
         } else if !kind.is_file() && !is_template {
-            "a device"
+            "a device (ftruncate: Invalid argument)"
         } else {
             return Ok(());
         };

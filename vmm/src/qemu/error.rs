@@ -82,3 +82,9 @@ pub fn not_accepted(name: &str, value: &str) -> OptionError {
         "Parameter '{name}' does not accept value '{value}'"
     ))
 }
+
+/// An id of other characters than ids have.
+pub fn no_identifier() -> OptionError {
+    expects("id", "an identifier")
+        .hint("Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.")
+}

@@ -177,9 +177,9 @@ fn memdev(backend: &Value) -> String {
 fn dimm(device: &Value) -> String {
     let data = &device["data"];
     format!(
-        "Memory device [dimm]: {}\n  addr: {:#x}\n  slot: {}\n  node: {}\n  size: {}\n  memdev: {}\n  hotplugged: {}\n  \
+        "Memory device [dimm]: \"{}\"\n  addr: {:#x}\n  slot: {}\n  node: {}\n  size: {}\n  memdev: {}\n  hotplugged: {}\n  \
          hotpluggable: {}\n",
-        data["id"],
+        data["id"].as_str().unwrap_or(""),
         data["addr"].as_u64().unwrap_or(0),
         data["slot"],
         data["node"],

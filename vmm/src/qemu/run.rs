@@ -38,8 +38,12 @@ pub enum Command {
     Machine(Box<Wanted>),
 }
 
-/// Reads an argument vector without the program's name.
-pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
+/// Reads an argument vector without the program's name. `tell` is told what QEMU warns of.
+pub fn read(
+    program: &str,
+    words: &[String],
+    tell: &mut dyn FnMut(&str),
+) -> Result<Command, OptionError> {
     let arguments = arguments(words, &mut read_file)?;
     let has = |name: &str| arguments.iter().any(|argument| argument.name == name);
     if has("help") || has("h") {
@@ -53,6 +57,11 @@ pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
     }
     if let Some(text) = arguments.iter().find_map(choices::of) {
         return Ok(Command::Text(text));
+    }
+    for argument in &arguments {
+        for warning in argument.warnings() {
+            tell(&warning);
+        }
     }
     let wanted = wanted::read(&arguments)?;
     if wanted.program.print_machine {
@@ -68,23 +77,22 @@ pub fn read(program: &str, words: &[String]) -> Result<Command, OptionError> {
 
 fn read_file(path: &str) -> Result<String, String> {
     let mut content = Vec::new();
-    fs::File::open(path)
-        .and_then(|file| {
-            file.take(config_file::MAX_FILE_BYTES + 1)
-                .read_to_end(&mut content)
-        })
-        .map_err(|error| reason(&error))?;
+    let file = fs::File::open(path)
+        .map_err(|error| format!("Could not open '{path}': {}", reason(&error)))?;
+    file.take(config_file::MAX_FILE_BYTES + 1)
+        .read_to_end(&mut content)
+        .map_err(|error| format!("Cannot read config file: {}", reason(&error)))?;
     if content.len() as u64 > config_file::MAX_FILE_BYTES {
         return Err(format!(
-            "it has more than {} bytes",
+            "Cannot read config file: it has more than {} bytes",
             config_file::MAX_FILE_BYTES
         ));
     }
-    String::from_utf8(content).map_err(|_| "it is no text".to_owned())
+    String::from_utf8(content).map_err(|_| "Cannot read config file: it is no text".to_owned())
 }
 
 /// Makes the machine and runs it until the end; the exit code.
-pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionError> {
+pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, OptionError> {
     let program = wanted.program.clone();
     let background = match background::begin(&program, words)? {
         Background::Parent(code) => return Ok(code),
@@ -93,6 +101,9 @@ pub fn run(wanted: Wanted, words: &[String], tell: Teller) -> Result<u8, OptionE
     };
     // First of all: no file is written that turns out to be memory.
     let plan = Plan::new(wanted)?;
+    for warning in plan.wanted.warnings() {
+        tell(&warning);
+    }
     start_log(&program)?;
     let _pid_file = program
         .pid_file
@@ -151,7 +162,7 @@ fn start_log(program: &ProgramOptions) -> Result<(), OptionError> {
     log::start_to(program.log_file.as_deref(), &filter).map_err(|error| {
         let path = program.log_file.clone().unwrap_or_default();
         OptionError::new(format!(
-            "error opening log file {}: {}",
+            "Error opening logfile {}: {}",
             path.display(),
             reason(&error)
         ))
@@ -201,7 +212,7 @@ impl PidFile {
     fn write(path: &Path) -> Result<Self, OptionError> {
         let failed = |error: io::Error| {
             OptionError::new(format!(
-                "cannot create PID file: {}: {}",
+                "cannot create PID file: Could not create '{}': {}",
                 path.display(),
                 reason(&error)
             ))

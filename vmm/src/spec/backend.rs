@@ -79,6 +79,10 @@ pub struct BackendOptions {
     pub align_bytes: u64,
     /// Whether every page is allocated before the guest runs.
     pub prealloc: bool,
+    /// How many threads allocate.
+    pub prealloc_threads: u32,
+    /// Whether swap space is set aside for it, as far as anybody asks: memory is taken as it is used.
+    pub reserve: bool,
     /// Whether the kernel may merge equal pages.
     pub merge: bool,
     /// Whether a core dump has it.
@@ -100,6 +104,8 @@ impl Default for BackendOptions {
             offset_bytes: 0,
             align_bytes: 0,
             prealloc: false,
+            prealloc_threads: 1,
+            reserve: true,
             merge: true,
             dump: true,
             discard_data: false,
@@ -180,6 +186,8 @@ pub struct BackendSpec {
     source: BackendSource,
     align_bytes: u64,
     prealloc: bool,
+    prealloc_threads: u32,
+    reserve: bool,
     merge: bool,
     dump: bool,
 }
@@ -203,7 +211,8 @@ impl BackendSpec {
             return Err(BackendError::Id { id });
         }
         if options.bytes == 0 {
-            return Err(BackendError::Empty { id });
+            let kind = options.kind.qemu_name();
+            return Err(BackendError::Empty { id, kind });
         }
         let source = source(&options)?;
         if !options.bytes.is_multiple_of(PAGE_BYTES) {
@@ -219,6 +228,8 @@ impl BackendSpec {
             source,
             align_bytes: options.align_bytes,
             prealloc: options.prealloc,
+            prealloc_threads: options.prealloc_threads,
+            reserve: options.reserve,
             merge: options.merge,
             dump: options.dump,
         };
@@ -231,6 +242,16 @@ impl BackendSpec {
     /// What the backend is called.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// How many threads were to allocate; it makes no difference.
+    pub fn prealloc_threads(&self) -> u32 {
+        self.prealloc_threads
+    }
+
+    /// Whether swap space was to be set aside; it makes no difference.
+    pub fn reserve(&self) -> bool {
+        self.reserve
     }
 
     /// Size in bytes, a positive number of whole pages.

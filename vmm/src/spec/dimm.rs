@@ -149,6 +149,9 @@ impl Room {
             let end = address.checked_add(bytes);
             address >= self.start && end.is_some_and(|end| end <= self.end())
         };
+        if !bytes.is_multiple_of(align_bytes) {
+            return Err(DimmFault::Size { bytes, align_bytes });
+        }
         if let Some(address) = asked {
             if address % align_bytes != 0 {
                 return Err(DimmFault::Unaligned {
@@ -188,8 +191,8 @@ impl Room {
 /// What a module's address must be a multiple of.
 fn align_bytes(backend: &BackendSpec) -> u64 {
     let own = match backend.kind() {
-        BackendKind::Ram if backend.bytes() >= LARGE_PAGE_BYTES => LARGE_PAGE_BYTES,
-        BackendKind::Ram | BackendKind::Memfd | BackendKind::File => PAGE_BYTES,
+        BackendKind::Ram => LARGE_PAGE_BYTES,
+        BackendKind::Memfd | BackendKind::File => PAGE_BYTES,
     };
     own.max(backend.align_bytes())
 }

@@ -216,7 +216,7 @@ pub enum SpecError {
     /// Some distances and not others.
     #[error(
         "numa: The distance between node {from} and {to} is missing, at least one distance value between \
-         each nodes should be provided"
+         each nodes should be provided. Give it with dist"
     )]
     MissingDistance {
         /// From this node.
@@ -267,7 +267,7 @@ pub enum DimmFault {
     #[error("no free slots available")]
     NoFreeSlot,
     /// It has no such slot.
-    #[error("invalid slot number {slot}, valid range is [0-{last}]")]
+    #[error("invalid slot number {}, valid range is [0-{last}]", slot.cast_signed())]
     SlotRange {
         /// The slot asked for.
         slot: u32,
@@ -289,6 +289,14 @@ pub enum DimmFault {
         node: u32,
         /// How many there are.
         nodes: usize,
+    },
+    /// Not a size for memory of its kind.
+    #[error("backend memory size must be multiple of {align_bytes:#x}, {bytes:#x} is not")]
+    Size {
+        /// Its size.
+        bytes: u64,
+        /// What it must be a multiple of.
+        align_bytes: u64,
     },
     /// Not a place for memory.
     #[error("address must be aligned to {align_bytes:#x} bytes, {address:#x} is not")]

@@ -3,7 +3,7 @@
 
 use super::{options, refused};
 use crate::qemu::error::OptionError;
-use crate::qemu::words::config_file;
+use crate::qemu::words::{config_file, short_forms};
 
 /// One option as it was typed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,6 +14,29 @@ pub struct Argument {
     pub value: String,
     /// How messages quote it.
     pub typed: String,
+}
+
+impl Argument {
+    /// QEMU's warnings of the way in which it is typed.
+    pub fn warnings(&self) -> Vec<String> {
+        let (text, implied) = match (self.name, self.value.split_once(':')) {
+            ("object" | "device" | "numa" | "chardev" | "mon" | "m" | "name" | "accel", _) => {
+                (self.value.as_str(), true)
+            }
+            ("smbios" | "msg", _) => (self.value.as_str(), false),
+            ("serial" | "monitor" | "qmp" | "qmp-pretty", Some(("unix" | "tcp", rest))) => {
+                (rest, true)
+            }
+            _ => return Vec::new(),
+        };
+        if text.starts_with('{') {
+            return Vec::new();
+        }
+        let warnings = short_forms(text, implied).into_iter();
+        warnings
+            .map(|warning| format!("{}: {warning}", self.typed))
+            .collect()
+    }
 }
 
 /// Most options that are read.
@@ -35,10 +58,8 @@ pub fn arguments(
         }
         let argument = argument(word, &mut words)?;
         if argument.name == "readconfig" {
-            let content = read_file(&argument.value).map_err(|why| {
-                OptionError::new(format!("Cannot read config file {}: {why}", argument.value))
-                    .at(&argument.typed)
-            })?;
+            let content = read_file(&argument.value)
+                .map_err(|why| OptionError::new(why).at(&argument.typed))?;
             for group in config_file::parse(&argument.value, &content)? {
                 found.push(from_group(&argument, &group)?);
             }
@@ -148,7 +169,7 @@ mod tests {
         assert!(message(&["-drive", "file=x"]).starts_with("-drive: Pando does not have it"));
         assert_eq!(
             message(&["-readconfig", "none"]),
-            "-readconfig none: Cannot read config file none: No such file or directory"
+            "-readconfig none: No such file or directory"
         );
     }
 }

@@ -6,7 +6,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::hub::Log;
-use crate::qemu::error::{OptionError, missing};
+use super::memory::is_identifier;
+use crate::qemu::error::{OptionError, missing, no_identifier};
 use crate::qemu::words::{Form, Props};
 
 /// Where a port or monitor goes.
@@ -77,6 +78,9 @@ pub fn named(text: &str) -> Result<NamedChardev, OptionError> {
     let id = props
         .text("id")?
         .ok_or_else(|| OptionError::new("chardev: no id specified"))?;
+    if !is_identifier(&id) {
+        return Err(no_identifier());
+    }
     let backend =
         backend.ok_or_else(|| OptionError::new(format!("chardev: \"{id}\" missing backend")))?;
     let chardev = match backend.as_str() {
@@ -185,7 +189,10 @@ fn no_backend(backend: &str) -> OptionError {
 
 fn file(props: &mut Props) -> Result<Chardev, OptionError> {
     Ok(Chardev::File {
-        path: props.required("path")?.into(),
+        path: props
+            .text("path")?
+            .ok_or_else(|| OptionError::new("chardev: file: no filename given"))?
+            .into(),
         append: props.switch("append")?.unwrap_or(false),
     })
 }
@@ -238,6 +245,9 @@ fn address(props: &mut Props) -> Result<Address, OptionError> {
         return Ok(Address::Unix(path.into()));
     }
     let Some(port) = props.text("port")? else {
+        if props.has("host") {
+            return Err(OptionError::new("chardev: socket: no port given"));
+        }
         return Err(OptionError::new("chardev: socket: no host or path given"));
     };
     let host = props.text("host")?.unwrap_or_default();

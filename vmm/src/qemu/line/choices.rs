@@ -4,8 +4,38 @@
 use super::argv::Argument;
 use super::wanted::LOG_ITEMS;
 
+/// What a memory backend can be told.
+const OBJECT_OPTIONS: [&str; 15] = [
+    "align=<int>",
+    "discard-data=<bool>",
+    "dump=<bool>",
+    "mem-path=<string>",
+    "merge=<bool>",
+    "offset=<int>",
+    "prealloc-threads=<int>",
+    "prealloc=<bool>",
+    "readonly=<bool>",
+    "reserve=<bool>",
+    "rom=<OnOffAuto>",
+    "seal=<bool>",
+    "share=<bool>",
+    "size=<int>",
+    "x-use-canonical-path-for-ramblock-id=<bool>",
+];
+
 /// The list that `help` behind an option asks for; `None` when it does not.
 pub fn of(argument: &Argument) -> Option<String> {
+    // Behind an object's name stands what it can be told.
+    let asked = argument.value.rsplit_once(',');
+    if argument.name == "object"
+        && let Some((kind, "help" | "?")) = asked
+        && kind.starts_with("memory-backend-")
+    {
+        return Some(format!(
+            "{kind} options:\n  {}\n",
+            OBJECT_OPTIONS.join("\n  ")
+        ));
+    }
     if !matches!(argument.value.as_str(), "help" | "?") {
         return None;
     }

@@ -2,13 +2,17 @@
 //! `-device`: the memory module, and what is refused.
 
 use super::refused;
-use crate::qemu::error::{OptionError, missing};
+use crate::qemu::error::{OptionError, expects, missing, no_identifier};
+use crate::qemu::line::memory::is_identifier;
 use crate::qemu::words::{Form, Props};
 use crate::spec::DimmParts;
 
+/// What a module can be told.
+const PROPERTIES: [&str; 4] = ["memdev", "node", "slot", "addr"];
+
 /// Reads `-device`. `anonymous` numbers modules without an id.
 pub fn device(text: &str, anonymous: usize) -> Result<DimmParts, OptionError> {
-    let props = Props::parse(text, Some("driver"), Form::KeyValue)?;
+    let props = Props::parse(text, Some("driver"), Form::SwitchesOrJson)?;
     dimm(props, anonymous)
 }
 
@@ -18,24 +22,37 @@ pub fn dimm(mut props: Props, anonymous: usize) -> Result<DimmParts, OptionError
     if driver != "pc-dimm" {
         return Err(OptionError::new(refused::device(&driver)));
     }
-    let small = |value: Option<u64>| value.map(|v| u32::try_from(v).unwrap_or(u32::MAX));
-    let parts = DimmParts {
-        id: props
-            .text("id")?
-            .unwrap_or_else(|| format!("dimm-{anonymous}")),
-        backend: props
-            .text("memdev")?
-            .ok_or_else(|| OptionError::new("'memdev' property must be set"))?,
-        node: small(props.number("node")?).unwrap_or(0),
-        slot: small(props.number("slot")?),
-        guest_address: props.number("addr")?.filter(|&address| address != 0),
-    };
-    match props.names().next() {
-        Some(name) => Err(OptionError::new(format!(
-            "Property 'pc-dimm.{name}' not found"
-        ))),
-        None => Ok(parts),
+    let id = props.text("id")?;
+    if id.as_deref().is_some_and(|id| !is_identifier(id)) {
+        return Err(no_identifier());
     }
+    if let Some(name) = props.names().find(|name| !PROPERTIES.contains(name)) {
+        let why = match name {
+            "size" | "hotplugged" | "hotpluggable" => "is not writable",
+            _ => "not found",
+        };
+        return Err(OptionError::new(format!("Property 'pc-dimm.{name}' {why}")));
+    }
+    let node = match props.integer("node", "node")? {
+        Some(node) => u32::try_from(node).map_err(|_| expects("node", "uint32_t"))?,
+        None => 0,
+    };
+    let slot = match props.integer("slot", "slot")? {
+        // Any that is free.
+        Some(-1) | None => None,
+        Some(slot) => Some(i32::try_from(slot).map_err(|_| expects("slot", "int32_t"))?),
+    };
+    let address = props.integer("addr", "addr")?.map(i64::cast_unsigned);
+    Ok(DimmParts {
+        id: id.unwrap_or_else(|| format!("dimm-{anonymous}")),
+        backend: props
+            .backend("memdev")?
+            .filter(|id| !id.is_empty())
+            .ok_or_else(|| OptionError::new("'memdev' property must be set"))?,
+        node,
+        slot: slot.map(i32::cast_unsigned),
+        guest_address: address.filter(|&address| address != 0),
+    })
 }
 
 #[cfg(test)]

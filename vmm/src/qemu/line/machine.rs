@@ -1,7 +1,7 @@
 #![forbid(unsafe_code)]
-//! The machine itself: `-machine`, `-accel`, `-cpu`, `-smp`.
+//! The machine itself: `-machine`, `-accel`, `-cpu`.
 
-use crate::qemu::error::OptionError;
+use crate::qemu::error::{OptionError, expects, not_accepted};
 use crate::qemu::words::{Form, Props};
 
 /// Names of the machine, with what QEMU's states call them.
@@ -22,8 +22,6 @@ const AS_IT_IS: &[(&str, &[&str])] = &[
     ("hmat", &["off"]),
     ("nvdimm", &["off"]),
     ("graphics", &["off"]),
-    ("dump-guest-core", &["on"]),
-    ("mem-merge", &["on"]),
     ("kernel-irqchip", &["on"]),
     ("acpi", &["on"]),
     ("pit", &["on"]),
@@ -39,6 +37,10 @@ pub struct MachineOption {
     pub kind: String,
     /// The backend that is its RAM.
     pub memory_backend: Option<String>,
+    /// Whether memory may be merged where its backend does not say.
+    pub merge: bool,
+    /// The same for whether a core dump has it.
+    pub dump: bool,
 }
 
 impl Default for MachineOption {
@@ -46,6 +48,8 @@ impl Default for MachineOption {
         Self {
             kind: "pc-q35-10.0".to_owned(),
             memory_backend: None,
+            merge: true,
+            dump: true,
         }
     }
 }
@@ -57,9 +61,11 @@ impl MachineOption {
         if let Some(kind) = props.text("type")? {
             self.kind = full_kind(&kind)?;
         }
-        if let Some(backend) = props.text("memory-backend")? {
-            self.memory_backend = Some(backend);
+        if let Some(backend) = props.backend("memory-backend")? {
+            self.memory_backend = Some(backend).filter(|id| !id.is_empty());
         }
+        self.merge = props.switch("mem-merge")?.unwrap_or(self.merge);
+        self.dump = props.switch("dump-guest-core")?.unwrap_or(self.dump);
         if let Some(accel) = props.text("accel")? {
             accelerator(&accel)?;
         }
@@ -69,6 +75,17 @@ impl MachineOption {
                     Ok(value) => value.unwrap_or_default(),
                     Err(_) => continue,
                 };
+                let value = match value.as_str() {
+                    "yes" | "true" | "y" => "on".to_owned(),
+                    "no" | "false" | "n" => "off".to_owned(),
+                    _ => value,
+                };
+                if !matches!(value.as_str(), "on" | "off" | "auto" | "split") {
+                    return Err(match *name {
+                        "smm" | "vmport" | "acpi" => not_accepted(name, &value),
+                        _ => expects(name, "'on' or 'off'"),
+                    });
+                }
                 if !values.contains(&value.as_str()) {
                     return Err(OptionError::new(format!(
                         "{name}={value} cannot be had: on this machine {name} is {}",
@@ -87,21 +104,46 @@ impl MachineOption {
     }
 }
 
+/// Versions of its machines that QEMU has.
+const VERSIONS: &[&str] = &[
+    "2.4", "2.5", "2.6", "2.7", "2.8", "2.9", "2.10", "2.11", "2.12", "3.0", "3.1", "4.0", "4.0.1",
+    "4.1", "4.2", "5.0", "5.1", "5.2", "6.0", "6.1", "6.2", "7.0", "7.1", "7.2", "8.0", "8.1",
+    "8.2", "9.0", "9.1", "9.2", "10.0",
+];
+
+fn version(kind: &str) -> Option<&str> {
+    kind.strip_prefix("pc-q35-")
+        .or_else(|| kind.strip_prefix("pc-i440fx-"))
+}
+
+impl MachineOption {
+    /// QEMU's warning of an old machine.
+    pub fn warning(&self) -> Option<String> {
+        let mut numbers = version(&self.kind)?.split('.');
+        let mut number = || numbers.next()?.parse::<u32>().ok();
+        let (major, minor) = (number()?, number()?);
+        ((major, minor) <= (7, 0)).then(|| {
+            format!(
+                "warning: Machine type '{}' is deprecated: machines more than 3 years old are subject to \
+                 deletion after 6 years",
+                self.kind
+            )
+        })
+    }
+}
+
 fn full_kind(kind: &str) -> Result<String, OptionError> {
     if let Some((_, full)) = KINDS.iter().find(|(name, _)| *name == kind) {
         return Ok((*full).to_owned());
     }
-    let versioned = ["pc-q35-", "pc-i440fx-"].iter().any(|prefix| {
-        kind.strip_prefix(prefix).is_some_and(|version| {
-            !version.is_empty() && version.chars().all(|c| c.is_ascii_digit() || c == '.')
-        })
-    });
-    if versioned {
+    let version = version(kind).filter(|version| VERSIONS.contains(version));
+    if version.is_some_and(|version| version != "4.0.1" || kind.starts_with("pc-q35-")) {
         return Ok(kind.to_owned());
     }
     Err(OptionError::new(format!(
         "unsupported machine type: {kind:?}"
     ))
+    .hint("Use -machine help to list supported machines")
     .hint("Pando has one machine, by the names q35, pc, microvm, pc-q35-VERSION and pc-i440fx-VERSION"))
 }
 
@@ -154,50 +196,6 @@ pub fn cpu(text: &str) -> Result<(), OptionError> {
     }
 }
 
-/// Reads `-smp`: how many vCPUs.
-pub fn smp(text: &str) -> Result<u32, OptionError> {
-    let mut props = Props::parse(text, Some("cpus"), Form::KeyValue)?;
-    let cpus = props.number("cpus")?;
-    let most = props.number("maxcpus")?;
-    let mut product = 1_u64;
-    let mut said = false;
-    for name in ["sockets", "dies", "clusters", "modules", "cores", "threads"] {
-        let Some(count) = props.number(name)? else {
-            continue;
-        };
-        let wrong = match (name, count) {
-            (_, 0) => Some("CPU topology parameters must be greater than zero".to_owned()),
-            ("sockets" | "cores", _) | (_, 1) => None,
-            _ => Some(format!(
-                "{name}={count} cannot be had: use sockets and cores"
-            )),
-        };
-        if let Some(wrong) = wrong {
-            return Err(OptionError::new(wrong));
-        }
-        product = product.saturating_mul(count);
-        said = true;
-    }
-    props.finish()?;
-    let count = cpus.or(most).unwrap_or(product);
-    if said && product != count {
-        return Err(OptionError::new(format!(
-            "Invalid CPU topology: product of the hierarchy must match maxcpus: {product} != maxcpus ({count})"
-        )));
-    }
-    if most.is_some_and(|most| most != count) {
-        return Err(OptionError::new(
-            "maxcpus above cpus cannot be had: no vCPU can be added later",
-        ));
-    }
-    if count == 0 {
-        return Err(OptionError::new(
-            "CPU topology parameters must be greater than zero",
-        ));
-    }
-    Ok(u32::try_from(count).unwrap_or(u32::MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -209,25 +207,27 @@ mod tests {
             .read("q35,memory-backend=pc.ram,accel=kvm:tcg,usb=off")
             .unwrap();
         assert_eq!(machine.memory_backend.as_deref(), Some("pc.ram"));
+        machine.read("pc-q35-7.0,mem-merge=off").unwrap();
+        assert!(machine.warning().unwrap().contains("deprecated"));
+        assert!(!machine.merge && machine.dump);
         machine.read("pc-q35-9.2").unwrap();
         assert_eq!(machine.kind, "pc-q35-9.2");
+        assert_eq!(machine.warning(), None);
         let mut message = |text| machine.read(text).unwrap_err().to_string();
         assert_eq!(
             message("q35,foo=1"),
             "Property 'pc-q35-10.0-machine.foo' not found"
         );
         assert!(message("q35,usb=on").starts_with("usb=on cannot be had"));
+        assert!(message("pc-q35-1.0").starts_with("unsupported machine type"));
+        assert!(message("q35,usb=x").contains("expects 'on' or 'off'"));
+        assert!(message("q35,smm=x").contains("does not accept value 'x'"));
         assert!(message("isapc").starts_with("unsupported machine type"));
         assert!(message("q35,accel=tcg").contains("use -accel kvm"));
     }
 
     #[test]
-    fn vcpus_are_counted() {
-        assert_eq!(smp("2"), Ok(2));
-        assert_eq!(smp("cpus=4,sockets=2,cores=2,threads=1,maxcpus=4"), Ok(4));
-        for wrong in ["0", "2,maxcpus=4", "3,cores=2", "2,threads=2", "x"] {
-            assert!(smp(wrong).is_err(), "{wrong}");
-        }
+    fn the_cpu_is_the_hosts() {
         assert!(cpu("host").is_ok() && cpu("max,migratable=on").is_ok());
         assert!(cpu("Nehalem").is_err() && cpu("host,+x2apic").is_err());
         assert!(accel("kvm").is_ok() && accel("tcg,thread=multi").is_err());

@@ -1,57 +1,139 @@
 #![forbid(unsafe_code)]
-//! Memory: `-m`, `-object memory-backend-*` and `-numa`, as parts of a machine.
+//! Memory: `-m` and `-object memory-backend-*`, as parts of a machine.
 
-use crate::qemu::error::{OptionError, expects, missing, not_accepted};
-use crate::qemu::words::{Form, Props, size};
-use crate::spec::{
-    BackendKind, BackendOptions, BackendSpec, DistanceParts, MemoryParts, NodeParts, OnOffAuto,
+use std::path::Path;
+
+use crate::qemu::error::{
+    OptionError, expects, invalid_parameter, missing, no_identifier, not_accepted,
 };
+use crate::qemu::words::{Form, Props, size};
+use crate::spec::{BackendKind, BackendOptions, BackendSpec, MAX_SLOTS, MemoryParts, OnOffAuto};
 
 /// The id that QEMU gives to RAM of its own making, and the size of that RAM.
 pub const DEFAULT_RAM_ID: &str = "pc.ram";
 /// RAM of a machine for which no size is given, in bytes, as QEMU has it.
 pub const DEFAULT_RAM_BYTES: u64 = 128 << 20;
+/// QEMU rounds RAM up to a multiple of this.
+const RAM_UNIT_BYTES: u64 = 8192;
 
 /// Reads `-m`: a number without suffix counts MiB.
 pub fn sizes(text: &str) -> Result<MemoryParts, OptionError> {
     let mut props = Props::parse(text, Some("size"), Form::Switches)?;
-    let bytes = match props.text("size")? {
-        Some(typed) => Some(size::parse(&typed, 1 << 20).ok_or_else(|| {
-            OptionError::new("Parameter 'size' expects a non-negative number below 2^64").hint(
-                "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
-                 and exabytes, respectively.",
-            )
-        })?),
+    let mut size = |name: &str, unit: u64| match props.text(name)? {
+        Some(typed) => match size::parse(&typed, unit) {
+            Some(bytes) => Ok(Some(bytes)),
+            None => Err(no_size(name, &typed)),
+        },
+        None => Ok(None),
+    };
+    let bytes = size("size", 1 << 20)?
+        .filter(|&bytes| bytes > 0)
+        .map(|bytes| {
+            bytes
+                .checked_next_multiple_of(RAM_UNIT_BYTES)
+                .unwrap_or(bytes)
+        });
+    let max_bytes = size("maxmem", 1)?;
+    let slots = match props.text("slots")? {
+        Some(typed) => Some(slots(&typed)?),
         None => None,
     };
-    let slots = props.number("slots")?;
-    let max_bytes = props.size("maxmem")?;
     props.finish()?;
     if slots.is_some() && max_bytes.is_none() {
         return Err(OptionError::new(
             "slots specified but no max-size: invalid -m option value: missing 'maxmem' option",
         ));
     }
+    let least_bytes = bytes.unwrap_or(DEFAULT_RAM_BYTES);
+    match max_bytes {
+        Some(max_bytes) if max_bytes < least_bytes => {
+            return Err(OptionError::new(format!(
+                "invalid value of maxmem: maximum memory size ({max_bytes:#x}) must be at least the initial \
+                 memory size ({least_bytes:#x})"
+            )));
+        }
+        Some(max_bytes) if max_bytes == least_bytes && slots.is_some_and(|slots| slots > 0) => {
+            return Err(OptionError::new(format!(
+                "invalid value of maxmem: memory slots were specified but maximum memory size \
+                 ({max_bytes:#x}) is equal to the initial memory size ({least_bytes:#x})"
+            )));
+        }
+        Some(max_bytes) if max_bytes >= least_bytes && max_bytes % 4096 != 0 => {
+            return Err(OptionError::new(format!(
+                "maximum memory size must by aligned to multiple of 4096 bytes, {max_bytes} is not"
+            )));
+        }
+        _ => (),
+    }
     Ok(MemoryParts {
-        bytes: bytes.filter(|&bytes| bytes > 0),
-        slots: slots.map_or(0, |slots| u32::try_from(slots).unwrap_or(u32::MAX)),
-        max_bytes: max_bytes.filter(|&bytes| bytes > 0),
+        bytes,
+        slots: slots.unwrap_or(0),
+        max_bytes,
     })
 }
 
-/// Reads `-object`. `prealloc` is what `-mem-prealloc` asks for.
-pub fn object(text: &str, prealloc: bool) -> Result<BackendSpec, OptionError> {
-    let props = Props::parse(text, Some("qom-type"), Form::KeyValue)?;
-    backend(props, prealloc)
+/// What QEMU says of a text that is no size.
+fn no_size(name: &str, typed: &str) -> OptionError {
+    let is_number = typed
+        .strip_prefix('-')
+        .is_some_and(|digits| size::parse(digits, 1).is_some());
+    let digits = typed.trim_end_matches(|c: char| "bkmgtpeBKMGTPE".contains(c));
+    let is_great = digits.len() + 1 >= typed.len()
+        && !digits.is_empty()
+        && digits.bytes().all(|c| c.is_ascii_digit());
+    if is_number || is_great {
+        return OptionError::new(format!(
+            "Value '{typed}' is out of range for parameter '{name}'"
+        ));
+    }
+    expects(name, "a non-negative number below 2^64").hint(
+        "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n\
+         and exabytes, respectively.",
+    )
+}
+
+fn slots(typed: &str) -> Result<u32, OptionError> {
+    let mut one = Props::default();
+    one.add("slots", typed);
+    let number = one
+        .integer("slots", "slots")
+        .ok()
+        .flatten()
+        .ok_or_else(|| expects("slots", "a number"))?;
+    match u32::try_from(number) {
+        Ok(slots) if slots <= MAX_SLOTS => Ok(slots),
+        _ => Err(OptionError::new(format!(
+            "unsupported amount of memory slots: {}, a machine has at most {MAX_SLOTS}",
+            number.cast_unsigned()
+        ))),
+    }
+}
+
+/// What holds for a backend that does not say it itself.
+#[derive(Debug, Clone, Copy)]
+pub struct Defaults {
+    /// `-mem-prealloc`
+    pub prealloc: bool,
+    /// `-machine mem-merge=`
+    pub merge: bool,
+    /// `-machine dump-guest-core=`
+    pub dump: bool,
+}
+
+/// Reads `-object`.
+pub fn object(text: &str, defaults: Defaults) -> Result<BackendSpec, OptionError> {
+    let props = Props::parse(text, Some("qom-type"), Form::SwitchesOrJson)?;
+    backend(props, defaults)
 }
 
 /// A memory backend from the properties of an object.
-pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionError> {
+pub fn backend(mut props: Props, defaults: Defaults) -> Result<BackendSpec, OptionError> {
     let kind = match props.required("qom-type")?.as_str() {
         "memory-backend-file" => BackendKind::File,
         "memory-backend-ram" => BackendKind::Ram,
         "memory-backend-memfd" => BackendKind::Memfd,
         "memory-backend-shm" => {
+            no_memfd_options(&props)?;
             if props.switch("share")? == Some(false) {
                 return Err(OptionError::new(
                     "can't create shm backend with `share=off`",
@@ -72,36 +154,29 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
     };
     let id = props.required("id")?;
     if !is_identifier(&id) {
-        return Err(expects("id", "an identifier").hint(
-            "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
-        ));
+        return Err(no_identifier());
     }
     let is_file = kind == BackendKind::File;
     let mut options = BackendOptions {
         kind,
         id,
         share: props.switch("share")?,
-        prealloc: props.switch("prealloc")?.unwrap_or(prealloc),
-        merge: props.switch("merge")?.unwrap_or(true),
-        dump: props.switch("dump")?.unwrap_or(true),
+        prealloc: props.switch("prealloc")?.unwrap_or(defaults.prealloc),
+        merge: props.switch("merge")?.unwrap_or(defaults.merge),
+        dump: props.switch("dump")?.unwrap_or(defaults.dump),
         ..BackendOptions::default()
     };
     if is_file {
         file_options(&mut props, &mut options)?;
     }
-    no_reserve(&mut props, options.prealloc)?;
+    options.reserve = reserve(&mut props, options.prealloc)?;
     host_nodes(&mut props)?;
-    if kind == BackendKind::Memfd && props.switch("hugetlb")? == Some(true) {
-        return Err(OptionError::new(
-            "hugetlb=on cannot be had: huge pages are the kernel's to give (transparent_hugepage)",
-        ));
-    }
     if kind == BackendKind::Memfd {
-        props.switch("seal")?;
+        memfd_options(&mut props)?;
     }
     let bytes = props.size("size")?;
     // Threads only make it faster.
-    props.number("prealloc-threads")?;
+    let threads = props.number_to("prealloc-threads", u32::MAX, "uint32_t")?;
     if props.switch("x-use-canonical-path-for-ramblock-id")? == Some(true) {
         return Err(OptionError::new(
             "x-use-canonical-path-for-ramblock-id=on cannot be had: a backend's id names it in the state",
@@ -109,14 +184,49 @@ pub fn backend(mut props: Props, prealloc: bool) -> Result<BackendSpec, OptionEr
     }
     props.finish()?;
     options.bytes = bytes.ok_or_else(|| missing("size"))?;
+    if threads == Some(0) {
+        return Err(OptionError::new(format!(
+            "property 'prealloc-threads' of {} doesn't take value '0'",
+            kind.qemu_name()
+        )));
+    }
+    options.prealloc_threads = threads.unwrap_or(1);
     if is_file && options.path.is_none() {
         return Err(missing("mem-path"));
     }
     BackendSpec::from_options(options).map_err(|error| OptionError::new(error.to_string()))
 }
 
+/// What only memory without a file has.
+fn memfd_options(props: &mut Props) -> Result<(), OptionError> {
+    let is_huge = props.switch("hugetlb")? == Some(true);
+    let huge_bytes = props.size("hugetlbsize")?;
+    props.switch("seal")?;
+    match huge_bytes {
+        Some(0) => Err(OptionError::new(
+            "Property 'memory-backend-memfd.hugetlbsize' doesn't take value '0'",
+        )),
+        Some(bytes) if is_huge && !bytes.is_power_of_two() => {
+            Err(OptionError::new("Hugepage size must be a power of 2"))
+        }
+        _ if is_huge => Err(OptionError::new(
+            "hugetlb=on cannot be had: huge pages are the kernel's to give (transparent_hugepage)",
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// QEMU has shared memory without a name as an object of its own, which has less to say.
+fn no_memfd_options(props: &Props) -> Result<(), OptionError> {
+    let mut options = ["hugetlb", "hugetlbsize", "seal"].iter();
+    match options.find(|name| props.has(name)) {
+        Some(name) => Err(invalid_parameter(name)),
+        None => Ok(()),
+    }
+}
+
 /// Whether QEMU takes it for an id.
-fn is_identifier(id: &str) -> bool {
+pub fn is_identifier(id: &str) -> bool {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
     id.starts_with(|c: char| c.is_ascii_alphabetic()) && id.chars().all(allowed)
 }
@@ -141,13 +251,20 @@ fn file_options(props: &mut Props, options: &mut BackendOptions) -> Result<(), O
 }
 
 /// Memory is never reserved ahead; `prealloc=on` takes it.
-fn no_reserve(props: &mut Props, prealloc: bool) -> Result<(), OptionError> {
+fn reserve(props: &mut Props, prealloc: bool) -> Result<bool, OptionError> {
     match props.switch("reserve")? {
         Some(false) if prealloc => Err(OptionError::new(
             "'prealloc=on' and 'reserve=off' are incompatible",
         )),
-        _ => Ok(()),
+        reserve => Ok(reserve.unwrap_or(true)),
     }
+}
+
+/// Most nodes of a host that QEMU counts with.
+const MAX_HOST_NODES: u64 = 128;
+
+fn is_host_node(node: u64) -> bool {
+    Path::new(&format!("/sys/devices/system/node/node{node}")).exists()
 }
 
 fn host_nodes(props: &mut Props) -> Result<(), OptionError> {
@@ -163,79 +280,31 @@ fn host_nodes(props: &mut Props) -> Result<(), OptionError> {
         (policy, true) => Err(OptionError::new(format!(
             "host-nodes must be set for policy {policy}"
         ))),
+        _ if nodes.iter().any(|&node| node >= MAX_HOST_NODES) => Err(OptionError::new(format!(
+            "Invalid host-nodes value: {}",
+            nodes.iter().max().unwrap_or(&0)
+        ))),
+        _ if nodes.iter().any(|node| !is_host_node(*node)) => Err(OptionError::new(
+            "cannot bind memory to host NUMA nodes: Invalid argument: this host has no such node",
+        )),
         (policy, false) => Err(OptionError::new(format!(
             "policy={policy} cannot be had: start Pando under numactl to bind its memory"
         ))),
     }
 }
 
-/// What a `-numa` says.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Numa {
-    /// A node.
-    Node(NodeParts),
-    /// A distance.
-    Distance(DistanceParts),
-}
-
-/// Reads `-numa`.
-pub fn numa(text: &str) -> Result<Numa, OptionError> {
-    let mut props = Props::parse(text, Some("type"), Form::KeyValue)?;
-    let numa = match props.required("type")?.as_str() {
-        "node" => Numa::Node(node(&mut props)?),
-        "dist" => Numa::Distance(DistanceParts {
-            from: small(&mut props, "src")?.ok_or_else(|| missing("src"))?,
-            to: small(&mut props, "dst")?.ok_or_else(|| missing("dst"))?,
-            distance: small(&mut props, "val")?.ok_or_else(|| missing("val"))?,
-        }),
-        kind @ ("cpu" | "hmat-lb" | "hmat-cache") => {
-            return Err(OptionError::new(format!(
-                "-numa {kind} cannot be had: give each node its vCPUs with -numa node,cpus="
-            )));
-        }
-        other => return Err(not_accepted("type", other)),
-    };
-    props.finish()?;
-    Ok(numa)
-}
-
-fn node(props: &mut Props) -> Result<NodeParts, OptionError> {
-    if props.has("mem") {
-        return Err(OptionError::new(
-            "Parameter -numa node,mem is not supported by this machine type",
-        )
-        .hint("Use -numa node,memdev instead"));
-    }
-    for name in ["initiator"] {
-        if props.has(name) {
-            return Err(OptionError::new(format!(
-                "{name}= cannot be had: there is no HMAT table"
-            )));
-        }
-    }
-    let cpus = props.numbers("cpus")?;
-    Ok(NodeParts {
-        id: small(props, "nodeid")?,
-        cpus: cpus
-            .into_iter()
-            .map(|cpu| u32::try_from(cpu).unwrap_or(u32::MAX))
-            .collect(),
-        backend: props.text("memdev")?,
-    })
-}
-
-fn small(props: &mut Props, name: &str) -> Result<Option<u32>, OptionError> {
-    Ok(props
-        .number(name)?
-        .map(|value| u32::try_from(value).unwrap_or(u32::MAX)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    const PLAIN: Defaults = Defaults {
+        prealloc: false,
+        merge: true,
+        dump: true,
+    };
+
     fn message(text: &str) -> String {
-        object(text, false).unwrap_err().to_string()
+        object(text, PLAIN).unwrap_err().to_string()
     }
 
     #[test]
@@ -261,7 +330,7 @@ mod tests {
     #[test]
     fn objects_are_refused_in_qemus_words() {
         let file = "memory-backend-file,id=pc.ram,mem-path=/t,size=64M";
-        assert_eq!(object(file, false).unwrap().bytes(), 64 << 20);
+        assert_eq!(object(file, PLAIN).unwrap().bytes(), 64 << 20);
         assert_eq!(
             message("memory-backend-file,id=r,mem-path=/t"),
             "Parameter 'size' is missing"
@@ -285,18 +354,5 @@ mod tests {
         assert!(
             message("rng-random,id=r").contains("'qom-type' does not accept value 'rng-random'")
         );
-    }
-
-    #[test]
-    fn nodes_and_distances() {
-        let Numa::Node(node) = numa("node,nodeid=1,cpus=0-1,memdev=m1").unwrap() else {
-            panic!("a node");
-        };
-        assert_eq!((node.id, node.cpus.len()), (Some(1), 2));
-        assert!(matches!(
-            numa("dist,src=0,dst=1,val=20"),
-            Ok(Numa::Distance(_))
-        ));
-        assert_eq!(numa("node,mem=32M").unwrap_err().lines().len(), 2);
     }
 }

@@ -11,10 +11,12 @@ pub mod hub;
 pub mod identity;
 pub mod machine;
 pub mod memory;
+pub mod numa;
 pub mod options;
 mod ports;
 pub mod refused;
 pub mod said;
+pub mod smp;
 pub mod wanted;
 
 pub use argv::{Argument, arguments};

@@ -23,7 +23,14 @@ impl Pending {
     pub(super) fn option(&mut self, argument: &Argument, value: &str) -> Result<bool, OptionError> {
         let typed = argument.typed.clone();
         match argument.name {
-            "serial" => self.serials.push((chardev::short(value)?, typed)),
+            "serial" => {
+                let short = chardev::short(value).map_err(|error| {
+                    error.hint(format!(
+                        "{typed}: could not connect serial device to character backend '{value}'"
+                    ))
+                })?;
+                self.serials.push((short, typed));
+            }
             "chardev" => {
                 let new = chardev::named(value)?;
                 if self.chardevs.iter().any(|old| old.id == new.id) {
@@ -46,15 +53,13 @@ impl Pending {
                 self.monitors
                     .push((Short::Named(id), control, pretty, typed));
             }
-            "qmp" => self
-                .monitors
-                .push((chardev::short(value)?, true, false, typed)),
-            "qmp-pretty" => self
-                .monitors
-                .push((chardev::short(value)?, true, true, typed)),
-            "monitor" => self
-                .monitors
-                .push((chardev::short(value)?, false, false, typed)),
+            "qmp" | "qmp-pretty" | "monitor" => {
+                let short = chardev::short(value)
+                    .map_err(|error| error.hint(format!("{typed}: parse error: {value}")))?;
+                let control = argument.name != "monitor";
+                let pretty = argument.name == "qmp-pretty";
+                self.monitors.push((short, control, pretty, typed));
+            }
             "nographic" => self.nographic = true,
             "nodefaults" => self.nodefaults = true,
             _ => return Ok(false),

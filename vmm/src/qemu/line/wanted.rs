@@ -9,18 +9,17 @@ use super::chardev::Chardev;
 use super::hub::Hubs;
 use super::identity::IdentityOptions;
 use super::machine::{self, MachineOption};
-use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Numa};
+use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Defaults};
+use super::numa::NumaOptions;
 use super::ports::Pending;
+use super::smp::{self, Smp};
 use super::{device, global, said};
-use crate::qemu::error::{OptionError, expects};
+use crate::qemu::error::{OptionError, expects, missing, not_accepted};
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::Capabilities;
 use crate::qemu::qmp::json;
 use crate::qemu::words::{Form, Props, again};
-use crate::spec::{
-    BackendOptions, BackendSpec, CpuCount, DimmParts, DistanceParts, MachineParts, MemoryParts,
-    NodeParts,
-};
+use crate::spec::{BackendOptions, BackendSpec, CpuCount, DimmParts, MachineParts, MemoryParts};
 
 /// Most monitors of a machine.
 pub const MAX_MONITORS: usize = 16;
@@ -60,17 +59,15 @@ pub struct WantedMemory {
     /// `-m`
     pub sizes: MemoryParts,
     /// `-smp`
-    pub cpus: Option<u32>,
+    pub cpus: Option<Smp>,
     /// All that `-m` said: several are one.
     size_words: String,
     /// All that `-smp` said.
     cpu_words: String,
     /// `-object`
     pub backends: Vec<BackendSpec>,
-    /// `-numa node`
-    pub nodes: Vec<NodeParts>,
-    /// `-numa dist`
-    pub distances: Vec<DistanceParts>,
+    /// `-numa`
+    pub numa: NumaOptions,
     /// `-device pc-dimm`, each with how messages quote it.
     pub dimms: Vec<(DimmParts, String)>,
 }
@@ -124,7 +121,19 @@ pub enum Incoming {
 pub fn read(arguments: &[Argument]) -> Result<Wanted, OptionError> {
     let mut wanted = Wanted::default();
     let mut pending = Pending::default();
-    let prealloc = arguments.iter().any(|a| a.name == "mem-prealloc");
+    // The machine first: it says what holds for memory.
+    for argument in arguments
+        .iter()
+        .filter(|a| matches!(a.name, "machine" | "M"))
+    {
+        let read = wanted.machine.read(&argument.value);
+        read.map_err(|error| error.at(&argument.typed))?;
+    }
+    let defaults = Defaults {
+        prealloc: arguments.iter().any(|a| a.name == "mem-prealloc"),
+        merge: wanted.machine.merge,
+        dump: wanted.machine.dump,
+    };
     for argument in arguments {
         let value = argument.value.as_str();
         wanted
@@ -133,7 +142,7 @@ pub fn read(arguments: &[Argument]) -> Result<Wanted, OptionError> {
                 if done {
                     Ok(true)
                 } else {
-                    wanted.memory_option(argument, value, prealloc)
+                    wanted.memory_option(argument, value, defaults)
                 }
             })
             .and_then(|done| {
@@ -159,7 +168,8 @@ pub fn read(arguments: &[Argument]) -> Result<Wanted, OptionError> {
 impl Wanted {
     fn machine_option(&mut self, argument: &Argument, value: &str) -> Result<bool, OptionError> {
         match argument.name {
-            "machine" | "M" => self.machine.read(value)?,
+            // Read before all others.
+            "machine" | "M" => (),
             "accel" => machine::accel(value)?,
             "cpu" => machine::cpu(value)?,
             "kernel" => self.kernel = Some(value.into()),
@@ -189,7 +199,7 @@ impl Wanted {
         &mut self,
         argument: &Argument,
         value: &str,
-        prealloc: bool,
+        defaults: Defaults,
     ) -> Result<bool, OptionError> {
         let memory = &mut self.memory;
         match argument.name {
@@ -199,24 +209,27 @@ impl Wanted {
             }
             "smp" => {
                 memory.cpu_words = again(&memory.cpu_words, value, "cpus");
-                memory.cpus = Some(machine::smp(&memory.cpu_words)?);
+                memory.cpus = Some(smp::smp(&memory.cpu_words)?);
             }
             "object" => {
-                let new = memory::object(value, prealloc)?;
+                let new = memory::object(value, defaults)?;
                 if memory.backends.iter().any(|old| old.id() == new.id()) {
                     return Err(OptionError::new(format!(
-                        "attempt to add duplicate property '{}' to object (type 'container')",
+                        "Duplicate ID '{}' for object",
                         new.id()
                     )));
                 }
                 memory.backends.push(new);
             }
-            "numa" => match memory::numa(value)? {
-                Numa::Node(node) => memory.nodes.push(node),
-                Numa::Distance(distance) => memory.distances.push(distance),
-            },
+            "numa" => memory.numa.read(value)?,
             "device" => {
                 let dimm = device::device(value, memory.dimms.len())?;
+                if memory.dimms.iter().any(|(old, _)| old.id == dimm.id) {
+                    return Err(OptionError::new(format!(
+                        "Duplicate ID '{}' for device",
+                        dimm.id
+                    )));
+                }
                 memory.dimms.push((dimm, argument.typed.clone()));
             }
             _ => return Ok(false),
@@ -257,20 +270,23 @@ impl Wanted {
     /// The machine's parts, with RAM of Pando's own making where no backend is named.
     pub fn parts(&self) -> Result<MachineParts, OptionError> {
         let memory = &self.memory;
-        let cpus = CpuCount::new(memory.cpus.unwrap_or(1))
-            .map_err(|error| OptionError::new(error.to_string()))?;
+        let cpus = memory.cpus.map_or(1, |smp| smp.cpus);
+        smp::check(cpus, &self.machine.kind)?;
+        let cpus = CpuCount::new(cpus).map_err(|error| OptionError::new(error.to_string()))?;
+        let is_backend = |id: &str| memory.backends.iter().any(|backend| backend.id() == id);
+        memory.numa.check(&is_backend)?;
         let mut parts = MachineParts {
             cpus,
             backends: memory.backends.clone(),
             ram_backend: self.machine.memory_backend.clone(),
             memory: memory.sizes,
-            nodes: memory.nodes.clone(),
-            distances: memory.distances.clone(),
+            nodes: memory.numa.nodes.clone(),
+            distances: memory.numa.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
             identity: self.identity.said.clone(),
         };
         if let Some(id) = &parts.ram_backend
-            && !parts.backends.iter().any(|backend| backend.id() == id)
+            && !is_backend(id)
         {
             return Err(OptionError::new(format!("Memory backend '{id}' not found")));
         }
@@ -283,6 +299,8 @@ impl Wanted {
             let ram = BackendSpec::from_options(BackendOptions {
                 id: DEFAULT_RAM_ID.to_owned(),
                 bytes,
+                merge: self.machine.merge,
+                dump: self.machine.dump,
                 ..BackendOptions::default()
             })
             .map_err(|error| OptionError::new(error.to_string()))?;
@@ -292,10 +310,30 @@ impl Wanted {
         Ok(parts)
     }
 
-    /// Whether RAM was made because no backend was named: QEMU's `query-memdev` does not list it.
-    pub fn has_own_ram(&self) -> bool {
-        self.machine.memory_backend.is_none()
-            && self.memory.nodes.iter().all(|node| node.backend.is_none())
+    /// QEMU's warnings of what is accepted.
+    pub fn warnings(&self) -> Vec<String> {
+        let smp = self.memory.cpus.unwrap_or(Smp { cpus: 1, cores: 1 });
+        let mut all: Vec<String> = self.machine.warning().into_iter().collect();
+        all.extend(self.memory.numa.warnings(smp.cpus, smp.cores));
+        all
+    }
+
+    /// Ids of the memory backends in the order in which they were typed. RAM that no option names is
+    /// QEMU's, and the last.
+    pub fn backend_ids(&self) -> Vec<&str> {
+        let mut ids: Vec<&str> = self.memory.backends.iter().map(BackendSpec::id).collect();
+        if !ids.contains(&DEFAULT_RAM_ID) {
+            ids.push(DEFAULT_RAM_ID);
+        }
+        ids
+    }
+
+    /// What QEMU calls a memory module: nothing, where no id was typed.
+    pub fn dimm_id<'a>(&self, id: &'a str) -> Option<&'a str> {
+        let typed = self.memory.dimms.iter().find(|(dimm, _)| dimm.id == id);
+        typed
+            .is_none_or(|(_, typed)| typed.contains(id))
+            .then_some(id)
     }
 }
 
@@ -314,12 +352,30 @@ fn incoming(value: &str, typed: &str) -> Result<Incoming, OptionError> {
     if value == "defer" {
         return Ok(Incoming::Defer);
     }
+    // What is no URI is the channel in words.
+    if !value.starts_with('{') && !value.contains(':') {
+        let mut props = Props::parse(value, Some("channel-type"), Form::KeyValue)?;
+        let kind = props.required("channel-type")?;
+        return Err(match kind.as_str() {
+            "main" => missing("addr"),
+            kind => not_accepted("channel-type", kind),
+        });
+    }
     let address = if value.starts_with('{') {
         let json = json::parse(value.as_bytes()).map_err(OptionError::new)?;
         address::channel(&json)?
     } else {
         address::parse(value)?
     };
+    // No monitor has given names yet.
+    if let StateAddress::Fd(name) = &address
+        && name.parse::<u32>().is_err()
+    {
+        return Err(OptionError::new(match name.as_str() {
+            "" => "invalid file descriptor address".to_owned(),
+            name => format!("Invalid file descriptor number '{name}'"),
+        }));
+    }
     Ok(Incoming::From(address, typed.to_owned()))
 }
 

@@ -62,7 +62,7 @@ pub fn open_link(chardev: &Chardev, label: &str, tell: Tell<'_>) -> Result<Link,
         Chardev::File { path, append } => {
             open_file(path, *append).map(Link::File).map_err(|error| {
                 OptionError::new(format!(
-                    "Unable to open file '{}': {}",
+                    "Could not open '{}': {}",
                     path.display(),
                     reason(&error)
                 ))

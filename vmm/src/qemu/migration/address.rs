@@ -29,9 +29,7 @@ pub fn parse(uri: &str) -> Result<StateAddress, OptionError> {
             let (path, offset) = match rest.rsplit_once(",offset=") {
                 Some((path, offset)) => (
                     path,
-                    size::parse(offset, 1).ok_or_else(|| {
-                        OptionError::new(format!("file URI has bad offset {offset}"))
-                    })?,
+                    size::parse(offset, 1).ok_or_else(|| bad_offset(offset))?,
                 ),
                 None => (rest, 0),
             };
@@ -51,6 +49,22 @@ pub fn parse(uri: &str) -> Result<StateAddress, OptionError> {
             "unknown migration protocol: {uri}"
         ))),
     }
+}
+
+/// What the host's function says is wrong with it.
+fn bad_offset(offset: &str) -> OptionError {
+    let digits = offset.strip_prefix('-').unwrap_or(offset);
+    let is_number = digits.starts_with(|c: char| c.is_ascii_digit())
+        && !digits
+            .trim_end_matches(char::is_alphabetic)
+            .contains(|c: char| !c.is_ascii_digit());
+    let is_out_of_range = is_number && (digits != offset || digits.ends_with(char::is_alphabetic));
+    let why = if is_out_of_range {
+        "Numerical result out of range"
+    } else {
+        "Invalid argument"
+    };
+    OptionError::new(format!("file URI has bad offset {offset}: {why}"))
 }
 
 /// Reads one element of `channels`.

@@ -149,7 +149,7 @@ fn descriptor(
             .custom_flags(libc::O_NONBLOCK)
             .open(format!("/proc/self/fd/{name}"))
             .map_err(|error| format!("fd {name} cannot be used: {}", reason(&error)))?,
-        None => return Err(format!("File descriptor named '{name}' not found")),
+        None => return Err(format!("File descriptor named '{name}' has not been found")),
     };
     let is_regular = file.metadata().is_ok_and(|facts| facts.is_file());
     if !is_regular {

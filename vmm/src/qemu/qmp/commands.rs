@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::arguments::{Arg, Arguments, Kind, may, must};
 use super::message::{self, Class, QmpError};
-use super::{migration, objects, schema};
+use super::{migration, objects, parameters, schema};
 use crate::qemu::hmp;
 use crate::qemu::vm::{MAX_FDS, Vm};
 
@@ -224,14 +224,10 @@ pub const COMMANDS: &[Command] = &[
             "migrate-set-parameters",
             &[],
             "parameters; none changes how a file is written",
-            migration::set_parameters,
+            parameters::set,
         )
     },
-    query(
-        "query-migrate-parameters",
-        "parameters",
-        migration::parameters,
-    ),
+    query("query-migrate-parameters", "parameters", parameters::query),
     query("query-migrate", "the last save or load", |vm, _| {
         Ok(vm.query_migrate())
     }),

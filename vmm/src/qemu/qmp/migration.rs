@@ -9,28 +9,6 @@ use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::{Capability, NAMES, refusal};
 use crate::qemu::vm::{RunStatus, Vm};
 
-/// Parameters of QEMU with their values there. What can be set is kept and changes nothing: a state
-/// is written to its file at once, at full speed.
-const PARAMETERS: &[(&str, u64)] = &[
-    ("announce-initial", 50),
-    ("announce-max", 550),
-    ("announce-rounds", 5),
-    ("announce-step", 100),
-    ("downtime-limit", 300),
-    ("max-bandwidth", 134_217_728),
-    ("avail-switchover-bandwidth", 0),
-];
-
-/// Parameters that would change something, with the value that says what is so.
-const FIXED: &[(&str, &str)] = &[
-    ("mode", "\"normal\""),
-    ("direct-io", "false"),
-    ("multifd-compression", "\"none\""),
-    ("tls-creds", "\"\""),
-    ("tls-hostname", "\"\""),
-    ("tls-authz", "\"\""),
-];
-
 fn address_of(args: &Arguments) -> Result<StateAddress, QmpError> {
     let generic = |error: crate::qemu::error::OptionError| QmpError::generic(error.to_string());
     match (args.maybe_text("uri"), args.any("channels")) {
@@ -85,13 +63,14 @@ pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError
         return Err(QmpError::generic("There's a migration process in progress"));
     }
     let mut wanted: Vec<(Capability, bool)> = Vec::new();
-    for element in args.list("capabilities") {
+    for (at, element) in args.list("capabilities").iter().enumerate() {
         let Value::Object(members) = element else {
-            return Err(QmpError::generic(
-                "Invalid parameter type for 'capabilities[0]', expected: object",
-            ));
+            return Err(QmpError::generic(format!(
+                "Invalid parameter type for 'capabilities[{at}]', expected: object"
+            )));
         };
-        let element = Arguments::check(members.clone(), ELEMENT, false)?;
+        let element = Arguments::check(members.clone(), ELEMENT, false)
+            .map_err(|error| inside(error, &format!("capabilities[{at}]")))?;
         let name = element.text("capability");
         let on = element.switch("state") == Some(true);
         match NAMES.iter().find(|(known, _)| *known == name) {
@@ -105,6 +84,11 @@ pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError
             Some((_, None)) if !on => (),
             Some((_, None)) => {
                 let mut why = refusal(name);
+                if name == "postcopy-ram" && vm.has_files_to_load() {
+                    why = format!(
+                        "Postcopy is not supported: Host backend files need to be TMPFS or HUGETLBFS only. {why}"
+                    );
+                }
                 if name == "postcopy-ram" && vm.capabilities().ignore_shared {
                     why = format!("Postcopy is not compatible with ignore-shared. {why}");
                 }
@@ -119,6 +103,12 @@ pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError
     Ok(json!({}))
 }
 
+/// What is wrong with a member, of the element that has it.
+fn inside(mut error: QmpError, element: &str) -> QmpError {
+    error.desc = error.desc.replacen('\'', &format!("'{element}."), 1);
+    error
+}
+
 /// `query-migrate-capabilities`
 pub fn capabilities(vm: &mut Vm, _: &Arguments) -> Result<Value, QmpError> {
     let capabilities = vm.capabilities();
@@ -129,57 +119,4 @@ pub fn capabilities(vm: &mut Vm, _: &Arguments) -> Result<Value, QmpError> {
             json!({"capability": name, "state": on})
         })
         .collect())
-}
-
-/// `migrate-set-parameters`
-pub fn set_parameters(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
-    let mut changed = Vec::new();
-    for (name, value) in args.to_map() {
-        if PARAMETERS.iter().any(|(known, _)| *known == name) {
-            if value.as_u64().is_none() {
-                return Err(QmpError::generic(format!(
-                    "Invalid parameter type for '{name}', expected: integer"
-                )));
-            }
-            changed.push((name, value));
-            continue;
-        }
-        match FIXED.iter().find(|(known, _)| *known == name) {
-            Some((_, fixed)) if is_text_of(&value, fixed) => (),
-            Some((_, fixed)) => {
-                return Err(QmpError::generic(format!(
-                    "Parameter '{name}' cannot be {value}: Pando saves to files, where it is {fixed}"
-                )));
-            }
-            None => {
-                return Err(QmpError::generic(format!(
-                    "Parameter '{name}' is unexpected"
-                )));
-            }
-        }
-    }
-    for (name, value) in changed {
-        vm.set_parameter(name, value);
-    }
-    Ok(json!({}))
-}
-
-fn is_text_of(value: &Value, text: &str) -> bool {
-    serde_json::from_str::<Value>(text).is_ok_and(|fixed| fixed == *value)
-}
-
-/// `query-migrate-parameters`
-pub fn parameters(vm: &mut Vm, _: &Arguments) -> Result<Value, QmpError> {
-    let mut all = serde_json::Map::new();
-    for (name, value) in PARAMETERS {
-        all.insert((*name).to_owned(), json!(value));
-    }
-    for (name, text) in FIXED {
-        let value = serde_json::from_str(text).unwrap_or_default();
-        all.insert((*name).to_owned(), value);
-    }
-    for (name, value) in vm.parameters() {
-        all.insert(name.clone(), value.clone());
-    }
-    Ok(Value::Object(all))
 }

@@ -7,6 +7,7 @@ pub mod json;
 pub mod message;
 pub mod migration;
 pub mod objects;
+pub mod parameters;
 pub mod port;
 pub mod schema;
 pub mod server;

@@ -9,13 +9,15 @@ use super::message::{Class, QmpError};
 use crate::qemu::line::memory;
 use crate::qemu::vm::Vm;
 use crate::qemu::words::Props;
-use crate::spec::{BackendKind, BackendSpec};
+use crate::spec::{BackendKind, BackendSpec, Dimm};
 
 /// Where a path leads.
 enum Place<'a> {
     Root,
     Objects,
     Machine,
+    Peripherals,
+    Dimm(&'a Dimm),
     Backend(&'a BackendSpec),
 }
 
@@ -25,6 +27,11 @@ fn find<'a>(vm: &'a Vm, path: &str) -> Result<Place<'a>, QmpError> {
         "" => Ok(Place::Root),
         "/objects" => Ok(Place::Objects),
         "/machine" => Ok(Place::Machine),
+        "/machine/peripheral" => Ok(Place::Peripherals),
+        other if other.starts_with("/machine/peripheral/") => {
+            let id = other.trim_start_matches("/machine/peripheral/");
+            vm.find_dimm(id).map(Place::Dimm).ok_or_else(not_found)
+        }
         other => {
             let id = other.strip_prefix("/objects/").unwrap_or(other);
             let backend = vm.objects().find(|backend| backend.id() == id);
@@ -41,7 +48,13 @@ pub fn list(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             json!({"name": "objects", "type": "child<container>"}),
             json!({"name": "machine", "type": format!("child<{}-machine>", vm.kind())}),
         ]),
-        Place::Objects => properties.extend(vm.objects().map(|backend| {
+        Place::Peripherals => {}
+        Place::Dimm(dimm) => {
+            let names = dimm_properties(vm, dimm);
+            let all = names.into_iter().map(|(name, kind, _)| json!({"name": name, "type": kind}));
+            properties.extend(all);
+        }
+        Place::Objects => properties.extend(vm.listed_objects().into_iter().map(|backend| {
             json!({"name": backend.id(), "type": format!("child<{}>", backend.kind().qemu_name())})
         })),
         Place::Machine => {
@@ -61,8 +74,16 @@ pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let name = args.text("property");
     let not_found = |kind: &str| QmpError::generic(format!("Property '{kind}.{name}' not found"));
     match find(vm, args.text("path"))? {
-        Place::Root | Place::Objects if name == "type" => Ok(json!("container")),
-        Place::Root | Place::Objects => Err(not_found("container")),
+        Place::Root | Place::Objects | Place::Peripherals if name == "type" => {
+            Ok(json!("container"))
+        }
+        Place::Root | Place::Objects | Place::Peripherals => Err(not_found("container")),
+        Place::Dimm(_) if name == "type" => Ok(json!("pc-dimm")),
+        Place::Dimm(dimm) => dimm_properties(vm, dimm)
+            .into_iter()
+            .find(|(known, ..)| *known == name)
+            .map(|(_, _, value)| value)
+            .ok_or_else(|| not_found("pc-dimm")),
         Place::Machine => match name {
             "type" => Ok(json!(format!("{}-machine", vm.kind()))),
             "memory-backend" => Ok(json!(vm.ram_object())),
@@ -91,15 +112,25 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let value = args.any("value").cloned().unwrap_or_default();
     let (id, kind) = match find(vm, args.text("path"))? {
         Place::Backend(backend) => (backend.id().to_owned(), backend.kind()),
+        Place::Machine if name != "memory-backend" => {
+            return Err(QmpError::generic(format!(
+                "Property '{}-machine.{name}' not found",
+                vm.kind()
+            )));
+        }
         _ => {
             return Err(QmpError::generic(format!(
                 "Property '{name}' cannot be set: only those of memory backends can"
             )));
         }
     };
+    let is_known = matches!(
+        name,
+        "merge" | "dump" | "prealloc" | "share" | "reserve" | "readonly" | "discard-data"
+    );
     let on = match value {
         Value::Bool(on) => on,
-        _ if matches!(name, "merge" | "dump" | "prealloc") => {
+        _ if is_known => {
             return Err(QmpError::generic(format!(
                 "Invalid parameter type for '{name}', expected: boolean"
             )));
@@ -111,12 +142,13 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             vm.changed.insert((id, name.to_owned()), on);
             Ok(json!({}))
         }
-        "prealloc" if on => {
+        "prealloc" if !on => Ok(json!({})),
+        "prealloc" => {
             vm.preallocate(&id)?;
             vm.changed.insert((id, name.to_owned()), on);
             Ok(json!({}))
         }
-        "share" | "prealloc" | "reserve" => Err(QmpError::generic("cannot change property value")),
+        "share" | "reserve" => Err(QmpError::generic("cannot change property value")),
         "size" => Err(QmpError::generic(format!(
             "cannot change property size of {} ",
             kind.qemu_name()
@@ -133,6 +165,10 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
                 kind.qemu_name()
             )))
         }
+        "type" => Err(QmpError::generic(format!(
+            "Property '{}.type' is not writable",
+            kind.qemu_name()
+        ))),
         _ => Err(QmpError::generic(format!(
             "Property '{}.{name}' not found, or one that cannot be set",
             kind.qemu_name()
@@ -142,8 +178,14 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
 
 /// `object-add`
 pub fn add(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
+    let machine = &vm.wanted().machine;
+    let defaults = memory::Defaults {
+        prealloc: false,
+        merge: machine.merge,
+        dump: machine.dump,
+    };
     let backend = Props::from_json(Value::Object(args.to_map()))
-        .and_then(|props| memory::backend(props, false))
+        .and_then(|props| memory::backend(props, defaults))
         .map_err(|error| QmpError::generic(error.to_string()))?;
     vm.add_object(backend)?;
     Ok(json!({}))
@@ -155,6 +197,22 @@ pub fn delete(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     Ok(json!({}))
 }
 
+/// Properties of a memory module: name, type, value.
+fn dimm_properties(vm: &Vm, dimm: &Dimm) -> Vec<(&'static str, &'static str, Value)> {
+    let all = vm.dimm(dimm);
+    let value = |name: &'static str, kind| (name, kind, all[name].clone());
+    vec![
+        value("addr", "uint64"),
+        value("size", "uint64"),
+        value("slot", "int32"),
+        value("node", "uint32"),
+        value("memdev", "link<memory-backend>"),
+        value("hotplugged", "bool"),
+        value("hotpluggable", "bool"),
+        ("realized", "bool", json!(true)),
+    ]
+}
+
 /// Properties of a backend: name, type, value.
 fn properties_of(backend: &BackendSpec) -> Vec<(&'static str, &'static str, Value)> {
     let mut all = vec![
@@ -163,7 +221,10 @@ fn properties_of(backend: &BackendSpec) -> Vec<(&'static str, &'static str, Valu
         ("merge", "bool", json!(backend.merge())),
         ("dump", "bool", json!(backend.dump())),
         ("prealloc", "bool", json!(backend.prealloc())),
-        ("reserve", "bool", json!(true)),
+        ("prealloc-threads", "int", json!(backend.prealloc_threads())),
+        ("prealloc-context", "link<thread-context>", json!("")),
+        ("reserve", "bool", json!(backend.reserve())),
+        ("x-use-canonical-path-for-ramblock-id", "bool", json!(false)),
         ("policy", "HostMemPolicy", json!("default")),
         ("host-nodes", "int", json!([])),
     ];

@@ -9,6 +9,7 @@ mod hubs;
 mod incoming;
 mod memory;
 mod objects;
+mod order;
 mod outgoing;
 mod plan;
 mod query;

@@ -2,7 +2,7 @@
 //! Memory backends: those of the machine, and those that a monitor added. The latter exist, with
 //! their files open, and belong to no device: none can be added to a machine that runs.
 
-use super::Vm;
+use super::{Vm, order};
 use crate::memory::open::{OpenedFile, open};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::one_line;
@@ -17,11 +17,21 @@ pub(super) struct Added {
 }
 
 impl Vm {
-    /// Memory backends that were named by somebody.
+    /// Memory backends.
     pub(in crate::qemu) fn objects(&self) -> impl Iterator<Item = &BackendSpec> {
-        let own = usize::from(self.plan.wanted.has_own_ram());
-        let machine = self.plan.spec.backends().iter().skip(own);
+        let machine = self.plan.spec.backends().iter();
         machine.chain(self.added.iter().map(|added| &added.spec))
+    }
+
+    /// Memory backends in the order in which QEMU lists them.
+    pub(in crate::qemu) fn listed_objects(&self) -> Vec<&BackendSpec> {
+        let typed = self.plan.wanted.backend_ids();
+        let place = |backend: &&BackendSpec| typed.iter().position(|id| *id == backend.id());
+        let mut made: Vec<&BackendSpec> = self.objects().collect();
+        made.sort_by_key(|backend| place(backend).unwrap_or(usize::MAX));
+        let ids: Vec<&str> = made.iter().map(|backend| backend.id()).collect();
+        let order = order::listed(&ids).into_iter();
+        order.filter_map(|at| made.get(at).copied()).collect()
     }
 
     /// `object-add`

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::{EMBEDDED_KERNEL, embedded_kernel};
+use crate::memory::open::fault_of_read_only;
 use crate::observe::memory::total_bytes;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::Wanted;
@@ -34,9 +35,7 @@ impl Plan {
         if let Some(host_bytes) = total_bytes()
             && bytes > host_bytes
         {
-            return Err(OptionError::new(format!(
-                "cannot set up guest memory: {bytes} bytes are more than this host's {host_bytes}: ask for less"
-            )));
+            return Err(too_much(&spec, bytes, host_bytes));
         }
         outputs::check(&wanted, &spec)?;
         let boot = boot(&wanted)?;
@@ -44,7 +43,33 @@ impl Plan {
     }
 }
 
+/// More memory than the host has, in QEMU's words for the backend that has most.
+fn too_much(spec: &MachineSpec, bytes: u64, host_bytes: u64) -> OptionError {
+    let faults = spec.backends().iter().filter_map(fault_of_read_only);
+    if let Some(fault) = faults.into_iter().next() {
+        return OptionError::new(one_line(&fault));
+    }
+    let greatest = spec.backends().iter().max_by_key(|backend| backend.bytes());
+    let what = match greatest {
+        Some(backend) if backend.file().is_some() => {
+            "unable to map backing store for guest RAM".to_owned()
+        }
+        Some(backend) => format!("cannot set up guest memory '{}'", backend.id()),
+        None => "cannot set up guest memory".to_owned(),
+    };
+    OptionError::new(format!(
+        "{what}: Cannot allocate memory: {bytes} bytes are more than this host's {host_bytes}: ask for less"
+    ))
+}
+
 fn refused(wanted: &Wanted, error: &SpecError) -> OptionError {
+    // QEMU speaks of the file first.
+    let backends = wanted.memory.backends.iter();
+    if matches!(error, SpecError::RomAsRam { .. })
+        && let Some(fault) = backends.filter(|b| b.is_rom()).find_map(fault_of_read_only)
+    {
+        return OptionError::new(one_line(&fault));
+    }
     let refusal = OptionError::new(one_line(error));
     // The option of the module that is at fault, as QEMU quotes it.
     if let SpecError::Dimm { id, .. } = error

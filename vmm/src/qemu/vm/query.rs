@@ -7,14 +7,20 @@ use serde_json::{Value, json};
 
 use super::outgoing::{MigrationStatus, Statistics};
 use super::{RunStatus, Vm};
+use crate::qemu::line::Wanted;
 use crate::qemu::migration::capability::{Capabilities, Capability};
 use crate::qemu::qmp::message::QmpError;
-use crate::spec::Uuid;
+use crate::spec::{Dimm, Uuid};
 
 impl Vm {
     /// What the machine is doing.
     pub(in crate::qemu) fn status(&self) -> RunStatus {
         self.status
+    }
+
+    /// What the command line wanted.
+    pub(in crate::qemu) fn wanted(&self) -> &Wanted {
+        &self.plan.wanted
     }
 
     /// The machine in QEMU's words.
@@ -28,10 +34,9 @@ impl Vm {
 
     /// The path of the object that is all RAM.
     pub(in crate::qemu) fn ram_object(&self) -> String {
-        let backend = &self.plan.wanted.machine.memory_backend;
-        backend
-            .as_ref()
-            .map_or_else(String::new, |id| format!("/objects/{id}"))
+        let parts = self.plan.spec.to_parts();
+        let backend = parts.ram_backend.map(|id| format!("/objects/{id}"));
+        backend.unwrap_or_default()
     }
 
     pub(in crate::qemu) fn capabilities(&self) -> Capabilities {
@@ -52,6 +57,11 @@ impl Vm {
 
     pub(in crate::qemu) fn cancel_migration(&mut self) {
         self.migration.cancel();
+    }
+
+    /// Whether a state is to be loaded into memory that has files.
+    pub(in crate::qemu) fn has_files_to_load(&self) -> bool {
+        self.incoming.asked && self.objects().any(|backend| backend.file().is_some())
     }
 
     /// What `migrate-continue` says: a save is never at the state that it asks for.
@@ -112,8 +122,8 @@ impl Vm {
     }
 
     pub(in crate::qemu) fn query_memdev(&self) -> Value {
-        let mut all: Vec<Value> = self
-            .objects()
+        self.listed_objects()
+            .into_iter()
             .map(|backend| {
                 let changed = |name: &str, value: bool| {
                     let key = (backend.id().to_owned(), name.to_owned());
@@ -126,26 +136,33 @@ impl Vm {
                     "dump": changed("dump", backend.dump()),
                     "prealloc": changed("prealloc", backend.prealloc()),
                     "share": backend.is_shared(),
-                    "reserve": true,
+                    "reserve": backend.reserve(),
                     "policy": "default",
                     "host-nodes": [],
                 })
             })
-            .collect();
-        // The last comes first, as QEMU has it.
-        all.reverse();
-        Value::Array(all)
+            .collect()
     }
 
     pub(in crate::qemu) fn query_memory_devices(&self) -> Value {
-        self.plan
-            .spec
-            .dimms()
-            .iter()
+        let mut dimms: Vec<_> = self.plan.spec.dimms().iter().collect();
+        dimms.sort_by_key(|dimm| dimm.guest_address());
+        dimms
+            .into_iter()
             .map(|dimm| {
-                let backend = self.plan.spec.backends()[dimm.backend()].id();
-                json!({"type": "dimm", "data": {
-                    "id": dimm.id(),
+                let mut device = self.dimm(dimm);
+                if let Some(id) = self.plan.wanted.dimm_id(dimm.id()) {
+                    device["id"] = json!(id);
+                }
+                json!({"type": "dimm", "data": device})
+            })
+            .collect()
+    }
+
+    /// What QEMU says of a module, besides its id.
+    pub(in crate::qemu) fn dimm(&self, dimm: &Dimm) -> Value {
+        let backend = self.plan.spec.backends()[dimm.backend()].id();
+        json!({
                     "addr": dimm.guest_address(),
                     "size": dimm.bytes(),
                     "slot": dimm.slot(),
@@ -153,9 +170,17 @@ impl Vm {
                     "memdev": format!("/objects/{backend}"),
                     "hotplugged": false,
                     "hotpluggable": true,
-                }})
-            })
-            .collect()
+        })
+    }
+
+    /// The module of an id, as it was typed.
+    pub(in crate::qemu) fn find_dimm(&self, id: &str) -> Option<&Dimm> {
+        let known = self.plan.wanted.dimm_id(id)?;
+        self.plan
+            .spec
+            .dimms()
+            .iter()
+            .find(|dimm| dimm.id() == known)
     }
 
     pub(in crate::qemu) fn query_memory_size(&self) -> Value {

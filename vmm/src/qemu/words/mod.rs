@@ -10,4 +10,4 @@ pub mod config_file;
 pub mod props;
 pub mod size;
 
-pub use props::{Form, Props, again};
+pub use props::{Form, Props, again, short_forms};

@@ -13,10 +13,12 @@ use crate::qemu::qmp::json;
 /// How an option's properties are written, of QEMU's two ways.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Form {
-    /// Every property has its `=`; JSON is understood (`-object`, `-machine`, `-device`, `-numa`...).
+    /// Every property has its `=` (`-machine`, `-smp`).
     KeyValue,
     /// A word alone switches a property on, with `no` in front off (`-chardev`, `-mon`, ...).
     Switches,
+    /// The same, and JSON is understood (`-object`, `-device`, `-numa`).
+    SwitchesOrJson,
 }
 
 /// Most bytes of one option: more than any has, little enough to be read in no time.
@@ -43,7 +45,7 @@ impl Props {
                 text.len()
             )));
         }
-        if form == Form::KeyValue && text.starts_with('{') {
+        if form == Form::SwitchesOrJson && text.starts_with('{') {
             // As QEMU reads it: with either kind of quotes, and each key once.
             let value = json::parse(text.as_bytes()).map_err(OptionError::new)?;
             return Self::from_json(value);
@@ -54,22 +56,22 @@ impl Props {
             match (part.key, implied) {
                 (Some(key), _) => {
                     check_key(&key)?;
-                    props.set(key, Typed::Text(part.value));
+                    // Of ids the first counts.
+                    if key != "id" || form == Form::KeyValue || !props.has("id") {
+                        props.set(key, Typed::Text(part.value));
+                    }
                 }
                 (None, Some(key)) => props.set(key.to_owned(), Typed::Text(part.value)),
-                (None, None) if part.value.is_empty() && form == Form::Switches => (),
-                (None, None) if form == Form::Switches => {
-                    let (key, value) = match part.value.strip_prefix("no") {
-                        Some(key) if !key.is_empty() => (key.to_owned(), "off"),
-                        _ => (part.value, "on"),
-                    };
-                    props.set(key, Typed::Text(value.to_owned()));
-                }
-                (None, None) => {
+                (None, None) if form == Form::KeyValue => {
+                    check_key(&part.value)?;
                     return Err(OptionError::new(format!(
                         "Expected '=' after parameter '{}'",
                         part.value
                     )));
+                }
+                (None, None) => {
+                    let (key, value) = short_form(&part.value);
+                    props.set(key.to_owned(), Typed::Text(value.to_owned()));
                 }
             }
         }
@@ -95,7 +97,10 @@ impl Props {
     }
 
     fn set(&mut self, key: String, value: Typed) {
-        self.pairs.retain(|(name, _)| *name != key);
+        // A list has all that are typed.
+        if !matches!(key.as_str(), "cpus" | "host-nodes") {
+            self.pairs.retain(|(name, _)| *name != key);
+        }
         self.pairs.push((key, value));
     }
 
@@ -128,6 +133,12 @@ impl Props {
         self.text(key)?.ok_or_else(|| missing(key))
     }
 
+    /// The id of a memory backend, which may be typed as the path of the object.
+    pub fn backend(&mut self, key: &str) -> Result<Option<String>, OptionError> {
+        let id = self.text(key)?;
+        Ok(id.map(|id| id.strip_prefix("/objects/").unwrap_or(&id).to_owned()))
+    }
+
     /// A switch.
     pub fn switch(&mut self, key: &str) -> Result<Option<bool>, OptionError> {
         match self.take(key) {
@@ -146,11 +157,10 @@ impl Props {
     pub fn size_in(&mut self, key: &str, unit: u64) -> Result<Option<u64>, OptionError> {
         match self.take(key) {
             None => Ok(None),
-            Some(Typed::Json(Value::Number(number))) => number
+            Some(Typed::Json(value)) => value
                 .as_u64()
                 .map(Some)
-                .ok_or_else(|| wrong_type(key, "integer")),
-            Some(Typed::Json(_)) => Err(wrong_type(key, "integer")),
+                .ok_or_else(|| expects(key, "uint64")),
             Some(Typed::Text(text)) => size::parse(&text, unit)
                 .map(Some)
                 .ok_or_else(|| expects(key, "a size value")),
@@ -162,41 +172,75 @@ impl Props {
         self.size_in(key, 1)
     }
 
-    /// A whole number.
+    /// A whole number that is not negative.
     pub fn number(&mut self, key: &str) -> Result<Option<u64>, OptionError> {
         match self.take(key) {
             None => Ok(None),
-            Some(Typed::Json(Value::Number(number))) => number
+            Some(Typed::Json(value)) => value
                 .as_u64()
                 .map(Some)
                 .ok_or_else(|| wrong_type(key, "integer")),
-            Some(Typed::Json(_)) => Err(wrong_type(key, "integer")),
             Some(Typed::Text(text)) => number(&text)
                 .map(Some)
-                .ok_or_else(|| expects(key, "a number")),
+                .ok_or_else(|| expects(key, "a uint64 value")),
+        }
+    }
+
+    /// A whole number that is not above `most`; `kind` is what QEMU calls such numbers.
+    pub fn number_to(
+        &mut self,
+        key: &str,
+        most: u32,
+        kind: &str,
+    ) -> Result<Option<u32>, OptionError> {
+        match self.number(key)?.map(u32::try_from) {
+            None => Ok(None),
+            Some(Ok(value)) if value <= most => Ok(Some(value)),
+            Some(_) => Err(expects(key, kind)),
+        }
+    }
+
+    /// A whole number, as a device or the machine reads it; `shown` is how messages call it.
+    pub fn integer(&mut self, key: &str, shown: &str) -> Result<Option<i64>, OptionError> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(Typed::Json(value)) => value
+                .as_i64()
+                .map(Some)
+                .ok_or_else(|| wrong_type(shown, "integer")),
+            Some(Typed::Text(text)) => integer(&text)
+                .map(Some)
+                .ok_or_else(|| expects(shown, "integer")),
         }
     }
 
     /// Numbers: one, a range `0-3`, or a list of such in JSON.
     pub fn numbers(&mut self, key: &str) -> Result<Vec<u64>, OptionError> {
-        let wrong = || expects(key, "a number or a range of numbers");
-        match self.take(key) {
-            None => Ok(Vec::new()),
-            Some(Typed::Json(Value::Array(items))) => items
+        let wrong = || expects(key, "a uint64 value or range");
+        let mut all = Vec::new();
+        while let Some(one) = self.take(key) {
+            all.extend(Self::list(one, wrong)?);
+        }
+        Ok(all)
+    }
+
+    fn list(typed: Typed, wrong: impl Fn() -> OptionError) -> Result<Vec<u64>, OptionError> {
+        match typed {
+            Typed::Json(Value::Array(items)) => items
                 .iter()
-                .map(|item| item.as_u64().ok_or_else(wrong))
+                .map(|item| item.as_u64().ok_or_else(&wrong))
                 .collect(),
-            Some(Typed::Json(Value::Number(number))) => {
-                Ok(vec![number.as_u64().ok_or_else(wrong)?])
-            }
-            Some(Typed::Json(_)) => Err(wrong()),
-            Some(Typed::Text(text)) => {
+            Typed::Json(Value::Number(number)) => Ok(vec![number.as_u64().ok_or_else(&wrong)?]),
+            Typed::Json(_) => Err(wrong()),
+            Typed::Text(text) => {
                 let (first, last) = text.split_once('-').unwrap_or((&text, &text));
                 let (first, last) = (number(first), number(last));
                 match first.zip(last) {
-                    Some((first, last)) if first <= last && last < 1 << 16 => {
-                        Ok((first..=last).collect())
+                    // QEMU's message names no parameter here.
+                    Some((first, last)) if first <= last && last >= 1 << 16 => {
+                        Err(expects("null", "uint16_t"))
                     }
+                    Some((first, last)) if first <= last => Ok((first..=last).collect()),
                     _ => Err(wrong()),
                 }
             }
@@ -214,10 +258,47 @@ impl Props {
     /// Refuses what nobody asked for.
     pub fn finish(&self) -> Result<(), OptionError> {
         match self.pairs.first() {
-            Some((name, _)) => Err(invalid_parameter(name)),
+            Some((name, Typed::Text(_))) => Err(invalid_parameter(name)),
+            Some((name, Typed::Json(_))) => Err(OptionError::new(format!(
+                "Parameter '{name}' is unexpected"
+            ))),
             None => Ok(()),
         }
     }
+}
+
+/// A whole number with a sign or not, which wraps as C's do: `addr=-1` is the last address.
+fn integer(text: &str) -> Option<i64> {
+    match text.strip_prefix('-') {
+        Some(digits) => number(digits).and_then(|value| 0_i64.checked_sub_unsigned(value)),
+        None => number(text.strip_prefix('+').unwrap_or(text)).map(u64::cast_signed),
+    }
+}
+
+/// What a word without `=` means: on, or behind `no` off.
+fn short_form(word: &str) -> (&str, &'static str) {
+    match word.strip_prefix("no") {
+        Some(key) => (key, "off"),
+        None => (word, "on"),
+    }
+}
+
+/// QEMU's warnings of words without `=`. `implied` is whether the first may stand alone.
+pub fn short_forms(text: &str, implied: bool) -> Vec<String> {
+    let parts = split(text).into_iter().skip(usize::from(implied));
+    parts
+        .filter(|part| part.key.is_none() && !matches!(part.value.as_str(), "help" | "?"))
+        .map(|part| {
+            let (key, value) = short_form(&part.value);
+            let (named, value) = match (key, value) {
+                ("delay", "off") => ("nodelay", "on"),
+                ("delay", _) => ("nodelay", "off"),
+                other => other,
+            };
+            let typed = &part.value;
+            format!("warning: short-form boolean option '{typed}' deprecated\nPlease use {named}={value} instead")
+        })
+        .collect()
 }
 
 /// A decimal or, behind `0x`, hexadecimal number.
@@ -264,29 +345,37 @@ struct Part {
     value: String,
 }
 
-/// Cuts at single commas; a double one is part of a value.
+/// Cuts at single commas; a double one is part of a value, and the end of a key or of a word that
+/// is none of the first.
 fn split(text: &str) -> Vec<Part> {
     let mut parts = Vec::new();
-    let mut rest = text.chars().peekable();
-    while rest.peek().is_some() {
-        let mut part = Part {
-            key: None,
-            value: String::new(),
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(['=', ',']).unwrap_or(rest.len());
+        let (word, behind) = rest.split_at(end);
+        let key = behind.strip_prefix('=').map(|_| word.to_owned());
+        let (value, behind) = match behind.strip_prefix('=') {
+            Some(value) => cut(value),
+            None if parts.is_empty() => cut(rest),
+            None => (word.to_owned(), behind.strip_prefix(',').unwrap_or(behind)),
         };
-        while let Some(character) = rest.next() {
-            match character {
-                ',' if rest.peek() == Some(&',') => {
-                    rest.next();
-                    part.value.push(',');
-                }
-                ',' => break,
-                '=' if part.key.is_none() => part.key = Some(std::mem::take(&mut part.value)),
-                other => part.value.push(other),
-            }
-        }
-        parts.push(part);
+        parts.push(Part { key, value });
+        rest = behind;
     }
     parts
+}
+
+/// A value, and what follows its comma.
+fn cut(text: &str) -> (String, &str) {
+    let mut value = String::new();
+    let mut characters = text.char_indices().peekable();
+    while let Some((at, character)) = characters.next() {
+        if character == ',' && characters.next_if(|(_, next)| *next == ',').is_none() {
+            return (value, text.get(at + 1..).unwrap_or_default());
+        }
+        value.push(character);
+    }
+    (value, "")
 }
 
 #[cfg(test)]
@@ -295,7 +384,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn props(text: &str) -> Props {
-        Props::parse(text, Some("qom-type"), Form::KeyValue).unwrap()
+        Props::parse(text, Some("qom-type"), Form::SwitchesOrJson).unwrap()
     }
 
     fn message<T: std::fmt::Debug>(result: Result<T, OptionError>) -> String {
@@ -324,7 +413,7 @@ mod tests {
         assert_eq!(p.size("size").unwrap(), Some(4096));
         assert_eq!(p.switch("share").unwrap(), Some(true));
         assert_eq!(props("{'id': 'a'}").required("id").unwrap(), "a");
-        let twice = Props::parse(r#"{"a": 1, "a": 2}"#, None, Form::KeyValue);
+        let twice = Props::parse(r#"{"a": 1, "a": 2}"#, None, Form::SwitchesOrJson);
         assert_eq!(message(twice), "JSON parse error, duplicate key");
         let mut p = props(r#"{"id": 5, "share": "on", "cpus": [0, 2]}"#);
         assert_eq!(
@@ -361,6 +450,10 @@ mod tests {
             Props::parse("socket,id=q,server,nowait", Some("backend"), Form::Switches).unwrap();
         assert_eq!(p.switch("server").unwrap(), Some(true));
         assert_eq!(p.switch("wait").unwrap(), Some(false));
+        let warned = short_forms("socket,id=q,server,nowait", true);
+        assert!(warned[0].contains("'server' deprecated\nPlease use server=on instead"));
+        assert!(warned[1].contains("'nowait' deprecated\nPlease use wait=off instead"));
+        assert_eq!(short_forms("socket", true).len(), 0);
     }
 
     #[test]
@@ -376,7 +469,7 @@ mod tests {
     #[test]
     fn ranges_are_numbers() {
         assert_eq!(props("x,cpus=0-2").numbers("cpus").unwrap(), [0, 1, 2]);
-        for wrong in ["2-0", "a", "", "0-99999999", "1-"] {
+        for wrong in ["2-0", "a", "", "0-99999999", "1-", "-1"] {
             let mut p = props(&format!("x,cpus={wrong}"));
             p.numbers("cpus").unwrap_err();
         }
@@ -385,7 +478,8 @@ mod tests {
     proptest! {
         #[test]
         fn no_text_panics(text: String) {
-            for form in [Form::KeyValue, Form::Switches] {
+            let _ = short_forms(&text, true);
+            for form in [Form::KeyValue, Form::Switches, Form::SwitchesOrJson] {
                 if let Ok(mut props) = Props::parse(&text, Some("k"), form) {
                     let _ = (props.size("k"), props.finish());
                 }

@@ -5,8 +5,10 @@
 ///
 /// Suffixes are B, K, M, G, T, P, E in either case, powers of 1024. A fraction needs a suffix other
 /// than B, is decimal, and is rounded to the nearest byte, as QEMU does. `None` when it is no size
-/// or not below 2^64.
+/// or not below 2^64. Blanks and a plus in front are read over, as C's functions do.
 pub fn parse(text: &str, unit: u64) -> Option<u64> {
+    let text = text.trim_start_matches(|c: char| c.is_ascii_whitespace() || c == '\x0b');
+    let text = text.strip_prefix('+').unwrap_or(text);
     let (number, scale) = match text.char_indices().next_back() {
         Some((at, last)) if shift(last, text).is_some() => {
             (&text[..at], 1_u64 << shift(last, text)?)
@@ -24,14 +26,21 @@ pub fn parse(text: &str, unit: u64) -> Option<u64> {
         Some((whole, fraction)) => (whole, Some(fraction)),
         None => (number, None),
     };
-    if whole.is_empty() || !whole.bytes().all(|c| c.is_ascii_digit()) {
+    let is_number = whole.bytes().all(|c| c.is_ascii_digit());
+    if !is_number || whole.is_empty() && fraction.is_none_or(str::is_empty) {
         return None;
     }
-    let value = whole.parse::<u64>().ok()?.checked_mul(scale)?;
+    let value = match whole {
+        "" => 0,
+        whole => whole.parse::<u64>().ok()?.checked_mul(scale)?,
+    };
     let Some(fraction) = fraction else {
         return Some(value);
     };
-    if scale == 1 || !fraction.bytes().all(|c| c.is_ascii_digit()) {
+    if !fraction.bytes().all(|c| c.is_ascii_digit()) {
+        return None;
+    }
+    if scale == 1 && fraction.bytes().any(|digit| digit != b'0') {
         return None;
     }
     value.checked_add(part(fraction, scale))
@@ -83,6 +92,9 @@ mod tests {
         assert_eq!(read("1.5G"), Some(3 << 29));
         assert_eq!(read("0.5K"), Some(512));
         assert_eq!(read("0"), Some(0));
+        assert_eq!(read(" +64M"), Some(64 << 20));
+        assert_eq!(read(".5G"), Some(1 << 29));
+        assert_eq!(read("5."), Some(5));
         assert_eq!(parse("512", 1 << 20), Some(512 << 20));
         assert_eq!(parse("512K", 1 << 20), Some(512 << 10));
         assert_eq!(parse("7E", 1), Some(7 << 60));
@@ -91,17 +103,16 @@ mod tests {
             "-1",
             "64X",
             "M",
-            ".5G",
             "1.5",
             "1.5B",
             "16E",
             "64MB",
-            " 1",
             "0x",
             "0x1K",
             "1e3",
             "99999999999999999999",
-            "+1",
+            "+-1",
+            ".",
         ] {
             assert_eq!(read(wrong), None, "{wrong}");
         }

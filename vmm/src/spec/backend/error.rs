@@ -18,10 +18,14 @@ pub enum BackendError {
         id: String,
     },
     /// No bytes at all.
-    #[error("memory backend {id}: can't create backend with size 0: 0 bytes are no memory")]
+    #[error(
+        "memory backend {id}: property 'size' of {kind} doesn't take value '0': 0 bytes are no memory"
+    )]
     Empty {
         /// Its id.
         id: String,
+        /// Its kind in QEMU's words.
+        kind: &'static str,
     },
     /// A size that is no whole number of pages.
     #[error(
