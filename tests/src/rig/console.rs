@@ -60,6 +60,8 @@ pub enum Ended {
     Done,
     /// The time limit, in seconds, came first.
     TimedOut(u64),
+    /// Its console said nothing for so many seconds.
+    Silent(u64),
     /// L1 ended before its scenario did.
     Died(String),
 }
@@ -119,6 +121,9 @@ impl fmt::Display for Report {
         match &self.ended {
             Ended::Done => writeln!(f, "the scenario got to its end")?,
             Ended::TimedOut(seconds) => writeln!(f, "the limit of {seconds} s came first")?,
+            Ended::Silent(seconds) => {
+                writeln!(f, "the console said nothing for {seconds} s")?;
+            }
             Ended::Died(how) => writeln!(f, "L1 ended before its scenario did ({how})")?,
         }
         if !self.passed() {

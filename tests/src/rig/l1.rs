@@ -18,6 +18,9 @@ use super::packages::{self, Kernel, Series};
 
 /// Lines of the console that a failure's message shows.
 const TAIL_LINES: usize = 40;
+/// A console that says nothing for so long is one of an emulator that hangs (docs/pager.md): no wait of
+/// a scenario is longer than 300 s.
+const SILENCE: Duration = Duration::from_secs(360);
 /// How long L1 may take to power off after its scenario's end.
 const POWER_OFF_LIMIT: Duration = Duration::from_secs(20);
 /// Room for L1's own kernel and files beside what the scenario needs.
@@ -197,7 +200,8 @@ impl L1 {
         let mut emulator = Emulator(child);
         let lines = emulator.lines()?;
         let mut console = Console::new(log, self.echo)?;
-        let ended = console.follow(&lines, Instant::now() + self.limit);
+        let began = Instant::now();
+        let ended = console.follow(&lines, began + self.limit);
         let ended = match ended {
             Some(Ended::Done) => {
                 // Only to have the last words in the log; ended either way.
@@ -205,7 +209,8 @@ impl L1 {
                 Ended::Done
             }
             Some(other) => other,
-            None => Ended::TimedOut(self.limit.as_secs()),
+            None if began.elapsed() >= self.limit => Ended::TimedOut(self.limit.as_secs()),
+            None => Ended::Silent(SILENCE.as_secs()),
         };
         let status = emulator.end();
         let ended = match ended {
@@ -290,11 +295,11 @@ impl Console {
         })
     }
 
-    /// Follows until the scenario's end, the emulator's, or the deadline (nothing).
+    /// Follows until the scenario's end, the emulator's, or the deadline or a long silence (nothing).
     fn follow(&mut self, lines: &Receiver<String>, deadline: Instant) -> Option<Ended> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            match lines.recv_timeout(left) {
+            match lines.recv_timeout(left.min(SILENCE)) {
                 Err(RecvTimeoutError::Timeout) => return None,
                 Err(RecvTimeoutError::Disconnected) => return Some(Ended::Died(String::new())),
                 Ok(line) => match self.line(line) {
