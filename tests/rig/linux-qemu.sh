@@ -41,8 +41,8 @@ nodes() {
 
 # facts COM1: the nodes that a guest sees, and the RAM of the second in KiB, its module's included.
 facts() {
-    say "$1" "cat /sys/devices/system/node/online
-        awk '/^Node/{node=\$2+0} /present/ && node==1{pages+=\$2} END{print pages*4}' /proc/zoneinfo" | xargs
+    of_node1="awk '/^Node/{node=\$2+0} /present/ && node==1{pages+=\$2} END{print pages*4}'"
+    say "$1" "cat /sys/devices/system/node/online; $of_node1 /proc/zoneinfo" | xargs
 }
 
 # migrated NAME: true when its last save or load is complete.
