@@ -1,6 +1,7 @@
 # shellcheck shell=dash
 # Debian's kernel through QEMU's own command lines: a template by `stop` and `migrate`, two clones at
-# once, who the machine says it is, its power button. Functions of l1-lib.sh; `say SOCKET COMMAND`
+# once, who the machine says it is, its power button; then the same on two vNUMA nodes and a memory
+# module. Functions of l1-lib.sh; `say SOCKET COMMAND`
 # runs a command in a guest.
 
 folder=/tmp/qemu
@@ -14,7 +15,7 @@ start() {
     name=$1
     shift
     mkfifo "$name.in"
-    ./qemu-system-x86_64 -nodefaults -nographic -monitor stdio -m 192M \
+    ./qemu-system-x86_64 -nodefaults -nographic -monitor stdio \
         -serial "unix:$name.com1,server=on,wait=off" "$@" <>"$name.in" >"$name.out" 2>&1 &
 }
 
@@ -22,7 +23,28 @@ start() {
 tell() { echo "$2" >"$1.in"; }
 
 # memory HOW: RAM on the file `template`.
-memory() { echo "memory-backend-file,id=pc.ram,mem-path=template,size=192M,$1"; }
+memory() {
+    echo "-m 192M -object memory-backend-file,id=pc.ram,mem-path=template,size=192M,$1
+        -machine q35,memory-backend=pc.ram"
+}
+
+# nodes HOW: RAM of two nodes and a module on three files.
+nodes() {
+    echo "-machine q35 -m 288M,slots=2,maxmem=1G
+        -object memory-backend-file,id=m0,mem-path=node0,size=160M,$1
+        -object memory-backend-file,id=m1,mem-path=node1,size=128M,$1
+        -numa node,nodeid=0,cpus=0,memdev=m0 -numa node,nodeid=1,cpus=1,memdev=m1
+        -numa dist,src=0,dst=1,val=33
+        -object memory-backend-file,id=d0,mem-path=module,size=128M,$1
+        -device pc-dimm,id=dimm0,memdev=d0,node=1"
+}
+
+# facts COM1: the nodes that a guest sees, and the RAM of the second in KiB, its module's included.
+facts() {
+    online=$(say "$1" "cat /sys/devices/system/node/online")
+    ram=$(say "$1" "awk '/^Node/{node=\$2+0} /present/ && node==1{pages+=\$2} END{print pages*4}' /proc/zoneinfo")
+    echo "$online $ram"
+}
 
 # migrated NAME: true when its last save or load is complete.
 migrated() {
@@ -32,7 +54,8 @@ migrated() {
 }
 
 make_template() {
-    start t -object "$(memory share=on)" -machine q35,memory-backend=pc.ram -smp 2 -uuid "$uuid" \
+    # shellcheck disable=SC2046 # words
+    start t $(memory share=on) -smp 2 -uuid "$uuid" \
         -smbios type=1,serial=ASPEN -kernel /rig/vmlinuz -initrd /rig/initrd \
         -append "console=ttyS0 quiet panic=-1"
     template=$!
@@ -66,8 +89,8 @@ pressed() {
 run_clones() {
     before=$(stat -c '%i %s %b %Y' template)
     for clone in c1 c2; do
-        start $clone -object "$(memory share=off,readonly=on,rom=off)" -smp 2 \
-            -machine q35,memory-backend=pc.ram -incoming defer
+        # shellcheck disable=SC2046 # words
+        start $clone $(memory share=off,readonly=on,rom=off) -smp 2 -incoming defer
         tell $clone "migrate_set_capability x-ignore-shared on"
         tell $clone "migrate_incoming file:state"
         check $clone-loaded within 60 migrated $clone || cat $clone.out
@@ -84,4 +107,43 @@ run_clones() {
     same file-unchanged "$before" "$(stat -c '%i %s %b %Y' template)"
 }
 
+make_nodes_template() {
+    # shellcheck disable=SC2046 # words
+    start n $(nodes share=on) -smp 2 -kernel /rig/vmlinuz -initrd /rig/initrd \
+        -append "console=ttyS0 quiet panic=-1"
+    template=$!
+    check nodes-template-answers within 300 say n.com1 true || {
+        cat n.out
+        return 1
+    }
+    same nodes-seen "0-1 262144" "$(facts n.com1)"
+    say n.com1 "dd if=/dev/urandom of=/tmp/blob bs=1M count=40"
+    blob=$(say n.com1 "md5sum </tmp/blob")
+    tell n stop
+    tell n "migrate_set_capability x-ignore-shared on"
+    tell n "migrate file:nodes-state"
+    check nodes-saved within 60 migrated n || cat n.out
+    tell n quit
+    wait "$template"
+    same nodes-template-ends 0 $?
+    chmod a-w node0 node1 module
+}
+
+run_nodes_clones() {
+    before=$(stat -c '%i %s %b %Y' node0 node1 module)
+    for clone in n1 n2; do
+        # shellcheck disable=SC2046 # words
+        start $clone $(nodes share=off,readonly=on,rom=off) -smp 2 -incoming file:nodes-state
+        check $clone-loaded within 60 migrated $clone || cat $clone.out
+        tell $clone cont
+        same $clone-nodes "0-1 262144" "$(facts $clone.com1)"
+        same $clone-blob "$blob" "$(say $clone.com1 "md5sum </tmp/blob")"
+    done
+    tell n1 quit
+    tell n2 quit
+    wait
+    same nodes-files-unchanged "$before" "$(stat -c '%i %s %b %Y' node0 node1 module)"
+}
+
 make_template && run_clones
+make_nodes_template && run_nodes_clones
