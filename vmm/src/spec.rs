@@ -6,6 +6,7 @@
 //! place that says no.
 
 pub mod backend;
+mod device;
 mod dimm;
 mod error;
 mod numa;
@@ -18,6 +19,8 @@ use crate::memory::layout::{Placed, RamLayout};
 
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
+pub use device::{DeviceFault, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
+pub use device::{LAST_SLOT, MAX_SERIAL_BYTES};
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};
 pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
@@ -76,6 +79,7 @@ pub struct MachineSpec {
     dimms: Vec<Dimm>,
     slots: u32,
     max_bytes: u64,
+    devices: Vec<DeviceSpec>,
 }
 
 impl MachineSpec {
@@ -102,6 +106,7 @@ impl MachineSpec {
             nodes,
             distances,
             dimms,
+            devices,
         } = parts;
         let mut pool = Pool::new(backends)?;
         let mut ram = match ram_backend {
@@ -126,7 +131,7 @@ impl MachineSpec {
             modules.push(pool.take_for(dimm)?);
         }
         pool.refuse_rest()?;
-        Self::with_dimms(cpus, ram, memory, &dimms, modules)
+        Self::with_dimms(cpus, ram, memory, &dimms, modules)?.with_devices(devices)
     }
 
     fn with_dimms(
@@ -188,7 +193,15 @@ impl MachineSpec {
             dimms,
             slots: memory.slots,
             max_bytes,
+            devices: Vec::new(),
         })
+    }
+
+    /// The same machine with these devices.
+    pub fn with_devices(self, parts: Vec<DeviceParts>) -> Result<Self, SpecError> {
+        let devices =
+            device::place(parts).map_err(|(id, reason)| SpecError::Device { id, reason })?;
+        Ok(Self { devices, ..self })
     }
 
     /// How many vCPUs.
@@ -220,6 +233,12 @@ impl MachineSpec {
     /// Slots for memory modules.
     pub fn slots(&self) -> u32 {
         self.slots
+    }
+
+    /// Devices on the PCI bus, in the order in which they were given. There is a bus where there is a
+    /// device.
+    pub fn devices(&self) -> &[DeviceSpec] {
+        &self.devices
     }
 
     /// RAM without modules, in bytes.
@@ -296,6 +315,7 @@ impl MachineSpec {
                     guest_address: Some(dimm.guest_address),
                 })
                 .collect(),
+            devices: self.devices.iter().map(DeviceSpec::to_parts).collect(),
         }
     }
 }

@@ -10,9 +10,11 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 mod bytes;
+mod device;
 mod print;
 
 pub use bytes::Bytes;
+pub use device::DeviceTable;
 
 /// More than any machine needs; a bound on what is read into memory.
 const MAX_FILE_BYTES: u64 = 1 << 20;
@@ -87,6 +89,9 @@ pub struct MachineFile {
     /// Memory modules that are plugged before the machine starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dimm: Vec<DimmTable>,
+    /// Devices on the PCI bus.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device: Vec<DeviceTable>,
 }
 
 /// Sizes of memory in all.

@@ -14,8 +14,8 @@ use crate::memory::open::{OpenError, fault_of_rom};
 use crate::observe::memory::total_bytes;
 use crate::payload;
 use crate::spec::{
-    BackendKind, BackendOptions, BackendSpec, CpuCount, DimmParts, DistanceParts, MachineParts,
-    MachineSpec, MemoryParts, NodeParts, OnOffAuto, SpecError,
+    BackendKind, BackendOptions, BackendSpec, CpuCount, DeviceParts, DimmParts, DistanceParts,
+    MachineParts, MachineSpec, MemoryParts, NodeParts, OnOffAuto, SpecError,
 };
 
 /// The kernel name that means the built-in guest.
@@ -185,6 +185,7 @@ fn parts(file: &MachineFile) -> Result<MachineParts, SpecError> {
                 guest_address: dimm.address,
             })
             .collect(),
+        devices: file.device.iter().map(DeviceParts::from).collect(),
     })
 }
 

@@ -5,7 +5,7 @@
 //!
 //! [`MachineSpec::from_parts`]: super::MachineSpec::from_parts
 
-use super::{BackendSpec, CpuCount};
+use super::{BackendSpec, CpuCount, DeviceParts};
 
 /// All that a machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct MachineParts {
     pub distances: Vec<DistanceParts>,
     /// Memory modules (`-device pc-dimm`), in the order in which they take slots.
     pub dimms: Vec<DimmParts>,
+    /// Devices on the PCI bus.
+    pub devices: Vec<DeviceParts>,
 }
 
 impl MachineParts {
@@ -37,6 +39,7 @@ impl MachineParts {
             nodes: Vec::new(),
             distances: Vec::new(),
             dimms: Vec::new(),
+            devices: Vec::new(),
         }
     }
 }

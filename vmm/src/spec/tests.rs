@@ -38,6 +38,7 @@ fn two_nodes() -> MachineParts {
             node: 1,
             ..DimmParts::default()
         }],
+        devices: vec![],
     }
 }
 
@@ -230,6 +231,7 @@ fn three_nodes_need_every_distance_or_none() {
                 .map(|&(from, to, distance)| DistanceParts { from, to, distance })
                 .collect(),
             dimms: vec![],
+            devices: vec![],
         })
     };
     with(&[]).unwrap();

@@ -135,6 +135,7 @@ impl MachineEntry {
                     guest_address: Some(dimm.guest_address),
                 })
                 .collect(),
+            devices: Vec::new(),
         }
     }
 }

@@ -74,6 +74,7 @@ pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, Config
         nodes: vec![],
         distances: vec![],
         dimms: vec![],
+        devices: vec![],
     };
     for pair in args.chunks(2) {
         let value = pair[1].replace("$D", dir.to_str().unwrap());

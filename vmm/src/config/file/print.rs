@@ -2,8 +2,8 @@
 //! A machine that was checked, as the file that would make it again.
 
 use super::{
-    BackendTable, Bytes, DimmTable, DistanceTable, KindWord, MachineFile, MemoryTable, NodeTable,
-    RomWord,
+    BackendTable, Bytes, DeviceTable, DimmTable, DistanceTable, KindWord, MachineFile, MemoryTable,
+    NodeTable, RomWord,
 };
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::EMBEDDED_KERNEL;
@@ -58,6 +58,7 @@ impl MachineFile {
                     address: dimm.guest_address,
                 })
                 .collect(),
+            device: spec.devices().iter().map(DeviceTable::from).collect(),
         }
     }
 }

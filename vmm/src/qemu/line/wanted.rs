@@ -263,6 +263,7 @@ impl Wanted {
             nodes: memory.nodes.clone(),
             distances: memory.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
+            devices: Vec::new(),
         };
         if let Some(id) = &parts.ram_backend
             && !parts.backends.iter().any(|backend| backend.id() == id)

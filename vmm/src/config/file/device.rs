@@ -1,0 +1,103 @@
+#![forbid(unsafe_code)]
+//! Devices of a machine file.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::is_default;
+use crate::spec::{DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
+
+/// One device on the PCI bus. There is a bus where there is a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", deny_unknown_fields)]
+pub enum DeviceTable {
+    /// Entropy from the host.
+    #[serde(rename = "virtio-rng")]
+    Rng {
+        /// What it is called; `rng0`, `rng1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+    },
+    /// A disk.
+    #[serde(rename = "virtio-blk")]
+    Block {
+        /// What it is called; `disk0`, `disk1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The raw image: a multiple of 512 bytes.
+        path: PathBuf,
+        /// Whether nobody can write it.
+        #[serde(default, skip_serializing_if = "is_default")]
+        readonly: bool,
+        /// Whether what the guest writes ends with the machine and the image stays as it is.
+        #[serde(default, skip_serializing_if = "is_default")]
+        snapshot: bool,
+        /// The serial number that the guest is told: at most 20 characters.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        serial: Option<String>,
+    },
+}
+
+impl From<&DeviceTable> for DeviceParts {
+    fn from(table: &DeviceTable) -> Self {
+        match table.clone() {
+            DeviceTable::Rng { id, slot } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Rng,
+            },
+            DeviceTable::Block {
+                id,
+                slot,
+                path,
+                readonly,
+                snapshot,
+                serial,
+            } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Block(DiskParts {
+                    path,
+                    access: match (readonly, snapshot) {
+                        // Nobody writes it: there is nothing to keep apart.
+                        (true, _) => DiskAccess::Read,
+                        (false, true) => DiskAccess::Snapshot,
+                        (false, false) => DiskAccess::Write,
+                    },
+                    serial,
+                }),
+            },
+        }
+    }
+}
+
+impl From<&DeviceSpec> for DeviceTable {
+    fn from(device: &DeviceSpec) -> Self {
+        let (id, slot) = (Some(device.id().to_owned()), Some(device.slot()));
+        match device.kind().clone() {
+            DeviceKind::Rng => Self::Rng { id, slot },
+            DeviceKind::Block(DiskParts {
+                path,
+                access,
+                serial,
+            }) => Self::Block {
+                id,
+                slot,
+                path,
+                readonly: access == DiskAccess::Read,
+                snapshot: access == DiskAccess::Snapshot,
+                serial,
+            },
+        }
+    }
+}

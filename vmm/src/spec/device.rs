@@ -1,0 +1,313 @@
+#![forbid(unsafe_code)]
+//! Devices that a machine is given: each has a name, a place on the PCI bus, and what it is.
+
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::backend::is_id;
+
+/// The last device number of a PCI bus; 0 is the host bridge.
+pub const LAST_SLOT: u8 = 31;
+/// Most bytes of the serial number of a disk (`VIRTIO_BLK_ID_BYTES`).
+pub const MAX_SERIAL_BYTES: usize = 20;
+
+/// A device that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceParts {
+    /// What it is called; without it, its kind and a number.
+    pub id: Option<String>,
+    /// Its device number on the PCI bus; without it, the first free one.
+    pub slot: Option<u8>,
+    /// What it is.
+    pub kind: DeviceKind,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Entropy from the host.
+    Rng,
+    /// A disk.
+    Block(DiskParts),
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DiskParts {
+    /// The raw image.
+    pub path: PathBuf,
+    /// What happens to what the guest writes.
+    pub access: DiskAccess,
+    /// The serial number that the guest is told.
+    pub serial: Option<String>,
+}
+
+/// What happens to what a guest writes to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskAccess {
+    /// It goes to the image.
+    #[default]
+    Write,
+    /// It cannot: the disk is read-only.
+    Read,
+    /// It goes to a file of the machine's own and ends with it; the image stays as it is.
+    Snapshot,
+}
+
+/// A device of a machine: proven when it exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSpec {
+    id: String,
+    slot: u8,
+    kind: DeviceKind,
+}
+
+/// Why a device cannot be.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum DeviceFault {
+    /// A name that is none.
+    #[error("an id is 1 to 64 letters, digits, '-', '_' and '.', and does not begin with '.'")]
+    BadId,
+    /// Two devices of one id.
+    #[error("the id is given twice: ids of devices must differ")]
+    DuplicateId,
+    /// No such place.
+    #[error("there is no PCI slot {slot}: slots are 1 to {LAST_SLOT}")]
+    NoSlot {
+        /// The place asked for.
+        slot: u8,
+    },
+    /// Another device is there.
+    #[error("PCI slot {slot} is taken by device {other:?}")]
+    SlotTaken {
+        /// The place asked for.
+        slot: u8,
+        /// Who has it.
+        other: String,
+    },
+    /// All places are taken.
+    #[error("all {LAST_SLOT} PCI slots are taken")]
+    NoFreeSlot,
+    /// A serial number that the guest cannot be told.
+    #[error("serial {serial:?} is not 1 to {MAX_SERIAL_BYTES} printable ASCII characters")]
+    BadSerial {
+        /// The number.
+        serial: String,
+    },
+    /// A disk without an image.
+    #[error("a disk needs the path of its image")]
+    NoPath,
+}
+
+impl DeviceKind {
+    /// The kind as a word.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Rng => "virtio-rng",
+            Self::Block(_) => "virtio-blk",
+        }
+    }
+
+    fn prefix(&self) -> &'static str {
+        match self {
+            Self::Rng => "rng",
+            Self::Block(_) => "disk",
+        }
+    }
+
+    fn check(&self) -> Result<(), DeviceFault> {
+        let Self::Block(disk) = self else {
+            return Ok(());
+        };
+        if disk.path.as_os_str().is_empty() {
+            return Err(DeviceFault::NoPath);
+        }
+        let is_serial = |text: &String| {
+            (1..=MAX_SERIAL_BYTES).contains(&text.len())
+                && text
+                    .bytes()
+                    .all(|byte| byte == b' ' || byte.is_ascii_graphic())
+        };
+        match &disk.serial {
+            Some(serial) if !is_serial(serial) => Err(DeviceFault::BadSerial {
+                serial: serial.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl DeviceSpec {
+    /// What it is called.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its device number on the PCI bus.
+    pub fn slot(&self) -> u8 {
+        self.slot
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> &DeviceKind {
+        &self.kind
+    }
+
+    /// The disk, if it is one.
+    pub fn disk(&self) -> Option<&DiskParts> {
+        match &self.kind {
+            DeviceKind::Block(disk) => Some(disk),
+            DeviceKind::Rng => None,
+        }
+    }
+
+    /// The image of a disk.
+    pub fn disk_path(&self) -> Option<&Path> {
+        self.disk().map(|disk| disk.path.as_path())
+    }
+
+    /// The parts that it was, or could have been, made of.
+    pub fn to_parts(&self) -> DeviceParts {
+        DeviceParts {
+            id: Some(self.id.clone()),
+            slot: Some(self.slot),
+            kind: self.kind.clone(),
+        }
+    }
+}
+
+/// Gives every device its name and its place. What was asked for comes first, so that no default
+/// takes it. The device that cannot be is named by its id, or by its kind.
+pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String, DeviceFault)> {
+    let name_of = |part: &DeviceParts| {
+        let id = part.id.clone();
+        id.unwrap_or_else(|| part.kind.word().to_owned())
+    };
+    let mut taken: Vec<(u8, String)> = Vec::new();
+    let mut ids: Vec<String> = Vec::new();
+    for part in &parts {
+        let name = name_of(part);
+        let fault = |fault| (name.clone(), fault);
+        part.kind.check().map_err(fault)?;
+        if let Some(id) = &part.id {
+            if !is_id(id) {
+                return Err(fault(DeviceFault::BadId));
+            }
+            if ids.contains(id) {
+                return Err(fault(DeviceFault::DuplicateId));
+            }
+            ids.push(id.clone());
+        }
+        if let Some(slot) = part.slot {
+            if !(1..=LAST_SLOT).contains(&slot) {
+                return Err(fault(DeviceFault::NoSlot { slot }));
+            }
+            if let Some((_, other)) = taken.iter().find(|(other, _)| *other == slot) {
+                let other = other.clone();
+                return Err(fault(DeviceFault::SlotTaken { slot, other }));
+            }
+            taken.push((slot, name.clone()));
+        }
+    }
+    let mut devices = Vec::new();
+    for part in parts {
+        let free = |slot: &u8| taken.iter().all(|(other, _)| other != slot);
+        let slot = part.slot.or_else(|| (1..=LAST_SLOT).find(free));
+        let slot = slot.ok_or_else(|| (name_of(&part), DeviceFault::NoFreeSlot))?;
+        let id = part.id.unwrap_or_else(|| {
+            let names = (0..).map(|number: u32| format!("{}{number}", part.kind.prefix()));
+            let mut free = names.filter(|name| !ids.contains(name));
+            free.next().unwrap_or_default()
+        });
+        taken.push((slot, id.clone()));
+        ids.push(id.clone());
+        devices.push(DeviceSpec {
+            id,
+            slot,
+            kind: part.kind,
+        });
+    }
+    Ok(devices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn part(id: Option<&str>, slot: Option<u8>) -> DeviceParts {
+        DeviceParts {
+            id: id.map(str::to_owned),
+            slot,
+            kind: DeviceKind::Rng,
+        }
+    }
+
+    fn disk(path: &str, serial: Option<&str>) -> DeviceParts {
+        DeviceParts {
+            id: None,
+            slot: None,
+            kind: DeviceKind::Block(DiskParts {
+                path: path.into(),
+                access: DiskAccess::Write,
+                serial: serial.map(str::to_owned),
+            }),
+        }
+    }
+
+    #[test]
+    fn defaults_leave_alone_what_was_asked_for() {
+        let devices = place(vec![
+            part(None, None),
+            part(Some("rng0"), Some(1)),
+            disk("d", None),
+        ])
+        .unwrap();
+        let seen: Vec<_> = devices.iter().map(|d| (d.id(), d.slot())).collect();
+        assert_eq!(seen, [("rng1", 2), ("rng0", 1), ("disk0", 3)]);
+        let again = place(devices.iter().map(DeviceSpec::to_parts).collect()).unwrap();
+        assert_eq!(again, devices);
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        let fault = |parts| place(parts).unwrap_err();
+        assert_eq!(fault(vec![part(Some(".1"), None)]).1, DeviceFault::BadId);
+        let twice = vec![part(Some("a"), None), part(Some("a"), None)];
+        assert_eq!(fault(twice), ("a".to_owned(), DeviceFault::DuplicateId));
+        for slot in [0, 32, 255] {
+            let (name, fault) = fault(vec![part(None, Some(slot))]);
+            assert_eq!(
+                (name.as_str(), fault),
+                ("virtio-rng", DeviceFault::NoSlot { slot })
+            );
+        }
+        let (_, taken) = fault(vec![part(Some("a"), Some(3)), part(Some("b"), Some(3))]);
+        assert_eq!(taken.to_string(), "PCI slot 3 is taken by device \"a\"");
+        assert_eq!(fault(vec![part(None, None); 32]).1, DeviceFault::NoFreeSlot);
+        assert_eq!(fault(vec![disk("", None)]).1, DeviceFault::NoPath);
+        for serial in ["", "x\ny", "123456789012345678901"] {
+            let (_, fault) = fault(vec![disk("d", Some(serial))]);
+            assert!(matches!(fault, DeviceFault::BadSerial { .. }), "{serial:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn places_and_names_never_meet(
+            asked in proptest::collection::vec(proptest::option::of(1_u8..=31), 0..31),
+        ) {
+            if let Ok(devices) = place(asked.iter().map(|&slot| part(None, slot)).collect()) {
+                let mut slots: Vec<_> = devices.iter().map(DeviceSpec::slot).collect();
+                slots.sort_unstable();
+                slots.dedup();
+                prop_assert_eq!(slots.len(), asked.len());
+                let mut ids: Vec<_> = devices.iter().map(DeviceSpec::id).collect();
+                ids.sort_unstable();
+                ids.dedup();
+                prop_assert_eq!(ids.len(), asked.len());
+            }
+        }
+    }
+}
