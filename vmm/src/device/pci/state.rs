@@ -1,0 +1,36 @@
+#![forbid(unsafe_code)]
+//! What the bus and its functions save. Plain integers; not the run-time types.
+
+use serde::{Deserialize, Serialize};
+
+/// Kind of a [`PciState`] record.
+pub const PCI_KIND: &str = "pci";
+/// Version of [`PciState`].
+pub const PCI_VERSION: u32 = 1;
+
+/// The host bridge, version 1.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciState {
+    /// The address register of configuration by ports.
+    pub config_address: u32,
+}
+
+/// Registers and interrupts of a function, version 1.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionState {
+    /// Its device number.
+    pub slot: u8,
+    /// Configuration registers.
+    pub config: Vec<u8>,
+    /// Interrupts.
+    pub msix: MsixState,
+}
+
+/// Interrupts of a function, version 1.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MsixState {
+    /// Address low and high, data and control of each message.
+    pub entries: Vec<[u32; 4]>,
+    /// Which messages wait.
+    pub pending: Vec<bool>,
+}

@@ -1,0 +1,6 @@
+//! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
+
+mod driver;
+mod hostile;
+mod requests;
+mod saved;
