@@ -19,8 +19,13 @@ use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
 use crate::kvm::KvmError;
 use crate::kvm::timer::Timer;
 use crate::kvm::vm::Vm;
+use crate::memory::guest::GuestRam;
+use crate::spec::MachineSpec;
 
+use super::connections::Connections;
 use super::error::MachineError;
+use super::pci::PciDevices;
+use super::records::{decode, encode};
 use super::state::DeviceRecord;
 use super::timer::{TimerPorts, TimerSlot};
 
@@ -35,6 +40,8 @@ pub(super) struct Devices {
     power_button: IrqLine,
     console: Console,
     timer: TimerSlot,
+    /// Where the machine has a PCI bus.
+    pci: Option<PciDevices>,
 }
 
 impl fmt::Debug for Devices {
@@ -48,8 +55,10 @@ impl fmt::Debug for Devices {
 
 impl Devices {
     /// Devices as after power-on; opens where COM1 goes.
-    pub(super) fn new(target: SerialTarget) -> Result<Self, MachineError> {
-        Self::build(target, |irq, console| {
+    pub(super) fn new(spec: &MachineSpec, to: Connections) -> Result<Self, MachineError> {
+        let Connections { serial, disks } = to;
+        let pci = PciDevices::new(spec, disks)?;
+        Self::build(serial, pci, |irq, console| {
             Ok(Serial::new(irq, console.output()))
         })
     }
@@ -57,16 +66,25 @@ impl Devices {
     /// Devices that go on where `records` were saved. Interrupts that they hold reach the guest
     /// when the devices are connected.
     pub(super) fn from_records(
-        target: SerialTarget,
+        spec: &MachineSpec,
+        to: Connections,
         records: &[DeviceRecord],
     ) -> Result<Self, MachineError> {
-        if let Some(unknown) = records.iter().find(|record| record.kind != SERIAL_KIND) {
+        let Connections { serial, disks } = to;
+        let mut pci = PciDevices::new(spec, disks)?;
+        let is_known = |record: &&DeviceRecord| {
+            record.kind == SERIAL_KIND || pci.as_ref().is_some_and(|pci| pci.has(record))
+        };
+        if let Some(unknown) = records.iter().find(|record| !is_known(record)) {
             return Err(MachineError::UnknownDevice {
                 kind: unknown.kind.clone(),
             });
         }
         let state: SerialState = decode(records, SERIAL_KIND, SERIAL_VERSION)?;
-        Self::build(target, |irq, console| {
+        if let Some(pci) = &mut pci {
+            pci.restore(records)?;
+        }
+        Self::build(serial, pci, |irq, console| {
             Serial::restore(irq, console.output(), &state)
                 .map_err(|source| device_error(SERIAL_KIND, source))
         })
@@ -74,21 +92,28 @@ impl Devices {
 
     fn build(
         target: SerialTarget,
+        pci: Option<PciDevices>,
         make_serial: impl FnOnce(IrqLine, &Console) -> Result<Serial, MachineError>,
     ) -> Result<Self, MachineError> {
         let console = Console::open(target).map_err(|e| device_error(SERIAL_KIND, e))?;
         let com1_irq = IrqLine::new().map_err(|e| device_error(SERIAL_KIND, e))?;
         let com1 = Arc::new(Mutex::new(make_serial(com1_irq.clone(), &console)?));
         let timer = TimerSlot::default();
-        let pio = ports(&com1, &timer).map_err(|e| device_error("ports", e))?;
+        let mut pio = ports(&com1, &timer).map_err(|e| device_error("ports", e))?;
+        let mut mmio = MmioBus::new();
+        if let Some(pci) = &pci {
+            pci.insert(&mut pio, &mut mmio)
+                .map_err(|e| device_error("pci", e))?;
+        }
         Ok(Self {
             pio: Arc::new(pio),
-            mmio: Arc::new(MmioBus::new()),
+            mmio: Arc::new(mmio),
             com1,
             com1_irq,
             power_button: IrqLine::new().map_err(|e| device_error("power button", e))?,
             console,
             timer,
+            pci,
         })
     }
 
@@ -98,8 +123,11 @@ impl Devices {
         let _ = self.timer.set(Arc::clone(timer));
     }
 
-    /// Connects the devices to the VM's interrupt lines.
-    pub(super) fn connect_irqs(&self, vm: &Vm) -> Result<(), KvmError> {
+    /// Connects the devices to the VM's interrupts and its memory.
+    pub(super) fn connect(&self, vm: &Vm, ram: &Arc<GuestRam>) -> Result<(), KvmError> {
+        if let Some(pci) = &self.pci {
+            pci.connect(vm, ram);
+        }
         vm.connect_irq(self.com1_irq.event(), COM1_GSI)?;
         vm.connect_irq(self.power_button.event(), POWER_BUTTON_GSI)
     }
@@ -138,13 +166,28 @@ impl Devices {
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 
-    /// State of all devices. No vCPU may run.
+    /// Does all that the guest has asked for; from then on guest memory is left alone. No vCPU may run.
+    pub(super) fn pause(&self) {
+        if let Some(pci) = &self.pci {
+            pci.pause();
+        }
+    }
+
+    /// Ends [`Self::pause`].
+    pub(super) fn resume(&self) {
+        if let Some(pci) = &self.pci {
+            pci.resume();
+        }
+    }
+
+    /// State of all devices, which are paused.
     pub(super) fn save(&self) -> Result<Vec<DeviceRecord>, MachineError> {
-        Ok(vec![encode(
-            SERIAL_KIND,
-            SERIAL_VERSION,
-            &lock(&self.com1).save(),
-        )?])
+        let serial = lock(&self.com1).save();
+        let mut records = vec![encode(SERIAL_KIND, SERIAL_VERSION, &serial)?];
+        if let Some(pci) = &self.pci {
+            records.extend(pci.save()?);
+        }
+        Ok(records)
     }
 
     /// What is at ports.
@@ -195,57 +238,10 @@ fn device_error(
     }
 }
 
-fn encode(
-    kind: &str,
-    version: u32,
-    state: &impl serde::Serialize,
-) -> Result<DeviceRecord, MachineError> {
-    let body = postcard::to_stdvec(state).map_err(|e| MachineError::DeviceState {
-        kind: kind.to_owned(),
-        reason: e.to_string(),
-    })?;
-    Ok(DeviceRecord {
-        kind: kind.to_owned(),
-        version,
-        body,
-    })
-}
-
-fn decode<T: serde::de::DeserializeOwned>(
-    records: &[DeviceRecord],
-    kind: &'static str,
-    ours: u32,
-) -> Result<T, MachineError> {
-    let mut matching = records.iter().filter(|record| record.kind == kind);
-    let record = matching
-        .next()
-        .ok_or(MachineError::MissingDevice { kind })?;
-    let damaged = |reason: String| MachineError::DeviceState {
-        kind: kind.to_owned(),
-        reason,
-    };
-    if matching.next().is_some() {
-        return Err(damaged("it is there twice".to_owned()));
-    }
-    if record.version != ours {
-        return Err(MachineError::DeviceVersion {
-            kind: kind.to_owned(),
-            saved: record.version,
-            ours,
-        });
-    }
-    let (state, rest) =
-        postcard::take_from_bytes(&record.body).map_err(|e| damaged(e.to_string()))?;
-    if rest.is_empty() {
-        Ok(state)
-    } else {
-        Err(damaged(format!("{} bytes too many", rest.len())))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::{BackendSpec, CpuCount};
 
     fn record(kind: &str, version: u32, body: Vec<u8>) -> DeviceRecord {
         DeviceRecord {
@@ -256,7 +252,9 @@ mod tests {
     }
 
     fn refused(records: &[DeviceRecord]) -> String {
-        Devices::from_records(SerialTarget::Null, records)
+        let ram = BackendSpec::new("ram0", 64 << 20).unwrap();
+        let spec = MachineSpec::new(CpuCount::ONE, vec![ram]).unwrap();
+        Devices::from_records(&spec, SerialTarget::Null.into(), records)
             .unwrap_err()
             .to_string()
     }

@@ -124,7 +124,7 @@ impl Driver {
                 Err(Outcome::Stopped)
             }
             Message::Vcpu { number, report } => match report {
-                Report::Parked => Ok(parked(doing, number)),
+                Report::Parked => Ok(self.parked(doing, number)),
                 Report::Ended(stop) => match stop {
                     Stop::Reset => Err(Outcome::Reset),
                     Stop::PowerOff => Err(Outcome::PowerOff),
@@ -146,6 +146,7 @@ impl Driver {
     fn resume(&self, doing: Doing, reply: &Sender<Result<(), Refusal>>) -> Doing {
         let (next, answer) = match decide(doing.phase(), Request::Resume) {
             Verdict::Start => {
+                self.devices.resume();
                 for vcpu in &self.vcpus {
                     vcpu.run();
                 }
@@ -186,7 +187,23 @@ impl Driver {
         }
     }
 
-    /// Reads all state. All vCPUs are parked.
+    fn parked(&self, mut doing: Doing, number: u8) -> Doing {
+        let Doing::Pausing { running, waiters } = &mut doing else {
+            return doing;
+        };
+        running.retain(|&cpu| cpu != number);
+        if !running.is_empty() {
+            return doing;
+        }
+        // Whoever waits may take RAM at once.
+        self.devices.pause();
+        for waiter in waiters.drain(..) {
+            let _ = waiter.send(Ok(()));
+        }
+        Doing::Paused
+    }
+
+    /// Reads all state. All vCPUs are parked, and devices are paused unless they never had anything to do.
     fn save(&self) -> Result<MachineState, MachineError> {
         // Devices before the chips: what a device raises from now on belongs to the time after.
         let devices = self.devices.save()?;
@@ -218,20 +235,6 @@ impl Driver {
             vcpu.join();
         }
     }
-}
-
-fn parked(mut doing: Doing, number: u8) -> Doing {
-    let Doing::Pausing { running, waiters } = &mut doing else {
-        return doing;
-    };
-    running.retain(|&cpu| cpu != number);
-    if !running.is_empty() {
-        return doing;
-    }
-    for waiter in waiters.drain(..) {
-        let _ = waiter.send(Ok(()));
-    }
-    Doing::Paused
 }
 
 fn save_vm(vm: &Vm) -> Result<VmState, KvmError> {

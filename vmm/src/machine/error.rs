@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::arch::x86_64::boot::BootError;
 use crate::arch::x86_64::cpuid::MissingFeature;
+use crate::device::virtio::block::backend::DiskError;
 use crate::kvm::KvmError;
 
 use super::lifecycle::Outcome;
@@ -90,7 +91,22 @@ pub enum MachineError {
     #[error("the saved state lacks the device {kind:?}: it is damaged or of another version")]
     MissingDevice {
         /// Name of the device.
-        kind: &'static str,
+        kind: String,
+    },
+    /// The image of a disk.
+    #[error("cannot make the disk {id:?}")]
+    Disk {
+        /// Name of the disk.
+        id: String,
+        /// Why not.
+        #[source]
+        source: DiskError,
+    },
+    /// A disk of the machine for which nobody brought an image.
+    #[error("there is no image for the disk {id:?}")]
+    NoDisk {
+        /// Name of the disk.
+        id: String,
     },
     /// Saved device state of another version.
     #[error("saved state of device {kind:?} has version {saved}, this build reads {ours}")]

@@ -5,10 +5,13 @@
 //! It takes RAM and a description and knows neither templates nor clones.
 
 mod build;
+mod connections;
 mod devices;
 mod driver;
 mod error;
 mod lifecycle;
+mod pci;
+mod records;
 mod request;
 mod stages;
 pub mod state;
@@ -16,6 +19,7 @@ mod timer;
 
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
+pub use connections::{Connections, scratch_folder};
 pub use error::MachineError;
 pub use lifecycle::{Machine, MachineHandle, Outcome, Paused, Running};
 pub use request::{Phase, Refusal, Request, Verdict, decide};

@@ -6,7 +6,7 @@
 //! routes everything through the I/O APIC and takes its timer from the local APICs. What it must
 //! be told: each CPU and its local APIC, the I/O APIC, COM1 with its interrupt, and three one-byte
 //! registers for power-off and reset. There is no RTC, no VGA, no PS/2 controller to probe (its
-//! reset command works all the same), and no PCI.
+//! reset command works all the same). There is a PCI bus where the machine has a device on it.
 //!
 //! Such a guest never programs the legacy interrupt controller (8259), so it must start with every
 //! line masked, as firmware leaves it: KVM's begins unmasked and would deliver COM1's interrupt a
@@ -19,6 +19,7 @@
 
 mod module;
 mod numa;
+mod pci;
 mod power_button;
 
 use acpi_tables::aml::{
@@ -76,6 +77,9 @@ pub fn tables(address: u64, spec: &MachineSpec) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if !spec.devices().is_empty() {
+        xsdt.add_entry(image.append(&pci::mcfg()));
+    }
     let nodes = spec.numa().nodes().len();
     if nodes > 0 {
         xsdt.add_entry(image.append(&numa::srat(spec)));
@@ -192,6 +196,9 @@ fn dsdt(spec: &MachineSpec) -> Vec<u8> {
         processor(&mut dsdt, cpu);
     }
     module::append(&mut dsdt, spec);
+    if !spec.devices().is_empty() {
+        pci::append(&mut dsdt);
+    }
     dsdt.update_checksum();
     dsdt.as_slice().to_vec()
 }

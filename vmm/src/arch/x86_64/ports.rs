@@ -17,6 +17,8 @@ pub const I8042_COMMAND_PORTS: Range<u16> = 0x64..0x65;
 pub const TIMER_PORTS: Range<u16> = 0x40..0x44;
 /// The timer's gate and output, and the speaker.
 pub const SPEAKER_PORTS: Range<u16> = 0x61..0x62;
+/// Registers of PCI functions: an address register and a data register, four bytes each.
+pub const PCI_CONFIG_PORTS: Range<u16> = 0xcf8..0xd00;
 /// ACPI sleep control, sleep status and reset registers, one byte each, in this order.
 pub const POWER_PORTS: Range<u16> = 0x600..0x603;
 /// Port of the ACPI sleep control register.

@@ -9,7 +9,7 @@ use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
 use crate::arch::x86_64::regs::InitialRegisters;
 use crate::arch::x86_64::smbios;
-use crate::machine::{Failure, Machine, MachineError, Outcome};
+use crate::machine::{Connections, Failure, Machine, MachineError, Outcome};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
 use crate::qemu::link::reason;
@@ -39,10 +39,12 @@ impl Vm {
             .target()
             .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
         let spec = &self.plan.spec;
+        let connections =
+            Connections::open(spec, target).map_err(|error| OptionError::new(one_line(&error)))?;
         let machine = match &self.plan.boot {
-            Some(boot) => Machine::boot(spec, ram, boot, target),
+            Some(boot) => Machine::boot(spec, ram, boot, connections),
             // It never runs: `cont` refuses.
-            None => Machine::boot_at(spec, ram, &InitialRegisters::linux64(0), target),
+            None => Machine::boot_at(spec, ram, &InitialRegisters::linux64(0), connections),
         };
         let machine = machine.map_err(|error| OptionError::new(one_line(&error)))?;
         self.replace(Held::Fresh(machine), pager);

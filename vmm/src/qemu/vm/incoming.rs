@@ -7,7 +7,7 @@ use pando_pager::image::{BackendIndex, Index};
 
 use super::outgoing::MigrationStatus;
 use super::{After, Held, RunStatus, Vm};
-use crate::machine::{HostCheck, Machine};
+use crate::machine::{Connections, HostCheck, Machine};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::identity::Uuid;
@@ -162,7 +162,9 @@ impl Vm {
             .serial
             .target()
             .map_err(|error| LoadError::invalid(format!("serial port: {error}")))?;
-        let machine = Machine::restore(&self.plan.spec, made.ram, &state, target, HostCheck::Due)
+        let spec = &self.plan.spec;
+        let machine = Connections::open(spec, target)
+            .and_then(|to| Machine::restore(spec, made.ram, &state, to, HostCheck::Due))
             .map_err(|error| LoadError::invalid(one_line(&error)))?;
         self.replace(Held::Fresh(machine), made.pager);
         Ok(saved)
