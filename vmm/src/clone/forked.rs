@@ -118,11 +118,12 @@ fn work(
             return Ok(Ending::Stopped);
         };
         log::become_clone(config.clone);
+        let serial = serial_target(&config.serial, descriptors)?;
         let machine = Machine::restore_and_run(
             template.spec(),
             ram,
             template.state(),
-            serial_target(&config.serial, descriptors)?,
+            template.connections(serial).map_err(CloneError::from)?,
             host_check,
             |handle| stop_with(ready.paging.own(), handle),
         )
@@ -137,7 +138,9 @@ fn work(
         template.spec(),
         ram,
         template.state(),
-        SerialTarget::Later,
+        template
+            .connections(SerialTarget::Later)
+            .map_err(CloneError::from)?,
         host_check,
     )
     .map_err(CloneError::from)?;

@@ -151,7 +151,14 @@ pub fn instantiate(
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
     let memory = start.elapsed();
-    let machine = Machine::restore(template.spec(), ram, template.state(), serial, host_check)?;
+    let connections = template.connections(serial)?;
+    let machine = Machine::restore(
+        template.spec(),
+        ram,
+        template.state(),
+        connections,
+        host_check,
+    )?;
     let mut stages = vec![("memory".to_owned(), memory)];
     stages.extend(
         machine

@@ -10,22 +10,24 @@ use pando_pager::image::{BackendIndex, Index, PageKind};
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 
+use super::device_entry::{DeviceEntry, DiskEntry};
 use super::error::TemplateError;
 use super::load::{Template, scan_ram};
-use super::machine_entry::{MachineEntry, format_of};
-use super::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile};
+use super::machine_entry::MachineEntry;
+use super::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile, format_of};
 use super::seal::Seal;
 use super::staging::Staging;
-use super::{INDEX_FILE, MANIFEST_FILE, STATE_FILE, digest, state_file};
+use super::{INDEX_FILE, MANIFEST_FILE, STATE_FILE, digest, disk, state_file};
 use crate::arch::x86_64::boot::BootSource;
 use crate::console::{ConsoleError, GuestConsole};
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::block::backend::{Disk, DiskError};
 use crate::machine::state::MachineState;
-use crate::machine::{Machine, MachineError, Paused, Running};
+use crate::machine::{Connections, Machine, MachineError, Paused, Running, scratch_folder};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::exit;
 use crate::sandbox::sigbus;
-use crate::spec::MachineSpec;
+use crate::spec::{DeviceSpec, DiskAccess, MachineSpec};
 
 /// Why a template could not be made.
 #[derive(Debug, Error)]
@@ -48,6 +50,15 @@ pub enum BuildError {
         /// The backend.
         id: String,
     },
+    /// The image of a disk.
+    #[error("cannot give the template VM its disk {id:?}")]
+    Disk {
+        /// The disk.
+        id: String,
+        /// Why not.
+        #[source]
+        source: DiskError,
+    },
     /// The guest's console.
     #[error("the template VM did not become ready")]
     NotReady(#[from] ConsoleError),
@@ -68,6 +79,8 @@ pub struct TemplateVm {
     staging: Staging,
     spec: MachineSpec,
     ram: Vec<File>,
+    /// Images of disks, by the ids of their devices.
+    disks: Vec<(String, File)>,
     machine: Machine<Running>,
     /// Its COM1.
     pub console: GuestConsole,
@@ -102,11 +115,17 @@ impl TemplateVm {
         }
         let guest_ram = GuestRam::new(spec.layout(), backings)?;
         let (console, serial) = GuestConsole::pair()?;
-        let machine = Machine::boot(spec, guest_ram, boot, SerialTarget::Fd(serial))?.resume()?;
+        let disks = copy_disks(spec, &staging)?;
+        let connections = Connections {
+            serial: SerialTarget::Fd(serial),
+            disks: connect_disks(spec, &disks)?,
+        };
+        let machine = Machine::boot(spec, guest_ram, boot, connections)?.resume()?;
         Ok(Self {
             staging,
             spec: spec.clone(),
             ram,
+            disks,
             machine,
             console,
         })
@@ -132,8 +151,97 @@ impl TemplateVm {
         let state = paused.save()?;
         // The mapping goes before the files are read: nothing can write them from here on.
         drop(paused);
-        write_template(self.staging, &self.spec, &self.ram, &state, progress)
+        let files = Files {
+            ram: &self.ram,
+            disks: &self.disks,
+        };
+        write_template(self.staging, &self.spec, &files, &state, progress)
     }
+}
+
+/// Copies the image of every disk: the template VM writes its own.
+fn copy_disks(spec: &MachineSpec, staging: &Staging) -> Result<Vec<(String, File)>, BuildError> {
+    let mut copies = Vec::new();
+    for device in spec.devices() {
+        let Some(parts) = device.disk() else {
+            continue;
+        };
+        let id = device.id().to_owned();
+        let wrong = |source| BuildError::Disk {
+            id: id.clone(),
+            source,
+        };
+        // Held while it is copied: nobody writes it meanwhile.
+        let path = &parts.path;
+        let image = Disk::open(path, DiskAccess::Read, &scratch_folder()).map_err(wrong)?;
+        let copy = staging.file()?;
+        disk::copy(path, image.bytes(), &copy)?;
+        copies.push((id, copy));
+    }
+    Ok(copies)
+}
+
+/// The copies as disks.
+fn connect_disks(
+    spec: &MachineSpec,
+    copies: &[(String, File)],
+) -> Result<Vec<(String, Disk)>, BuildError> {
+    let parts = spec.devices().iter().filter_map(DeviceSpec::disk);
+    let disks = parts.zip(copies).map(|(parts, (id, copy))| {
+        let path = &parts.path;
+        let file = copy
+            .try_clone()
+            .map_err(TemplateError::io("open again", path))?;
+        let access = match parts.access {
+            DiskAccess::Read => DiskAccess::Read,
+            DiskAccess::Write | DiskAccess::Snapshot => DiskAccess::Write,
+        };
+        let disk = Disk::from_file(file, path, access, &scratch_folder());
+        let disk = disk.map_err(|source| BuildError::Disk {
+            id: id.clone(),
+            source,
+        })?;
+        Ok((id.clone(), disk))
+    });
+    disks.collect()
+}
+
+/// What the machine has written.
+struct Files<'a> {
+    ram: &'a [File],
+    disks: &'a [(String, File)],
+}
+
+/// The entries of all devices; disks are read for their digests.
+fn device_entries(
+    spec: &MachineSpec,
+    out: &Path,
+    disks: &[(String, File)],
+) -> Result<Vec<DeviceEntry>, TemplateError> {
+    let entries = spec.devices().iter().map(|device| {
+        let copy = disks.iter().find(|(id, _)| id == device.id());
+        let Some((parts, (id, copy))) = device.disk().zip(copy) else {
+            return Ok(DeviceEntry::of(device, None));
+        };
+        let name = disk_name(id);
+        let path = out.join(&name);
+        let seal = Seal::of(copy, &path)?;
+        let disk = DiskEntry {
+            file: name,
+            bytes: seal.bytes,
+            readonly: parts.access == DiskAccess::Read,
+            serial: parts.serial.clone(),
+            digest: disk::digest(copy, &path, seal.bytes)?,
+            seal,
+        };
+        Ok(DeviceEntry::of(device, Some(disk)))
+    });
+    entries.collect()
+}
+
+/// The file of a disk.
+fn disk_name(id: &str) -> String {
+    format!("{id}.disk")
 }
 
 /// What SIGBUS means while RAM is in files without reserved disk.
@@ -148,7 +256,7 @@ fn disk_full(out: &Path) -> String {
 fn write_template(
     staging: Staging,
     spec: &MachineSpec,
-    ram: &[File],
+    written: &Files<'_>,
     state: &MachineState,
     progress: &mut dyn FnMut(usize, u64),
 ) -> Result<Template, BuildError> {
@@ -160,7 +268,7 @@ fn write_template(
         .collect();
     let mut indexes = Vec::new();
     let mut backends = Vec::new();
-    for (position, (backend, file)) in spec.backends().iter().zip(ram).enumerate() {
+    for (position, (backend, file)) in spec.backends().iter().zip(written.ram).enumerate() {
         let path = out.join(&names[position]);
         let on_offset = &mut |offset| progress(position, offset);
         let (found, _) = scan_ram(file, &path, backend.bytes(), on_offset)?;
@@ -188,16 +296,18 @@ fn write_template(
         })
     };
     let machine = MachineEntry::of(spec);
+    let devices = device_entries(spec, &out, written.disks)?;
     let manifest = Manifest::seal(
         &out.join(MANIFEST_FILE),
         ManifestFile {
-            format: format_of(&machine),
+            format: format_of(&machine, &devices),
             tool: concat!("pando ", env!("CARGO_PKG_VERSION")).to_owned(),
             created_unix_s: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |t| t.as_secs()),
             cpus: spec.cpus().get(),
             machine,
+            devices,
             backends,
             state: entry(STATE_FILE, &state_handle, &state_bytes)?,
             index: entry(INDEX_FILE, &index, &index_bytes)?,
@@ -206,7 +316,10 @@ fn write_template(
         },
     )?;
     let manifest = staging.file_with(&manifest.to_json())?;
-    let mut files: Vec<(&str, &File)> = names.iter().map(String::as_str).zip(ram).collect();
+    let disks = written.disks.iter();
+    let disks: Vec<_> = disks.map(|(id, file)| (disk_name(id), file)).collect();
+    let mut files: Vec<(&str, &File)> = names.iter().map(String::as_str).zip(written.ram).collect();
+    files.extend(disks.iter().map(|(name, file)| (name.as_str(), *file)));
     files.extend([
         (STATE_FILE, &state_handle),
         (INDEX_FILE, &index),

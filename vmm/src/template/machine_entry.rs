@@ -9,7 +9,7 @@ use crate::spec::{
 };
 
 /// The first format that has this part.
-const FIRST_FORMAT: u32 = 2;
+pub(super) const FIRST_FORMAT: u32 = 2;
 
 /// Nodes and memory modules. What a machine is without them, format 1 says too.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,11 +51,6 @@ pub struct DimmEntry {
     pub slot: u32,
     /// Where the guest sees its first byte.
     pub guest_address: u64,
-}
-
-/// The format of a manifest with such a part, or without one.
-pub fn format_of(machine: &Option<MachineEntry>) -> u32 {
-    if machine.is_some() { FIRST_FORMAT } else { 1 }
 }
 
 impl MachineEntry {

@@ -9,16 +9,17 @@ use std::path::{Component, Path};
 use serde::{Deserialize, Serialize};
 
 use super::WORKING_SET_FILE;
+use super::device_entry::{self, DeviceEntry};
 use super::digest;
 use super::error::TemplateError;
-use super::machine_entry::{MachineEntry, format_of};
+use super::machine_entry::{self, MachineEntry};
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
 /// The newest format that this version reads. It writes the oldest one that can say what there is.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 
 /// The JSON document, field by field, unproven.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,9 @@ pub struct ManifestFile {
     /// Nodes and memory modules, where the machine has any: formats from 2 on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<MachineEntry>,
+    /// Devices on the PCI bus, where the machine has any: formats from 3 on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceEntry>,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendEntry>,
     /// `state.bin`.
@@ -142,7 +146,12 @@ impl Manifest {
 
     fn prove(path: &Path, file: ManifestFile) -> Result<Self, TemplateError> {
         let damaged = |reason: String| TemplateError::damaged(path, reason);
+        let disks = file
+            .devices
+            .iter()
+            .filter_map(|device| device.disk.as_ref());
         let names = file.backends.iter().map(|backend| &backend.file);
+        let names = names.chain(disks.map(|disk| &disk.file));
         for name in names.chain([&file.state.file, &file.index.file]) {
             if !is_plain_name(name) {
                 return Err(damaged(format!("{name:?} is not a plain file name")));
@@ -159,14 +168,20 @@ impl Manifest {
             .map(|backend| BackendSpec::new(&*backend.id, backend.bytes))
             .collect::<Result<_, _>>()
             .map_err(|error| damaged(one_line(&error)))?;
-        if file.machine.is_some() && file.format < format_of(&file.machine) {
-            let format = file.format;
+        let format = file.format;
+        if file.machine.is_some() && format < machine_entry::FIRST_FORMAT {
             return Err(damaged(format!("format {format} has no nodes and modules")));
         }
+        if !file.devices.is_empty() && format < device_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no devices")));
+        }
+        let devices = file.devices.iter().map(DeviceEntry::parts);
+        let devices = devices.collect::<Result<Vec<_>, _>>().map_err(damaged)?;
         let spec = match &file.machine {
             None => MachineSpec::new(cpus, backends),
             Some(machine) => MachineSpec::from_parts(machine.parts(cpus, backends)),
         }
+        .and_then(|spec| spec.with_devices(devices))
         .map_err(|error| damaged(one_line(&error)))?;
         let order = spec.backends().iter().map(BackendSpec::id);
         if !order.eq(file.backends.iter().map(|entry| entry.id.as_str())) {
@@ -231,6 +246,15 @@ impl Manifest {
                 edx,
             })
             .collect()
+    }
+}
+
+/// The oldest format that can say what there is.
+pub fn format_of(machine: &Option<MachineEntry>, devices: &[DeviceEntry]) -> u32 {
+    match (machine, devices) {
+        (_, [_, ..]) => device_entry::FIRST_FORMAT,
+        (Some(_), []) => machine_entry::FIRST_FORMAT,
+        (None, []) => 1,
     }
 }
 

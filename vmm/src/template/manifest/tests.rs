@@ -21,6 +21,7 @@ fn example() -> ManifestFile {
         created_unix_s: 1_700_000_000,
         cpus: 2,
         machine: None,
+        devices: vec![],
         backends: vec![BackendEntry {
             id: "ram0".into(),
             file: "ram0.mem".into(),
@@ -59,7 +60,7 @@ fn a_newer_format_is_named_even_with_fields_unknown_here() {
     assert!(
         error
             .to_string()
-            .contains("has format 9, and this pando reads formats up to 2")
+            .contains("has format 9, and this pando reads formats up to 3")
     );
 }
 

@@ -1,0 +1,90 @@
+#![forbid(unsafe_code)]
+//! The part of a manifest that says which devices the machine has, and where the images of its disks
+//! are.
+
+use serde::{Deserialize, Serialize};
+
+use super::seal::Seal;
+use crate::spec::{DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
+
+/// The first format that has this part.
+pub(super) const FIRST_FORMAT: u32 = 3;
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceEntry {
+    /// What it is called.
+    pub id: String,
+    /// Its device number on the PCI bus.
+    pub slot: u8,
+    /// What it is: `virtio-rng`, or `virtio-blk`, which has a disk.
+    pub kind: String,
+    /// The disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskEntry>,
+}
+
+/// The image of a disk as it was when the machine was frozen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskEntry {
+    /// Its file, a plain name inside the template.
+    pub file: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Whether the guest cannot write it.
+    pub readonly: bool,
+    /// The serial number that the guest was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Sparse digest of the file.
+    pub digest: String,
+    /// Identity of the file.
+    pub seal: Seal,
+}
+
+impl DeviceEntry {
+    /// The entry of a device; `disk` is its image, if it has one.
+    pub(super) fn of(device: &DeviceSpec, disk: Option<DiskEntry>) -> Self {
+        Self {
+            id: device.id().to_owned(),
+            slot: device.slot(),
+            kind: device.kind().word().to_owned(),
+            disk,
+        }
+    }
+
+    /// The device's parts, unchecked; the reason where it is none.
+    pub(super) fn parts(&self) -> Result<DeviceParts, String> {
+        let kind = match (self.kind.as_str(), &self.disk) {
+            ("virtio-rng", None) => DeviceKind::Rng,
+            ("virtio-blk", Some(disk)) => {
+                if disk.seal.bytes != disk.bytes {
+                    return Err(format!(
+                        "disk {} has {} bytes, its sealed file has {}",
+                        self.id, disk.bytes, disk.seal.bytes
+                    ));
+                }
+                DeviceKind::Block(DiskParts {
+                    path: disk.file.as_str().into(),
+                    access: if disk.readonly {
+                        DiskAccess::Read
+                    } else {
+                        DiskAccess::Snapshot
+                    },
+                    serial: disk.serial.clone(),
+                })
+            }
+            (kind, disk) => {
+                let with = if disk.is_some() { "with" } else { "without" };
+                return Err(format!("device {} is a {kind:?} {with} a disk", self.id));
+            }
+        };
+        Ok(DeviceParts {
+            id: Some(self.id.clone()),
+            slot: Some(self.slot),
+            kind,
+        })
+    }
+}
