@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! What can be typed. Pure: nothing here looks at the host or opens a file.
 
+mod devices;
 mod pager;
 mod pool;
 
@@ -11,6 +12,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use self::devices::DeviceArgs;
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
 use super::size::Size;
@@ -177,6 +179,9 @@ pub struct BootArgs {
     /// Number of vCPUs, 1 to 8 [default: 1]
     #[arg(long)]
     pub cpus: Option<u32>,
+    /// Devices.
+    #[command(flatten)]
+    pub devices: DeviceArgs,
 }
 
 /// `pando template create`
