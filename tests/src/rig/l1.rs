@@ -144,7 +144,8 @@ impl L1 {
         archive.file("/init", include_bytes!("../../rig/l1-init.sh"), true)?;
         archive.file("/rig/lib.sh", include_bytes!("../../rig/l1-lib.sh"), false)?;
         archive.file("/rig/scenario.sh", scenario.as_bytes(), false)?;
-        archive.file("/rig/initrd", &Archive::guest()?.finish()?, false)?;
+        let guest = Archive::guest(&kernel.guest_modules)?;
+        archive.file("/rig/initrd", &guest.finish()?, false)?;
         archive.host_file(&kernel.image, "/rig/vmlinuz", false)?;
         for (name, content) in &kernel.modules {
             archive.file(&format!("/lib/modules/{name}.ko"), content, false)?;

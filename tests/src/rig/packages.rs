@@ -21,6 +21,18 @@ const MODULES: [(&str, &str); 4] = [
     ("kvm-amd", "arch/x86/kvm"),
 ];
 
+/// The modules of the guest's drivers, in the order in which they are loaded: those of 6.1, of which 6.12
+/// has most built in.
+const GUEST_MODULES: [(&str, &str); 7] = [
+    ("virtio", "drivers/virtio"),
+    ("virtio_ring", "drivers/virtio"),
+    ("virtio_pci_legacy_dev", "drivers/virtio"),
+    ("virtio_pci_modern_dev", "drivers/virtio"),
+    ("virtio_pci", "drivers/virtio"),
+    ("virtio_blk", "drivers/block"),
+    ("virtio-rng", "drivers/char/hw_random"),
+];
+
 /// A series of Debian's cloud kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Series {
@@ -67,6 +79,8 @@ pub struct Kernel {
     pub image: PathBuf,
     /// Modules to load, in order: name and content.
     pub modules: Vec<(String, Vec<u8>)>,
+    /// Modules of the guest's drivers, in the order in which to load them.
+    pub guest_modules: Vec<(String, Vec<u8>)>,
 }
 
 impl Kernel {
@@ -83,17 +97,26 @@ impl Kernel {
         }
         let image = only_entry(&folder.join("boot"), "vmlinuz-")?;
         let tree = only_entry(&folder.join("lib/modules"), "")?.join("kernel");
-        let mut modules = Vec::new();
-        for (name, place) in MODULES {
-            if let Some(content) = module(&tree.join(place), name)? {
-                modules.push((name.to_owned(), content));
-            }
-        }
+        let modules = those_there(&tree, &MODULES)?;
         if !modules.iter().any(|(name, _)| name == "kvm-amd") {
             bail!("{} has no kvm-amd module", tree.display());
         }
-        Ok(Self { image, modules })
+        Ok(Self {
+            image,
+            modules,
+            guest_modules: those_there(&tree, &GUEST_MODULES)?,
+        })
     }
+}
+
+fn those_there(tree: &Path, wanted: &[(&str, &str)]) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for (name, place) in wanted {
+        if let Some(content) = module(&tree.join(place), name)? {
+            found.push(((*name).to_owned(), content));
+        }
+    }
+    Ok(found)
 }
 
 /// A static busybox.
