@@ -22,7 +22,7 @@ pub fn of(argument: &Argument) -> Option<String> {
         ),
         "cpu" => ("Available CPUs:", &["host", "max"]),
         "accel" => ("Accelerators supported:", &["kvm"]),
-        "device" => ("Devices:", &["pc-dimm"]),
+        "device" => ("Devices:", &["pc-dimm", "virtio-blk-pci", "virtio-rng-pci"]),
         "object" => (
             "List of user creatable objects:",
             &[
@@ -30,6 +30,8 @@ pub fn of(argument: &Argument) -> Option<String> {
                 "memory-backend-memfd",
                 "memory-backend-ram",
                 "memory-backend-shm",
+                "rng-builtin",
+                "rng-random",
             ],
         ),
         "chardev" => (

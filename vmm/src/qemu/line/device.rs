@@ -1,18 +1,12 @@
 #![forbid(unsafe_code)]
-//! `-device`: the memory module, and what is refused.
+//! `-device`: the memory module, and what is refused. Devices on the PCI bus are [`super::pci`]'s.
 
 use super::refused;
 use crate::qemu::error::{OptionError, missing};
-use crate::qemu::words::{Form, Props};
+use crate::qemu::words::Props;
 use crate::spec::DimmParts;
 
-/// Reads `-device`. `anonymous` numbers modules without an id.
-pub fn device(text: &str, anonymous: usize) -> Result<DimmParts, OptionError> {
-    let props = Props::parse(text, Some("driver"), Form::KeyValue)?;
-    dimm(props, anonymous)
-}
-
-/// A memory module from its properties.
+/// A memory module from its properties. `anonymous` numbers modules without an id.
 pub fn dimm(mut props: Props, anonymous: usize) -> Result<DimmParts, OptionError> {
     let driver = props.text("driver")?.ok_or_else(|| missing("driver"))?;
     if driver != "pc-dimm" {
@@ -41,6 +35,14 @@ pub fn dimm(mut props: Props, anonymous: usize) -> Result<DimmParts, OptionError
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::words::Form;
+
+    fn device(text: &str, anonymous: usize) -> Result<DimmParts, OptionError> {
+        dimm(
+            Props::parse(text, Some("driver"), Form::KeyValue)?,
+            anonymous,
+        )
+    }
 
     #[test]
     fn a_dimm_is_read_and_nothing_else() {

@@ -11,6 +11,7 @@ pub mod identity;
 pub mod machine;
 pub mod memory;
 pub mod options;
+pub mod pci;
 pub mod refused;
 pub mod wanted;
 

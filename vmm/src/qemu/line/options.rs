@@ -82,8 +82,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "object",
-        "memory-backend-file|-ram|-memfd,id=ID,size=SIZE[,...]",
-        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data",
+        "memory-backend-file|-ram|-memfd,id=ID,size=SIZE[,...] | rng-random|rng-builtin,id=ID",
+        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data; or the kernel's entropy",
     ),
     with(
         "numa",
@@ -92,8 +92,18 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "device",
-        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=]",
-        "a memory module",
+        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-rng-pci[,rng=ID,id=,addr=]",
+        "a memory module, a disk, or entropy from the host",
+    ),
+    with(
+        "drive",
+        "file=FILE,if=virtio|none[,id=,format=raw,readonly=,snapshot=]",
+        "a raw image; a disk of its own with if=virtio; with snapshot=on what the guest writes ends with the machine",
+    ),
+    with(
+        "blockdev",
+        "file,node-name=ID,filename=FILE[,read-only=] | raw,node-name=ID,file=ID",
+        "a raw image for -device virtio-blk-pci,drive=ID",
     ),
     with(
         "mem-prealloc",

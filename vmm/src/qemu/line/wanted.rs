@@ -9,6 +9,7 @@ use super::chardev::{self, Chardev, NamedChardev, Short};
 use super::identity::Identity;
 use super::machine::{self, MachineOption};
 use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Numa};
+use super::pci::PciDevices;
 use super::{device, global};
 use crate::qemu::error::{OptionError, expects};
 use crate::qemu::migration::address::{self, StateAddress};
@@ -69,6 +70,8 @@ pub struct WantedMemory {
     pub distances: Vec<DistanceParts>,
     /// `-device pc-dimm`, each with how messages quote it.
     pub dimms: Vec<(DimmParts, String)>,
+    /// Devices on the PCI bus, and what they name.
+    pub pci: PciDevices,
 }
 
 /// What the program does around the machine.
@@ -200,6 +203,7 @@ impl Wanted {
                 memory.cpu_words = again(&memory.cpu_words, value, "cpus");
                 memory.cpus = Some(machine::smp(&memory.cpu_words)?);
             }
+            "object" if memory.pci.object(value)? => (),
             "object" => {
                 let new = memory::object(value, prealloc)?;
                 if memory.backends.iter().any(|old| old.id() == new.id()) {
@@ -215,10 +219,13 @@ impl Wanted {
                 Numa::Distance(distance) => memory.distances.push(distance),
             },
             "device" => {
-                let dimm = device::device(value, memory.dimms.len())?;
-                memory.dimms.push((dimm, argument.typed.clone()));
+                let props = Props::parse(value, Some("driver"), Form::KeyValue)?;
+                if let Some(props) = memory.pci.device(props, &argument.typed)? {
+                    let dimm = device::dimm(props, memory.dimms.len())?;
+                    memory.dimms.push((dimm, argument.typed.clone()));
+                }
             }
-            _ => return Ok(false),
+            name => return memory.pci.option(name, value, &argument.typed),
         }
         Ok(true)
     }
@@ -263,7 +270,7 @@ impl Wanted {
             nodes: memory.nodes.clone(),
             distances: memory.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
-            devices: Vec::new(),
+            devices: memory.pci.parts()?,
         };
         if let Some(id) = &parts.ram_backend
             && !parts.backends.iter().any(|backend| backend.id() == id)
