@@ -24,8 +24,8 @@ const MODULES: [(&str, &str); 4] = [
 /// The modules of the guest's drivers, in the order in which they are loaded: those of 6.1, of which 6.12
 /// has most built in.
 const GUEST_MODULES: [(&str, &str); 7] = [
-    ("virtio", "drivers/virtio"),
     ("virtio_ring", "drivers/virtio"),
+    ("virtio", "drivers/virtio"),
     ("virtio_pci_legacy_dev", "drivers/virtio"),
     ("virtio_pci_modern_dev", "drivers/virtio"),
     ("virtio_pci", "drivers/virtio"),
@@ -129,6 +129,18 @@ pub fn busybox() -> Result<PathBuf> {
         .map(PathBuf::from)
         .find(|path| path.is_file())
         .context("no busybox: install the package busybox-static (tests/setup does)")
+}
+
+/// A program of the system, such as `mke2fs`.
+///
+/// # Errors
+/// When it is not installed.
+pub fn system_program(name: &str) -> Result<PathBuf> {
+    ["/sbin", "/usr/sbin", "/bin", "/usr/bin"]
+        .into_iter()
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("no {name}: install the package e2fsprogs (tests/setup does)"))
 }
 
 /// The emulator, checked to be new enough.

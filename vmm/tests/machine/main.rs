@@ -4,6 +4,7 @@
 mod lifecycle;
 #[cfg(test)]
 mod memory_error;
+mod pci;
 #[cfg(test)]
 mod program;
 #[cfg(test)]
