@@ -97,7 +97,7 @@ pando run --kernel /rig/vmlinuz --initrd "$folder/initrd" --append "console=ttyS
     --memory 256M --rng --disk "$folder/disk.img" --disk "$folder/rom.img,ro" \
     --serial "unix:$folder/run.sock" >"$folder/run.out" 2>&1 &
 machine=$!
-check run-answers say "$folder/run.sock" true || cat "$folder/run.out"
+check run-answers within 240 say "$folder/run.sock" true || cat "$folder/run.out"
 check run-image-is-taken sh -c "! pando run --kernel /rig/vmlinuz --disk $folder/disk.img --serial null 2>$folder/busy.err && grep 'in use by another machine' $folder/busy.err"
 check run-writes say "$folder/run.sock" \
     "$stop_load; rm -f /data/load; fstrim -v /data; echo kept >/data/kept; umount /data"

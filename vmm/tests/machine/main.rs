@@ -4,6 +4,7 @@
 mod lifecycle;
 #[cfg(test)]
 mod memory_error;
+#[cfg(test)]
 mod pci;
 #[cfg(test)]
 mod program;
