@@ -15,6 +15,7 @@ exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty -echo -onlcr
 dmesg -n 1
 # A scenario may add an archive with something to do before the ready mark.
+# shellcheck source=/dev/null
 [ ! -f /prepare ] || . /prepare
 # What tells a boot that goes on from another one: the kernel chooses the id when it is first read.
 cat /proc/sys/kernel/random/boot_id >/dev/null
