@@ -36,6 +36,8 @@ pub struct Core {
     outside: Option<Outside>,
     is_active: bool,
     is_paused: bool,
+    /// How often the guest has broken it.
+    failures: u64,
 }
 
 impl fmt::Debug for Core {
@@ -94,6 +96,7 @@ impl Worker {
             outside: None,
             is_active: false,
             is_paused: false,
+            failures: 0,
         };
         Self {
             name: name.to_owned(),
@@ -294,7 +297,12 @@ impl Core {
                 Ok(true) => left |= 1 << number,
                 Ok(false) => (),
                 Err(error) => {
-                    tracing::warn!(device = self.device.device_type().kind, "{error}");
+                    // The 1st, 2nd, 4th, 8th... time: the guest decides how often it does that.
+                    self.failures += 1;
+                    if self.failures.is_power_of_two() {
+                        let (kind, failures) = (self.device.device_type().kind, self.failures);
+                        tracing::warn!(device = kind, failures, "{error}");
+                    }
                     self.fail(shared);
                     return 0;
                 }
