@@ -229,3 +229,16 @@ fn both_fronts_make_the_same_machine() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn clones_without_a_place_for_what_they_write_say_so() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let template = template(dir.path())?;
+    for engine in ["copy", "root", "kernel"] {
+        let mut command = pando(&["clone"])?;
+        command.arg(&template).args(["--engine", engine, "--json"]);
+        let ended = finish(command.env("TMPDIR", "/nowhere"))?.expect_code(1)?;
+        ended.expect_error(&["disk0.disk cannot be kept in /nowhere: set TMPDIR"])?;
+    }
+    Ok(())
+}

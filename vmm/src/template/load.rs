@@ -137,9 +137,7 @@ impl Template {
             let file = disk.file.try_clone();
             let file = file.map_err(TemplateError::io("open again", &disk.path))?;
             let made = Disk::from_file(file, &disk.path, access, &scratch_folder());
-            // Only its size can be wrong.
-            let made = made.map_err(|e| TemplateError::damaged(&disk.path, e.to_string()))?;
-            Ok((id.to_owned(), made))
+            Ok((id.to_owned(), made.map_err(TemplateError::Disk)?))
         });
         Ok(Connections {
             serial,

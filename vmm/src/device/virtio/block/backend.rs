@@ -6,7 +6,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FallocateFlags;
+use rustix::fs::{Access, FallocateFlags};
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -46,6 +46,20 @@ pub enum DiskError {
         path: PathBuf,
         /// Its size.
         bytes: u64,
+    },
+    /// There is nowhere for what the guest writes.
+    #[error(
+        "what the guest writes over {} cannot be kept in {}: set TMPDIR to a directory that is writable",
+        path.display(), folder.display()
+    )]
+    Folder {
+        /// The image.
+        path: PathBuf,
+        /// Where the file of a layer would be made.
+        folder: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// Another machine has it.
     #[error(
@@ -124,7 +138,17 @@ impl Disk {
         let image = match access {
             DiskAccess::Write => Image::Writable(file),
             DiskAccess::Read => Image::ReadOnly(file),
-            DiskAccess::Snapshot => Image::Layered(Layered::new(file, bytes, folder)),
+            DiskAccess::Snapshot => {
+                // Found now, not by the guest's first write.
+                rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK).map_err(
+                    |errno| DiskError::Folder {
+                        path: path.to_owned(),
+                        folder: folder.to_owned(),
+                        source: errno.into(),
+                    },
+                )?;
+                Image::Layered(Layered::new(file, bytes, folder))
+            }
         };
         Ok(Self { image, bytes })
     }
@@ -262,6 +286,13 @@ mod tests {
         assert_eq!(
             open(image(1024).path(), DiskAccess::Write).unwrap().bytes(),
             1024
+        );
+        let nowhere = Path::new("/nowhere");
+        let image = image(1024);
+        let error = Disk::open(image.path(), DiskAccess::Snapshot, nowhere).unwrap_err();
+        assert!(
+            error.to_string().contains("in /nowhere: set TMPDIR"),
+            "{error}"
         );
     }
 
