@@ -80,6 +80,7 @@ pub struct MachineSpec {
     slots: u32,
     max_bytes: u64,
     devices: Vec<DeviceSpec>,
+    has_generation_id: bool,
 }
 
 impl MachineSpec {
@@ -107,6 +108,7 @@ impl MachineSpec {
             distances,
             dimms,
             devices,
+            generation_id,
         } = parts;
         let mut pool = Pool::new(backends)?;
         let mut ram = match ram_backend {
@@ -131,7 +133,8 @@ impl MachineSpec {
             modules.push(pool.take_for(dimm)?);
         }
         pool.refuse_rest()?;
-        Self::with_dimms(cpus, ram, memory, &dimms, modules)?.with_devices(devices)
+        let spec = Self::with_dimms(cpus, ram, memory, &dimms, modules)?.with_devices(devices)?;
+        Ok(spec.with_generation_id(generation_id))
     }
 
     fn with_dimms(
@@ -194,6 +197,7 @@ impl MachineSpec {
             slots: memory.slots,
             max_bytes,
             devices: Vec::new(),
+            has_generation_id: false,
         })
     }
 
@@ -202,6 +206,20 @@ impl MachineSpec {
         let devices =
             device::place(parts).map_err(|(id, reason)| SpecError::Device { id, reason })?;
         Ok(Self { devices, ..self })
+    }
+
+    /// The same machine with a VM generation ID, or without.
+    #[must_use]
+    pub fn with_generation_id(self, has_generation_id: bool) -> Self {
+        Self {
+            has_generation_id,
+            ..self
+        }
+    }
+
+    /// Whether it has a VM generation ID, which is another one in each clone.
+    pub fn has_generation_id(&self) -> bool {
+        self.has_generation_id
     }
 
     /// How many vCPUs.
@@ -316,6 +334,7 @@ impl MachineSpec {
                 })
                 .collect(),
             devices: self.devices.iter().map(DeviceSpec::to_parts).collect(),
+            generation_id: self.has_generation_id,
         }
     }
 }

@@ -4,6 +4,7 @@
 mod devices;
 mod pager;
 mod pool;
+mod unique;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -15,6 +16,7 @@ use clap_complete::Shell;
 pub use self::devices::DeviceArgs;
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
+pub use self::unique::UniqueArgs;
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
@@ -351,6 +353,9 @@ pub struct CloneArgs {
     /// their root process holds, copy-on-write) or kernel (a private mapping)
     #[arg(long, default_value_t = Engine::Copy)]
     pub engine: Engine,
+    /// Whether clones are told apart.
+    #[command(flatten)]
+    pub unique: UniqueArgs,
     /// Put the COM1 of clone K on a Unix socket, DIR/clone-K.sock [default: this terminal for one
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]

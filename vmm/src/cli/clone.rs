@@ -15,6 +15,7 @@ use super::memory::{memory_document, print_memory};
 use super::out::{note, say};
 use super::size::{human_bytes, human_us};
 use super::table::table;
+use super::unique;
 use crate::clone::Engine;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
@@ -55,7 +56,8 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     raise_descriptor_limit();
     let limits = HostLimits::probe();
     let request = Request {
-        clones: u64::from(args.count) + args.warm.map_or(0, |warm| warm.ceiling as u64),
+        clones: u64::from(args.count.max(if args.unique.check_unique { 2 } else { 1 }))
+            + args.warm.map_or(0, |warm| warm.ceiling as u64),
         engine: args.engine,
         cpus: template.spec().cpus().get().into(),
         once_bytes: root_bytes(args, &limits, template.spec().layout().total_bytes()),
@@ -99,6 +101,9 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     drop(template);
     if args.warm.is_some() {
         supervisor.warm_up().map_err(|error| Failure::of(&error))?;
+    }
+    if args.unique.check_unique {
+        return unique::run(args, &mut supervisor);
     }
     let readable = supervise(args, &mut supervisor)?;
     let lessons = supervisor.finish_lessons();

@@ -74,6 +74,10 @@ pub struct MachineFile {
     /// Where COM1 goes: `stdio`, `null`, `file:PATH`, `pty` or `unix:PATH`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// Whether it has a VM generation ID, by which a guest sees that it was cloned. If left out, a template
+    /// of any kernel but the built-in guest has one, and a VM that is run has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmgenid: Option<bool>,
     /// Sizes.
     #[serde(default, skip_serializing_if = "MemoryTable::is_default")]
     pub memory: MemoryTable,

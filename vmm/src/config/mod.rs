@@ -186,6 +186,7 @@ fn parts(file: &MachineFile) -> Result<MachineParts, SpecError> {
             })
             .collect(),
         devices: file.device.iter().map(DeviceParts::from).collect(),
+        generation_id: file.vmgenid.unwrap_or(false),
     })
 }
 

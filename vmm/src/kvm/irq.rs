@@ -104,6 +104,17 @@ impl Vm {
             .map_err(ioctl("KVM_IRQFD"))
     }
 
+    /// Raises and lowers a global interrupt line: one edge, which has reached the interrupt chips when this
+    /// returns.
+    pub fn pulse_irq(&self, line: u32) -> Result<(), KvmError> {
+        for active in [true, false] {
+            self.fd
+                .set_irq_line(line, active)
+                .map_err(ioctl("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
+    }
+
     /// Waits until every edge that was written to `event` has reached the interrupt chips.
     ///
     /// KVM raises an I/O APIC line from a work queue; disconnecting the event waits for that. Only

@@ -190,6 +190,7 @@ fn restored(
         .map_err(MachineError::vm("cannot restore the interrupt chips"))?;
     // Devices last: what they have raised meets chips and vCPUs that are complete.
     shell.connect_devices()?;
+    shell.devices.renew_generation(&shell.vm, &shell.ram)?;
     timer.done("state");
     Ok(Unstarted {
         shell,
@@ -214,6 +215,7 @@ fn new_machine(
         .mask_pics()
         .map_err(MachineError::vm("cannot set up the interrupt chips"))?;
     shell.connect_devices()?;
+    shell.devices.write_generation(&shell.ram)?;
     let cpus = spec.cpus().get();
     let supported = shell
         .vm

@@ -8,14 +8,17 @@ use crate::device::virtio::block::backend::Disk;
 use crate::spec::MachineSpec;
 
 use super::error::MachineError;
+use super::generation::GenerationId;
 
-/// Where COM1 goes, and the images of the disks.
+/// Where COM1 goes, the images of the disks, and which machine of its template it is.
 #[derive(Debug)]
 pub struct Connections {
     /// COM1.
     pub serial: SerialTarget,
     /// Images by the ids of their disks.
     pub disks: Vec<(String, Disk)>,
+    /// The VM generation ID of a machine that has one; `None` for a new one.
+    pub generation_id: Option<GenerationId>,
 }
 
 impl From<SerialTarget> for Connections {
@@ -24,6 +27,7 @@ impl From<SerialTarget> for Connections {
         Self {
             serial,
             disks: Vec::new(),
+            generation_id: None,
         }
     }
 }
@@ -43,7 +47,11 @@ impl Connections {
                 Err(source) => return Err(MachineError::Disk { id, source }),
             }
         }
-        Ok(Self { serial, disks })
+        Ok(Self {
+            serial,
+            disks,
+            generation_id: None,
+        })
     }
 }
 

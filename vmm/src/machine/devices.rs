@@ -24,6 +24,7 @@ use crate::spec::MachineSpec;
 
 use super::connections::Connections;
 use super::error::MachineError;
+use super::generation::{self, GENERATION_KIND, GENERATION_VERSION, GenerationId};
 use super::pci::PciDevices;
 use super::records::{decode, encode};
 use super::state::DeviceRecord;
@@ -42,6 +43,8 @@ pub(super) struct Devices {
     timer: TimerSlot,
     /// Where the machine has a PCI bus.
     pci: Option<PciDevices>,
+    /// Where the machine has a generation ID.
+    generation: Option<GenerationId>,
 }
 
 impl fmt::Debug for Devices {
@@ -56,9 +59,14 @@ impl fmt::Debug for Devices {
 impl Devices {
     /// Devices as after power-on; opens where COM1 goes.
     pub(super) fn new(spec: &MachineSpec, to: Connections) -> Result<Self, MachineError> {
-        let Connections { serial, disks } = to;
+        let Connections {
+            serial,
+            disks,
+            generation_id,
+        } = to;
         let pci = PciDevices::new(spec, disks)?;
-        Self::build(serial, pci, |irq, console| {
+        let generation = generation_of(spec, generation_id)?;
+        Self::build(serial, pci, generation, |irq, console| {
             Ok(Serial::new(irq, console.output()))
         })
     }
@@ -70,10 +78,16 @@ impl Devices {
         to: Connections,
         records: &[DeviceRecord],
     ) -> Result<Self, MachineError> {
-        let Connections { serial, disks } = to;
+        let Connections {
+            serial,
+            disks,
+            generation_id,
+        } = to;
         let mut pci = PciDevices::new(spec, disks)?;
         let is_known = |record: &&DeviceRecord| {
-            record.kind == SERIAL_KIND || pci.as_ref().is_some_and(|pci| pci.has(record))
+            record.kind == SERIAL_KIND
+                || (record.kind == GENERATION_KIND && spec.has_generation_id())
+                || pci.as_ref().is_some_and(|pci| pci.has(record))
         };
         if let Some(unknown) = records.iter().find(|record| !is_known(record)) {
             return Err(MachineError::UnknownDevice {
@@ -81,10 +95,15 @@ impl Devices {
             });
         }
         let state: SerialState = decode(records, SERIAL_KIND, SERIAL_VERSION)?;
+        if spec.has_generation_id() {
+            // That of the machine that was saved, which this one is not.
+            let _: [u8; 16] = decode(records, GENERATION_KIND, GENERATION_VERSION)?;
+        }
+        let generation = generation_of(spec, generation_id)?;
         if let Some(pci) = &mut pci {
             pci.restore(records)?;
         }
-        Self::build(serial, pci, |irq, console| {
+        Self::build(serial, pci, generation, |irq, console| {
             Serial::restore(irq, console.output(), &state)
                 .map_err(|source| device_error(SERIAL_KIND, source))
         })
@@ -93,6 +112,7 @@ impl Devices {
     fn build(
         target: SerialTarget,
         pci: Option<PciDevices>,
+        generation: Option<GenerationId>,
         make_serial: impl FnOnce(IrqLine, &Console) -> Result<Serial, MachineError>,
     ) -> Result<Self, MachineError> {
         let console = Console::open(target).map_err(|e| device_error(SERIAL_KIND, e))?;
@@ -114,6 +134,7 @@ impl Devices {
             console,
             timer,
             pci,
+            generation,
         })
     }
 
@@ -130,6 +151,20 @@ impl Devices {
         }
         vm.connect_irq(self.com1_irq.event(), COM1_GSI)?;
         vm.connect_irq(self.power_button.event(), POWER_BUTTON_GSI)
+    }
+
+    /// Gives the machine its own generation ID, where it has any.
+    pub(super) fn write_generation(&self, ram: &GuestRam) -> Result<(), MachineError> {
+        self.generation.map_or(Ok(()), |id| id.write(ram))
+    }
+
+    /// As [`Self::write_generation`], in a machine whose guest knows another: it is told.
+    pub(super) fn renew_generation(&self, vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
+        if self.generation.is_none() {
+            return Ok(());
+        }
+        self.write_generation(ram)?;
+        generation::notify(vm)
     }
 
     /// Waits until every interrupt that a device has raised has reached the VM's chips.
@@ -187,6 +222,9 @@ impl Devices {
         if let Some(pci) = &self.pci {
             records.extend(pci.save()?);
         }
+        if let Some(id) = &self.generation {
+            records.push(encode(GENERATION_KIND, GENERATION_VERSION, &id.0)?);
+        }
         Ok(records)
     }
 
@@ -204,6 +242,18 @@ impl Devices {
     pub(super) fn pty_path(&self) -> Option<&Path> {
         self.console.pty_path()
     }
+}
+
+/// The generation ID of a machine that has one: `given`, or a new one.
+fn generation_of(
+    spec: &MachineSpec,
+    given: Option<GenerationId>,
+) -> Result<Option<GenerationId>, MachineError> {
+    if !spec.has_generation_id() {
+        return Ok(None);
+    }
+    let id = given.map_or_else(GenerationId::random, Ok);
+    id.map(Some).map_err(|e| device_error(GENERATION_KIND, e))
 }
 
 fn ports(com1: &Arc<Mutex<Serial>>, timer: &TimerSlot) -> Result<PioBus, BusError> {

@@ -26,6 +26,8 @@ pub struct MachineParts {
     pub dimms: Vec<DimmParts>,
     /// Devices on the PCI bus.
     pub devices: Vec<DeviceParts>,
+    /// Whether it has a VM generation ID.
+    pub generation_id: bool,
 }
 
 impl MachineParts {
@@ -40,6 +42,7 @@ impl MachineParts {
             distances: Vec::new(),
             dimms: Vec::new(),
             devices: Vec::new(),
+            generation_id: false,
         }
     }
 }

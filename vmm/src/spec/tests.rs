@@ -39,6 +39,7 @@ fn two_nodes() -> MachineParts {
             ..DimmParts::default()
         }],
         devices: vec![],
+        generation_id: false,
     }
 }
 
@@ -232,6 +233,7 @@ fn three_nodes_need_every_distance_or_none() {
                 .collect(),
             dimms: vec![],
             devices: vec![],
+            generation_id: false,
         })
     };
     with(&[]).unwrap();

@@ -119,6 +119,7 @@ impl TemplateVm {
         let connections = Connections {
             serial: SerialTarget::Fd(serial),
             disks: connect_disks(spec, &disks)?,
+            generation_id: None,
         };
         let machine = Machine::boot(spec, guest_ram, boot, connections)?.resume()?;
         Ok(Self {
@@ -300,7 +301,7 @@ fn write_template(
     let manifest = Manifest::seal(
         &out.join(MANIFEST_FILE),
         ManifestFile {
-            format: format_of(&machine, &devices),
+            format: format_of(&machine, &devices, spec.has_generation_id()),
             tool: concat!("pando ", env!("CARGO_PKG_VERSION")).to_owned(),
             created_unix_s: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -308,6 +309,7 @@ fn write_template(
             cpus: spec.cpus().get(),
             machine,
             devices,
+            generation_id: spec.has_generation_id(),
             backends,
             state: entry(STATE_FILE, &state_handle, &state_bytes)?,
             index: entry(INDEX_FILE, &index, &index_bytes)?,

@@ -142,6 +142,7 @@ impl Template {
         Ok(Connections {
             serial,
             disks: disks.collect::<Result<_, TemplateError>>()?,
+            generation_id: None,
         })
     }
 

@@ -131,6 +131,7 @@ impl MachineEntry {
                 })
                 .collect(),
             devices: Vec::new(),
+            generation_id: false,
         }
     }
 }

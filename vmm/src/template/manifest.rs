@@ -39,6 +39,9 @@ pub struct ManifestFile {
     /// Devices on the PCI bus, where the machine has any: formats from 3 on.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceEntry>,
+    /// Whether the machine has a VM generation ID: formats from 3 on.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub generation_id: bool,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendEntry>,
     /// `state.bin`.
@@ -175,6 +178,9 @@ impl Manifest {
         if !file.devices.is_empty() && format < device_entry::FIRST_FORMAT {
             return Err(damaged(format!("format {format} has no devices")));
         }
+        if file.generation_id && format < device_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no generation id")));
+        }
         let devices = file.devices.iter().map(DeviceEntry::parts);
         let devices = devices.collect::<Result<Vec<_>, _>>().map_err(damaged)?;
         let spec = match &file.machine {
@@ -182,6 +188,7 @@ impl Manifest {
             Some(machine) => MachineSpec::from_parts(machine.parts(cpus, backends)),
         }
         .and_then(|spec| spec.with_devices(devices))
+        .map(|spec| spec.with_generation_id(file.generation_id))
         .map_err(|error| damaged(one_line(&error)))?;
         let order = spec.backends().iter().map(BackendSpec::id);
         if !order.eq(file.backends.iter().map(|entry| entry.id.as_str())) {
@@ -250,12 +257,25 @@ impl Manifest {
 }
 
 /// The oldest format that can say what there is.
-pub fn format_of(machine: &Option<MachineEntry>, devices: &[DeviceEntry]) -> u32 {
+pub fn format_of(
+    machine: &Option<MachineEntry>,
+    devices: &[DeviceEntry],
+    generation_id: bool,
+) -> u32 {
     match (machine, devices) {
+        _ if generation_id => device_entry::FIRST_FORMAT,
         (_, [_, ..]) => device_entry::FIRST_FORMAT,
         (Some(_), []) => machine_entry::FIRST_FORMAT,
         (None, []) => 1,
     }
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes what it asks about by reference"
+)]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn is_plain_name(name: &str) -> bool {

@@ -75,6 +75,7 @@ pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, Config
         distances: vec![],
         dimms: vec![],
         devices: vec![],
+        generation_id: false,
     };
     for pair in args.chunks(2) {
         let value = pair[1].replace("$D", dir.to_str().unwrap());

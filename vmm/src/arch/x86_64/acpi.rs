@@ -17,6 +17,7 @@
 //!
 //! Where a machine has nodes or memory modules, their tables come on top.
 
+mod generation;
 mod module;
 mod numa;
 mod pci;
@@ -191,7 +192,11 @@ fn dsdt(spec: &MachineSpec) -> Vec<u8> {
     )
     .to_aml_bytes(&mut dsdt);
     com1(&mut dsdt);
-    power_button::append(&mut dsdt);
+    let has_generation_id = spec.has_generation_id();
+    power_button::append(&mut dsdt, has_generation_id);
+    if has_generation_id {
+        generation::append(&mut dsdt);
+    }
     for cpu in 0..spec.cpus().get() {
         processor(&mut dsdt, cpu);
     }

@@ -9,6 +9,8 @@ pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
 pub const COM1_GSI: u32 = 4;
 /// The power button's interrupt line (GSI), edge triggered, active high.
 pub const POWER_BUTTON_GSI: u32 = 5;
+/// The interrupt line (GSI) that tells of a new VM generation, edge triggered, active high.
+pub const GENERATION_ID_GSI: u32 = 10;
 /// The keyboard controller's data.
 pub const I8042_DATA_PORTS: Range<u16> = 0x60..0x61;
 /// The keyboard controller's command and status. Only its reset command exists.

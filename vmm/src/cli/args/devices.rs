@@ -19,6 +19,10 @@ pub struct DeviceArgs {
     /// An entropy device
     #[arg(long)]
     pub rng: bool,
+    /// Give the machine a VM generation ID, by which a guest sees that it was cloned and renews its random
+    /// numbers, or not [default: a template has one unless its kernel is the built-in guest]
+    #[arg(long, value_name = "YES", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
+    pub vmgenid: Option<bool>,
 }
 
 impl DeviceArgs {

@@ -22,6 +22,7 @@ impl MachineFile {
             append: boot.map(|boot| boot.append.clone()),
             cpus: Some(parts.cpus.get().into()),
             serial: serial.map(str::to_owned),
+            vmgenid: spec.has_generation_id().then_some(true),
             memory: MemoryTable {
                 size: parts.memory.bytes.map(Bytes),
                 backend: parts.ram_backend,

@@ -58,6 +58,8 @@ pub struct Identity {
     pub name: Option<String>,
     /// `-uuid`, or that of `-smbios`.
     pub uuid: Option<Uuid>,
+    /// `-device vmgenid`, when it is there.
+    pub generation: Option<Generation>,
     /// `-smbios type=1`, when it is there.
     pub system: Option<SystemTexts>,
     /// All that `-name` said: several are one.
@@ -66,7 +68,44 @@ pub struct Identity {
     system_words: String,
 }
 
+/// A VM generation ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generation {
+    /// What the device is called.
+    pub id: Option<String>,
+    /// What it shows; `None` for a new one in each process.
+    pub guid: Option<Uuid>,
+}
+
 impl Identity {
+    /// Takes `-device vmgenid`; gives the properties of any other device back.
+    pub fn device(&mut self, mut props: Props) -> Result<Option<Props>, OptionError> {
+        let driver = props.required("driver")?;
+        if driver != "vmgenid" {
+            props.add("driver", &driver);
+            return Ok(Some(props));
+        }
+        let id = props.text("id")?;
+        let guid = match props.text("guid")?.as_deref() {
+            None | Some("auto") => None,
+            Some(text) => Some(text.parse().map_err(|()| {
+                OptionError::new(format!(
+                    "Property 'vmgenid.guid' doesn't take value '{text}'"
+                ))
+            })?),
+        };
+        if let Some(name) = props.names().next() {
+            return Err(OptionError::new(format!(
+                "Property 'vmgenid.{name}' not found"
+            )));
+        }
+        if self.generation.is_some() {
+            return Err(OptionError::new("at most one vmgenid device is permitted"));
+        }
+        self.generation = Some(Generation { id, guid });
+        Ok(None)
+    }
+
     /// Reads `-name`.
     pub fn name(&mut self, text: &str) -> Result<(), OptionError> {
         let words = again(&self.name_words, text, "guest");

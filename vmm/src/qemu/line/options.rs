@@ -92,8 +92,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "device",
-        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-rng-pci[,rng=ID,id=,addr=]",
-        "a memory module, a disk, or entropy from the host",
+        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-rng-pci[,rng=ID,id=,addr=] | vmgenid[,guid=UUID|auto,id=]",
+        "a memory module, a disk, entropy from the host, or a VM generation ID",
     ),
     with(
         "drive",

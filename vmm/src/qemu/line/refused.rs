@@ -209,10 +209,6 @@ const DEVICES: &[(&str, &str)] = &[
     ("rtl8139", "Pando has no network device yet: leave it out"),
     ("virtio-blk", "disks are virtio-blk-pci"),
     (
-        "vmgenid",
-        "Pando has no VM generation ID device yet: leave it out, and give each clone its own -uuid",
-    ),
-    (
         "isa-serial",
         "COM1 is there anyway: say with -serial where it goes",
     ),
@@ -230,7 +226,7 @@ pub fn device(driver: &str) -> String {
         Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
-             virtio-blk-pci and virtio-rng-pci are the devices to add"
+             virtio-blk-pci, virtio-rng-pci and vmgenid are the devices to add"
         ),
     }
 }

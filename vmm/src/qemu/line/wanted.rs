@@ -220,7 +220,9 @@ impl Wanted {
             },
             "device" => {
                 let props = Props::parse(value, Some("driver"), Form::KeyValue)?;
-                if let Some(props) = memory.pci.device(props, &argument.typed)? {
+                if let Some(props) = self.identity.device(props)?
+                    && let Some(props) = memory.pci.device(props, &argument.typed)?
+                {
                     let dimm = device::dimm(props, memory.dimms.len())?;
                     memory.dimms.push((dimm, argument.typed.clone()));
                 }
@@ -271,6 +273,7 @@ impl Wanted {
             distances: memory.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
             devices: memory.pci.parts()?,
+            generation_id: self.identity.generation.is_some(),
         };
         if let Some(id) = &parts.ram_backend
             && !parts.backends.iter().any(|backend| backend.id() == id)

@@ -108,8 +108,8 @@ pub const COMMANDS: &[Command] = &[
     ),
     query(
         "query-vm-generation-id",
-        "an error: there is no such device",
-        |_, _| Err(QmpError::generic("VM Generation ID device not found")),
+        "what `-device vmgenid` shows, else an error",
+        |vm, _| vm.query_generation_id(),
     ),
     query("stop", "stop the guest", |vm, _| done(vm.stop())),
     query("cont", "let the guest run", |vm, _| done(vm.cont())),
@@ -269,6 +269,12 @@ const REFUSED: &[(&str, &str)] = &[
 /// Does a command.
 pub fn execute(vm: &mut Vm, name: &str, arguments: Map<String, Value>) -> Result<Value, QmpError> {
     tracing::debug!(target: "pando_vmm::qemu::qmp", name, "command");
+    let driver = arguments.get("driver").and_then(Value::as_str);
+    if name == "device_add" && driver == Some("vmgenid") {
+        return Err(QmpError::generic(
+            "Device 'vmgenid' does not support hotplugging",
+        ));
+    }
     let Some(command) = COMMANDS.iter().find(|command| command.name == name) else {
         let mut desc = format!("The command {name} has not been found");
         if let Some((_, why)) = REFUSED.iter().find(|(refused, _)| *refused == name) {

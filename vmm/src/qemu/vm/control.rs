@@ -39,8 +39,9 @@ impl Vm {
             .target()
             .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
         let spec = &self.plan.spec;
-        let connections =
+        let mut connections =
             Connections::open(spec, target).map_err(|error| OptionError::new(one_line(&error)))?;
+        connections.generation_id = self.plan.generation_id;
         let machine = match &self.plan.boot {
             Some(boot) => Machine::boot(spec, ram, boot, connections),
             // It never runs: `cont` refuses.

@@ -163,8 +163,15 @@ impl Vm {
             .target()
             .map_err(|error| LoadError::invalid(format!("serial port: {error}")))?;
         let spec = &self.plan.spec;
+        let generation_id = self.plan.generation_id;
         let machine = Connections::open(spec, target)
-            .and_then(|to| Machine::restore(spec, made.ram, &state, to, HostCheck::Due))
+            .and_then(|to| {
+                let to = Connections {
+                    generation_id,
+                    ..to
+                };
+                Machine::restore(spec, made.ram, &state, to, HostCheck::Due)
+            })
             .map_err(|error| LoadError::invalid(one_line(&error)))?;
         self.replace(Held::Fresh(machine), made.pager);
         Ok(saved)

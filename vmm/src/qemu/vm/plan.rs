@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::{EMBEDDED_KERNEL, embedded_kernel};
+use crate::machine::GenerationId;
 use crate::observe::memory::total_bytes;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::Wanted;
@@ -23,6 +24,8 @@ pub struct Plan {
     pub boot: Option<BootSource>,
     /// Everything else that was wanted.
     pub wanted: Wanted,
+    /// The VM generation ID of every machine of this process, where they have one.
+    pub generation_id: Option<GenerationId>,
 }
 
 impl Plan {
@@ -40,8 +43,25 @@ impl Plan {
         }
         outputs::check(&wanted, &spec)?;
         let boot = boot(&wanted)?;
-        Ok(Self { spec, boot, wanted })
+        let generation_id = generation_id(&wanted)?;
+        Ok(Self {
+            spec,
+            boot,
+            wanted,
+            generation_id,
+        })
     }
+}
+
+fn generation_id(wanted: &Wanted) -> Result<Option<GenerationId>, OptionError> {
+    let Some(generation) = &wanted.identity.generation else {
+        return Ok(None);
+    };
+    let given = generation.guid.map(|guid| GenerationId(guid.0));
+    given
+        .map_or_else(GenerationId::random, Ok)
+        .map(Some)
+        .map_err(|error| OptionError::new(format!("no random generation id: {error}")))
 }
 
 fn refused(wanted: &Wanted, error: &SpecError) -> OptionError {

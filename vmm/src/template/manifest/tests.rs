@@ -22,6 +22,7 @@ fn example() -> ManifestFile {
         created_unix_s: 1_700_000_000,
         cpus: 2,
         machine: None,
+        generation_id: false,
         devices: vec![],
         backends: vec![BackendEntry {
             id: "ram0".into(),

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The power button (ACPI 6.5, 4.8.3.1 and 5.6.9): hardware-reduced machines have it as a device whose
-//! press is an interrupt of the Generic Event Device. Without state: each interrupt is one press.
+//! press is an interrupt of the Generic Event Device. Without state: each interrupt is one press. The
+//! same device brings the event of a new VM generation.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -9,15 +10,32 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use crate::arch::x86_64::ports::POWER_BUTTON_GSI;
+use super::generation;
+use crate::arch::x86_64::ports::{GENERATION_ID_GSI, POWER_BUTTON_GSI};
 
 /// What the button is told: it was pressed (ACPI 6.5, table 5.187).
 const PRESSED: u8 = 0x80;
+/// What the generation ID is told: it has changed.
+const CHANGED: u8 = 0x80;
 
-/// Adds the button and the device that brings its events.
-pub(super) fn append(dsdt: &mut Sdt) {
+/// Adds the button and the device that brings its events, and those of a generation ID.
+pub(super) fn append(dsdt: &mut Sdt, has_generation_id: bool) {
     let interrupt = Interrupt::new(true, true, false, false, POWER_BUTTON_GSI);
     let button = Path::new("\\_SB_.PWRB");
+    let renewed = Interrupt::new(true, true, false, false, GENERATION_ID_GSI);
+    let generation = Path::new(generation::PATH);
+    let is_pressed = Equal::new(&Arg(0), &POWER_BUTTON_GSI);
+    let press = Notify::new(&button, &PRESSED);
+    let on_press = If::new(&is_pressed, vec![&press]);
+    let is_renewed = Equal::new(&Arg(0), &GENERATION_ID_GSI);
+    let renew = Notify::new(&generation, &CHANGED);
+    let on_renewal = If::new(&is_renewed, vec![&renew]);
+    let mut interrupts: Vec<&dyn Aml> = vec![&interrupt];
+    let mut events: Vec<&dyn Aml> = vec![&on_press];
+    if has_generation_id {
+        interrupts.push(&renewed);
+        events.push(&on_renewal);
+    }
     Scope::new(
         Path::new("_SB_"),
         vec![
@@ -33,16 +51,8 @@ pub(super) fn append(dsdt: &mut Sdt) {
                 vec![
                     &Name::new(Path::new("_HID"), &"ACPI0013"),
                     &Name::new(Path::new("_UID"), &ZERO),
-                    &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&interrupt])),
-                    &Method::new(
-                        Path::new("_EVT"),
-                        1,
-                        true,
-                        vec![&If::new(
-                            &Equal::new(&Arg(0), &POWER_BUTTON_GSI),
-                            vec![&Notify::new(&button, &PRESSED)],
-                        )],
-                    ),
+                    &Name::new(Path::new("_CRS"), &ResourceTemplate::new(interrupts)),
+                    &Method::new(Path::new("_EVT"), 1, true, events),
                 ],
             ),
         ],

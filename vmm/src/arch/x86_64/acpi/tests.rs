@@ -65,6 +65,7 @@ fn two_nodes() -> MachineSpec {
         ],
         dimms: vec![dimm("d0", 1, 2), dimm("rom", 0, 0)],
         devices: vec![],
+        generation_id: false,
     })
     .unwrap()
 }
