@@ -10,6 +10,7 @@ use pando_tests::rig::{L1, Series, built_program};
 const SCENARIO: &str = include_str!("../rig/linux-clones.sh");
 const NODES: &str = include_str!("../rig/linux-nodes.sh");
 const QEMU: &str = include_str!("../rig/linux-qemu.sh");
+const IDENTITY: &str = include_str!("../rig/linux-identity.sh");
 const DEVICES: &str = include_str!("../rig/linux-devices.sh");
 /// The guest above the gap has 5 GiB, of which it touches little.
 const MEMORY_MIB: u32 = 7168;
@@ -90,4 +91,16 @@ fn linux_6_1_goes_on_with_its_disks_and_entropy() -> Result<()> {
 #[test]
 fn linux_6_12_goes_on_with_its_disks_and_entropy() -> Result<()> {
     devices(Series::Linux6_12)
+}
+
+#[test]
+fn linux_6_12_clones_are_told_apart() -> Result<()> {
+    let report = L1::new("linux-identity", Series::Linux6_12)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(IDENTITY)?;
+    report.record("identity")?;
+    ensure!(report.passed(), "Linux 6.12, told apart:\n{report}");
+    Ok(())
 }
