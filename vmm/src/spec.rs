@@ -9,9 +9,11 @@ pub mod backend;
 mod device;
 mod dimm;
 mod error;
+mod mac;
 mod numa;
 pub mod parts;
 mod role;
+mod tap;
 
 use std::collections::HashSet;
 
@@ -20,12 +22,14 @@ use crate::memory::layout::{Placed, RamLayout};
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
 pub use device::{DeviceFault, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
-pub use device::{LAST_SLOT, MAX_SERIAL_BYTES};
+pub use device::{LAST_SLOT, MAX_SERIAL_BYTES, NetParts};
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};
+pub use mac::MacAddress;
 pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
 pub use role::{Role, RoleError};
+pub use tap::TapSpec;
 
 /// The most vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 8;

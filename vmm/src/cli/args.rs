@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-pub use self::devices::DeviceArgs;
+pub use self::devices::{DeviceArgs, NetArg};
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
 use super::size::Size;
@@ -355,6 +355,11 @@ pub struct CloneArgs {
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]
     pub serial: Option<PathBuf>,
+    /// Where the cable of a network device ends: tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID]; may be given
+    /// several times. `%d` in names is the clone's number; clone K has the K-th address from ADDRESS on
+    /// [default: an address derived from template and clone; without --net there is no cable]
+    #[arg(long = "net", value_name = "tap=NAME[,..]")]
+    pub nets: Vec<NetArg>,
     /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
     /// clones) [default: shared for several clones, own for one]
     #[arg(long = "pager", value_enum, value_name = "WHERE")]

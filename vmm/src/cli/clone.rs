@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::args::{CloneArgs, PagerArgs, PagerPlaceArg};
+use super::args::{CloneArgs, NetArg, PagerArgs, PagerPlaceArg};
 use super::fail::Failure;
 use super::lines::{LineWriter, Printed};
 use super::memory::{memory_document, print_memory};
@@ -22,6 +22,7 @@ use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::give_back::policy::Policy;
 use crate::clone::learn::{Learn, Lessons};
+use crate::clone::nets::{self, NetPattern};
 use crate::clone::pool::PoolLimits;
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
@@ -54,6 +55,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     }
     raise_descriptor_limit();
     let limits = HostLimits::probe();
+    let nets = nets(args, &template)?;
     let request = Request {
         clones: u64::from(args.count) + args.warm.map_or(0, |warm| warm.ceiling as u64),
         engine: args.engine,
@@ -90,6 +92,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         measure_memory: args.metrics.is_some() || args.json || args.count > 1,
     })
     .map_err(|error| Failure::of(&error))?;
+    supervisor.use_nets(nets);
     if args.cgroups {
         match CloneGroups::new() {
             Ok(groups) => supervisor.use_cgroups(groups),
@@ -103,6 +106,15 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     let readable = supervise(args, &mut supervisor)?;
     let lessons = supervisor.finish_lessons();
     report(args, &supervisor, &lessons, readable)
+}
+
+/// Where cables end, proven.
+fn nets(args: &CloneArgs, template: &Template) -> Result<Vec<NetPattern>, Failure> {
+    let patterns = args.nets.iter().map(NetArg::pattern);
+    let patterns = patterns.collect::<Result<Vec<_>, _>>();
+    patterns
+        .and_then(|patterns| nets::check(&patterns, template.spec(), args.count))
+        .map_err(|why| Failure::usage(format!("--net: {why}")))
 }
 
 /// Which clones teach; none where what they teach could not be kept.

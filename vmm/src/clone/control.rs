@@ -12,6 +12,7 @@ use super::Engine;
 pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
 use super::give_back::policy::Policy;
 use super::learn::Learn;
+use super::nets::NetPlan;
 use super::record::{Record, TracePiece};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics::Judged;
@@ -59,6 +60,8 @@ pub struct WorkerConfig {
     pub verbosity: u8,
     /// What of it is to be recorded, if anything.
     pub record: Option<Record>,
+    /// Where the cables of its network devices end.
+    pub nets: Vec<NetPlan>,
 }
 
 /// How a clone's pager works.
@@ -307,6 +310,7 @@ impl Ending {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::MacAddress;
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::ffi::OsStringExt;
@@ -322,6 +326,12 @@ mod tests {
             supervisor_pid: 1,
             verbosity: 2,
             record: Some(Record::Beginning(Duration::from_secs(1))),
+            nets: vec![NetPlan {
+                id: "net0".into(),
+                tap: "pando7".into(),
+                netns: None,
+                mac: Some(MacAddress::DEFAULT),
+            }],
         }
     }
 

@@ -15,6 +15,7 @@ use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
 use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
+use super::nets;
 use super::placement::Placement;
 use super::record::{Record, Recorded};
 use super::sight;
@@ -123,7 +124,7 @@ fn work(
             template.spec(),
             ram,
             template.state(),
-            template.connections(serial).map_err(CloneError::from)?,
+            nets::connections(&template, &config, serial)?,
             host_check,
             |handle| stop_with(ready.paging.own(), handle),
         )
@@ -157,7 +158,7 @@ fn work(
         ready.began = monotonic();
         ready.stages.clear();
     }
-    connect(&machine, orders, &mut ready.stages)?;
+    connect(&machine, &template, orders, &mut ready.stages)?;
     run_to_end(machine, ready, &signals)
 }
 
@@ -199,9 +200,10 @@ fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     }
 }
 
-/// Gives the machine its identity: so far, its console.
+/// Gives the machine its identity: so far, its console and its network.
 fn connect(
     machine: &Machine<Paused>,
+    template: &Template,
     (config, descriptors): Orders,
     stages: &mut Vec<(String, Duration)>,
 ) -> anyhow::Result<()> {
@@ -212,6 +214,10 @@ fn connect(
         .bind_serial(serial)
         .map_err(CloneError::from)
         .context("cannot connect its serial port")?;
+    let nets = nets::connect(template, &config)?;
+    if !nets.is_empty() {
+        machine.bind_nets(nets).map_err(CloneError::from)?;
+    }
     stages.push(("identity".to_owned(), start.elapsed()));
     Ok(())
 }

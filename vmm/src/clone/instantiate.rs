@@ -19,8 +19,7 @@ use super::control::{
 };
 use super::give_back::keeper::Keeper;
 use super::record::Record;
-use crate::device::legacy::console::SerialTarget;
-use crate::machine::{HostCheck, Machine, MachineError, Paused};
+use crate::machine::{Connections, HostCheck, Machine, MachineError, Paused};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::chain;
 use crate::template::{Template, TemplateError, working_set};
@@ -46,6 +45,9 @@ pub enum CloneError {
     /// The clone's memory.
     #[error("cannot give the clone its memory")]
     Memory(#[from] GuestMemoryError),
+    /// A tap that cannot be.
+    #[error("cannot connect the clone to its network: {0}")]
+    Tap(String),
     /// The machine.
     #[error("the clone's machine cannot be restored")]
     Machine(#[from] MachineError),
@@ -132,7 +134,7 @@ pub fn instantiate(
     engine: Engine,
     pager: &PagerConfig,
     record: Option<Record>,
-    serial: SerialTarget,
+    connections: Connections,
     host_check: HostCheck,
     handover: Handover<'_>,
 ) -> Result<Instance, CloneError> {
@@ -151,7 +153,6 @@ pub fn instantiate(
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
     let memory = start.elapsed();
-    let connections = template.connections(serial)?;
     let machine = Machine::restore(
         template.spec(),
         ram,

@@ -26,6 +26,7 @@ mod hole_faults;
 pub mod instantiate;
 pub mod learn;
 pub mod member;
+pub mod nets;
 pub mod paging;
 pub mod placement;
 pub mod pool;

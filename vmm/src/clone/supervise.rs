@@ -15,6 +15,7 @@ use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
 use super::learn::Learner;
 pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
+use super::nets::{self, NetPattern};
 use super::paging::{Owner, SharedPaging};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
@@ -71,6 +72,8 @@ pub struct Supervisor {
     pub(super) learner: Learner,
     /// Cgroups of clones, if they have some. Behind what holds their processes: it removes them.
     pub(super) groups: Option<CloneGroups>,
+    /// Cables of clones' network devices.
+    nets: Vec<NetPattern>,
 }
 
 impl Supervisor {
@@ -99,6 +102,7 @@ impl Supervisor {
             pending: Vec::new(),
             pager_stats: PagerStats::default(),
             groups: None,
+            nets: Vec::new(),
         };
         supervisor
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
@@ -106,6 +110,11 @@ impl Supervisor {
         metrics::register(&supervisor.options.name);
         supervisor.publish();
         Ok(supervisor)
+    }
+
+    /// Clones have these cables from now on, which [`nets::check`] has proven.
+    pub fn use_nets(&mut self, nets: Vec<NetPattern>) {
+        self.nets = nets;
     }
 
     /// All clones, in the order in which they were asked for.
@@ -164,6 +173,7 @@ impl Supervisor {
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
             record: self.options.pager.learn.record(number as u64),
+            nets: nets::plans(&self.nets, number as u64),
         }
     }
 

@@ -201,6 +201,7 @@ impl Warmer {
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
             record: Some(Record::Run(self.options.recording)),
+            nets: Vec::new(),
         };
         let (process, console) = CloneProcess::spawn(
             &self.options.program,

@@ -358,6 +358,9 @@ impl Unstarted {
         let tsc_khz = setups
             .first()
             .and_then(|setup| setup.vcpu.tsc_khz_after(tsc_khz));
+        if first_order == FirstOrder::Run {
+            devices.resume();
+        }
         // The guest first: the other threads are in nobody's way meanwhile.
         let vcpus = setups
             .into_iter()

@@ -16,6 +16,7 @@ use crate::device::legacy::i8042::I8042;
 use crate::device::legacy::power::Power;
 use crate::device::legacy::serial::Serial;
 use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
+use crate::device::virtio::net::backend::NetConnection;
 use crate::kvm::KvmError;
 use crate::kvm::timer::Timer;
 use crate::kvm::vm::Vm;
@@ -56,8 +57,12 @@ impl fmt::Debug for Devices {
 impl Devices {
     /// Devices as after power-on; opens where COM1 goes.
     pub(super) fn new(spec: &MachineSpec, to: Connections) -> Result<Self, MachineError> {
-        let Connections { serial, disks } = to;
-        let pci = PciDevices::new(spec, disks)?;
+        let Connections {
+            serial,
+            disks,
+            nets,
+        } = to;
+        let pci = PciDevices::new(spec, disks, nets)?;
         Self::build(serial, pci, |irq, console| {
             Ok(Serial::new(irq, console.output()))
         })
@@ -70,8 +75,12 @@ impl Devices {
         to: Connections,
         records: &[DeviceRecord],
     ) -> Result<Self, MachineError> {
-        let Connections { serial, disks } = to;
-        let mut pci = PciDevices::new(spec, disks)?;
+        let Connections {
+            serial,
+            disks,
+            nets,
+        } = to;
+        let mut pci = PciDevices::new(spec, disks, nets)?;
         let is_known = |record: &&DeviceRecord| {
             record.kind == SERIAL_KIND || pci.as_ref().is_some_and(|pci| pci.has(record))
         };
@@ -152,6 +161,13 @@ impl Devices {
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 
+    /// Says where cables of network devices end, for a machine that was made before that was known.
+    pub(super) fn bind_nets(&self, nets: Vec<(String, NetConnection)>) {
+        if let Some(pci) = &self.pci {
+            pci.bind_nets(nets);
+        }
+    }
+
     /// Lets in what input waits outside. `on_quit` is called when somebody at a terminal asks to quit.
     pub(super) fn attach(&mut self, on_quit: Box<dyn Fn() + Send>) -> Result<(), MachineError> {
         self.console
@@ -173,7 +189,7 @@ impl Devices {
         }
     }
 
-    /// Ends [`Self::pause`].
+    /// Lets devices work: before a vCPU runs, for the first time or after [`Self::pause`].
     pub(super) fn resume(&self) {
         if let Some(pci) = &self.pci {
             pci.resume();

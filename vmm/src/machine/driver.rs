@@ -12,6 +12,7 @@
 use crossbeam::channel::{Receiver, Sender};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::net::backend::NetConnection;
 use crate::kvm::KvmError;
 use crate::kvm::irq::Chip;
 use crate::kvm::vm::Vm;
@@ -35,6 +36,8 @@ pub(super) enum Message {
     Save(Sender<Result<MachineState, MachineError>>),
     /// COM1 goes there from now on; it was to be said later.
     BindSerial(SerialTarget, Sender<Result<(), MachineError>>),
+    /// Cables of network devices end there from now on.
+    BindNets(Vec<(String, NetConnection)>, Sender<()>),
     /// Press the power button.
     PressPowerButton,
     /// End the machine.
@@ -113,6 +116,11 @@ impl Driver {
             }
             Message::BindSerial(target, reply) => {
                 let _ = reply.send(self.bind_serial(target));
+                Ok(doing)
+            }
+            Message::BindNets(nets, reply) => {
+                self.devices.bind_nets(nets);
+                let _ = reply.send(());
                 Ok(doing)
             }
             Message::PressPowerButton => {

@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::arch::x86_64::boot::BootError;
 use crate::arch::x86_64::cpuid::MissingFeature;
 use crate::device::virtio::block::backend::DiskError;
+use crate::device::virtio::net::backend::TapError;
 use crate::kvm::KvmError;
 
 use super::lifecycle::Outcome;
@@ -107,6 +108,15 @@ pub enum MachineError {
     NoDisk {
         /// Name of the disk.
         id: String,
+    },
+    /// The tap of a network device.
+    #[error("cannot connect the network device {id:?}")]
+    Tap {
+        /// Name of the device.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: TapError,
     },
     /// Saved device state of another version.
     #[error("saved state of device {kind:?} has version {saved}, this build reads {ours}")]

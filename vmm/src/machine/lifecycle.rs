@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::net::backend::NetConnection;
 use crate::memory::guest::GuestRam;
 use crate::vcpu::run::Failure;
 
@@ -134,6 +135,14 @@ impl Machine<Paused> {
         let (reply, answer) = bounded(1);
         self.driver.send(Message::BindSerial(target, reply));
         answer.recv().map_err(|_| MachineError::Gone)?
+    }
+
+    /// Says where the cables of network devices end, and which addresses these have, for a machine that
+    /// was made before that was known. The devices take it when the machine goes on.
+    pub fn bind_nets(&self, nets: Vec<(String, NetConnection)>) -> Result<(), MachineError> {
+        let (reply, answer) = bounded(1);
+        self.driver.send(Message::BindNets(nets, reply));
+        answer.recv().map_err(|_| MachineError::Gone)
     }
 
     /// Lets the vCPUs run.

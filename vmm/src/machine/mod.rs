@@ -19,7 +19,7 @@ mod timer;
 
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
-pub use connections::{Connections, scratch_folder};
+pub use connections::{Connections, open_taps, scratch_folder};
 pub use error::MachineError;
 pub use lifecycle::{Machine, MachineHandle, Outcome, Paused, Running};
 pub use request::{Phase, Refusal, Request, Verdict, decide};

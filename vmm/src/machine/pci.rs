@@ -13,6 +13,8 @@ use crate::device::pci::state::{PCI_KIND, PCI_VERSION, PciState};
 use crate::device::virtio::block::backend::Disk;
 use crate::device::virtio::block::device::Block;
 use crate::device::virtio::device::VirtioDevice;
+use crate::device::virtio::net::backend::{NetConnection, NetPort};
+use crate::device::virtio::net::device::Net;
 use crate::device::virtio::rng::device::Rng;
 use crate::device::virtio::state::VirtioState;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
@@ -20,7 +22,7 @@ use crate::kvm::irq::MessageSender;
 use crate::kvm::vm::Vm;
 use crate::memory::guest::GuestRam;
 use crate::memory::layout::{PCI_CONFIG_MEMORY, PCI_WINDOW};
-use crate::spec::{DeviceKind, DeviceSpec, MachineSpec};
+use crate::spec::{DeviceKind, DeviceSpec, MacAddress, MachineSpec};
 
 use super::error::MachineError;
 use super::records::{decode, decode_one, encode};
@@ -31,20 +33,24 @@ use super::state::DeviceRecord;
 pub(super) struct PciDevices {
     ports: Arc<Mutex<ConfigPorts>>,
     devices: Vec<Arc<Mutex<VirtioPci>>>,
+    /// Where network devices take their connections, by their ids.
+    ports_of_nets: Vec<(String, NetPort)>,
     bus: Arc<PciBus>,
 }
 
 impl PciDevices {
     /// The devices of a machine as after power-on; `None` where it has none, and so no bus. Takes the
-    /// images of its disks.
+    /// images of its disks and the ends of its cables.
     pub(super) fn new(
         spec: &MachineSpec,
         disks: Vec<(String, Disk)>,
+        nets: Vec<(String, NetConnection)>,
     ) -> Result<Option<Self>, MachineError> {
         if spec.devices().is_empty() {
             return Ok(None);
         }
         let mut disks = disks;
+        let ports_of_nets = net_ports(spec, nets);
         let mut bus = PciBus::new();
         let mut devices = Vec::new();
         for device in spec.devices() {
@@ -52,7 +58,7 @@ impl PciDevices {
                 device.id(),
                 device.slot(),
                 PCI_WINDOW.start + u64::from(device.slot()) * BAR_BYTES,
-                make(device, &mut disks)?,
+                make(device, &mut disks, &ports_of_nets)?,
             );
             let made = Arc::new(Mutex::new(made));
             // A specification has each place once.
@@ -63,6 +69,7 @@ impl PciDevices {
         Ok(Some(Self {
             ports: Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&bus), 0))),
             devices,
+            ports_of_nets,
             bus,
         }))
     }
@@ -117,6 +124,15 @@ impl PciDevices {
         }
     }
 
+    /// Puts connections where their devices take them when the machine goes on.
+    pub(super) fn bind_nets(&self, nets: Vec<(String, NetConnection)>) {
+        for (id, connection) in nets {
+            if let Some((_, port)) = self.ports_of_nets.iter().find(|(other, _)| *other == id) {
+                port.put(connection);
+            }
+        }
+    }
+
     /// Does all that the guest has asked for, and nothing more until [`Self::resume`].
     pub(super) fn pause(&self) {
         for device in &self.devices {
@@ -146,13 +162,35 @@ impl PciDevices {
     }
 }
 
+/// A port for each network device, with its connection where that is known.
+fn net_ports(spec: &MachineSpec, nets: Vec<(String, NetConnection)>) -> Vec<(String, NetPort)> {
+    let devices = spec.devices().iter();
+    let ports = devices.filter(|device| device.net().is_some());
+    let ports: Vec<_> = ports
+        .map(|device| (device.id().to_owned(), NetPort::default()))
+        .collect();
+    for (id, connection) in nets {
+        if let Some((_, port)) = ports.iter().find(|(other, _)| *other == id) {
+            port.put(connection);
+        }
+    }
+    ports
+}
+
 /// The device that a specification asks for.
 fn make(
     spec: &DeviceSpec,
     disks: &mut Vec<(String, Disk)>,
+    ports: &[(String, NetPort)],
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     match spec.kind() {
         DeviceKind::Rng => Ok(Box::new(Rng::default())),
+        DeviceKind::Net(net) => {
+            let port = ports.iter().find(|(id, _)| id == spec.id());
+            let port = port.map(|(_, port)| port.clone()).unwrap_or_default();
+            let mac = net.mac.unwrap_or(MacAddress::DEFAULT);
+            Ok(Box::new(Net::new(mac, port)))
+        }
         DeviceKind::Block(parts) => {
             let position = disks.iter().position(|(id, _)| id == spec.id());
             let position = position.ok_or_else(|| MachineError::NoDisk {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::backend::is_id;
+use super::mac::MacAddress;
+use super::tap::TapSpec;
 
 /// The last device number of a PCI bus; 0 is the host bridge.
 pub const LAST_SLOT: u8 = 31;
@@ -30,6 +32,17 @@ pub enum DeviceKind {
     Rng,
     /// A disk.
     Block(DiskParts),
+    /// A network device.
+    Net(NetParts),
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NetParts {
+    /// The host's end of its cable; none where there is no cable.
+    pub tap: Option<TapSpec>,
+    /// Its hardware address; without it, the first free one from [`MacAddress::DEFAULT`] on.
+    pub mac: Option<MacAddress>,
 }
 
 /// A disk.
@@ -95,6 +108,12 @@ pub enum DeviceFault {
         /// The number.
         serial: String,
     },
+    /// A tap that cannot be.
+    #[error("{reason}")]
+    BadTap {
+        /// Why not.
+        reason: String,
+    },
     /// A disk without an image.
     #[error("a disk needs the path of its image")]
     NoPath,
@@ -106,6 +125,7 @@ impl DeviceKind {
         match self {
             Self::Rng => "virtio-rng",
             Self::Block(_) => "virtio-blk",
+            Self::Net(_) => "virtio-net",
         }
     }
 
@@ -113,6 +133,7 @@ impl DeviceKind {
         match self {
             Self::Rng => "rng",
             Self::Block(_) => "disk",
+            Self::Net(_) => "net",
         }
     }
 
@@ -158,7 +179,15 @@ impl DeviceSpec {
     pub fn disk(&self) -> Option<&DiskParts> {
         match &self.kind {
             DeviceKind::Block(disk) => Some(disk),
-            DeviceKind::Rng => None,
+            DeviceKind::Rng | DeviceKind::Net(_) => None,
+        }
+    }
+
+    /// The network device, if it is one.
+    pub fn net(&self) -> Option<&NetParts> {
+        match &self.kind {
+            DeviceKind::Net(net) => Some(net),
+            DeviceKind::Rng | DeviceKind::Block(_) => None,
         }
     }
 
@@ -211,6 +240,8 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
         }
     }
     let mut devices = Vec::new();
+    let mut parts = parts;
+    give_addresses(&mut parts);
     for part in parts {
         let free = |slot: &u8| taken.iter().all(|(other, _)| other != slot);
         let slot = part.slot.or_else(|| (1..=LAST_SLOT).find(free));
@@ -229,6 +260,23 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
         });
     }
     Ok(devices)
+}
+
+/// Gives a hardware address to each network device that has none.
+fn give_addresses(parts: &mut [DeviceParts]) {
+    let mac_of = |part: &DeviceParts| match &part.kind {
+        DeviceKind::Net(net) => net.mac,
+        DeviceKind::Rng | DeviceKind::Block(_) => None,
+    };
+    let mut taken: Vec<MacAddress> = parts.iter().filter_map(mac_of).collect();
+    for part in parts {
+        let DeviceKind::Net(net) = &mut part.kind else {
+            continue;
+        };
+        let mut free = (0..).map_while(|number| MacAddress::DEFAULT.plus(number));
+        net.mac = net.mac.or_else(|| free.find(|mac| !taken.contains(mac)));
+        taken.extend(net.mac);
+    }
 }
 
 #[cfg(test)]

@@ -23,7 +23,9 @@ use crate::console::{ConsoleError, GuestConsole};
 use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::block::backend::{Disk, DiskError};
 use crate::machine::state::MachineState;
-use crate::machine::{Connections, Machine, MachineError, Paused, Running, scratch_folder};
+use crate::machine::{
+    Connections, Machine, MachineError, Paused, Running, open_taps, scratch_folder,
+};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::exit;
 use crate::sandbox::sigbus;
@@ -119,6 +121,7 @@ impl TemplateVm {
         let connections = Connections {
             serial: SerialTarget::Fd(serial),
             disks: connect_disks(spec, &disks)?,
+            nets: open_taps(spec)?,
         };
         let machine = Machine::boot(spec, guest_ram, boot, connections)?.resume()?;
         Ok(Self {

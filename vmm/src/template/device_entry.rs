@@ -5,7 +5,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::seal::Seal;
-use crate::spec::{DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
+use crate::spec::{
+    DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts,
+};
 
 /// The first format that has this part.
 pub(super) const FIRST_FORMAT: u32 = 3;
@@ -18,11 +20,14 @@ pub struct DeviceEntry {
     pub id: String,
     /// Its device number on the PCI bus.
     pub slot: u8,
-    /// What it is: `virtio-rng`, or `virtio-blk`, which has a disk.
+    /// What it is: `virtio-rng`, `virtio-blk`, which has a disk, or `virtio-net`, which has a `mac`.
     pub kind: String,
     /// The disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskEntry>,
+    /// The hardware address of a `virtio-net`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
 }
 
 /// The image of a disk as it was when the machine was frozen.
@@ -52,14 +57,20 @@ impl DeviceEntry {
             slot: device.slot(),
             kind: device.kind().word().to_owned(),
             disk,
+            mac: device.net().and_then(|net| net.mac),
         }
     }
 
     /// The device's parts, unchecked; the reason where it is none.
     pub(super) fn parts(&self) -> Result<DeviceParts, String> {
-        let kind = match (self.kind.as_str(), &self.disk) {
-            ("virtio-rng", None) => DeviceKind::Rng,
-            ("virtio-blk", Some(disk)) => {
+        let kind = match (self.kind.as_str(), &self.disk, self.mac) {
+            ("virtio-rng", None, None) => DeviceKind::Rng,
+            // Which tap a clone has is said when it is made.
+            ("virtio-net", None, Some(mac)) => DeviceKind::Net(NetParts {
+                tap: None,
+                mac: Some(mac),
+            }),
+            ("virtio-blk", Some(disk), None) => {
                 if disk.seal.bytes != disk.bytes {
                     return Err(format!(
                         "disk {} has {} bytes, its sealed file has {}",
@@ -76,9 +87,13 @@ impl DeviceEntry {
                     serial: disk.serial.clone(),
                 })
             }
-            (kind, disk) => {
-                let with = if disk.is_some() { "with" } else { "without" };
-                return Err(format!("device {} is a {kind:?} {with} a disk", self.id));
+            (kind, disk, mac) => {
+                let with = |is_there| if is_there { "with" } else { "without" };
+                let (disk, mac) = (with(disk.is_some()), with(mac.is_some()));
+                return Err(format!(
+                    "device {} is a {kind:?} {disk} a disk and {mac} a mac",
+                    self.id
+                ));
             }
         };
         Ok(DeviceParts {

@@ -144,6 +144,7 @@ impl Template {
         Ok(Connections {
             serial,
             disks: disks.collect::<Result<_, TemplateError>>()?,
+            nets: Vec::new(),
         })
     }
 

@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use clap::Args as ClapArgs;
 
+use crate::clone::nets::NetPattern;
 use crate::config::file::DeviceTable;
+use crate::spec::MacAddress;
 
 /// Devices of a machine, beside those of the machine file.
 #[derive(Debug, Clone, Default, ClapArgs)]
@@ -16,6 +18,10 @@ pub struct DeviceArgs {
     /// FILE is written twice
     #[arg(long = "disk", value_name = "FILE[,..]")]
     pub disks: Vec<DiskArg>,
+    /// A network device: [tap=NAME][,netns=NAME][,mac=ADDRESS][,id=ID]; may be given several times. The tap
+    /// must exist; with netns it is in that network namespace of `ip netns`
+    #[arg(long = "net", value_name = "tap=NAME[,..]")]
+    pub nets: Vec<NetArg>,
     /// An entropy device
     #[arg(long)]
     pub rng: bool,
@@ -29,7 +35,8 @@ impl DeviceArgs {
             id: None,
             slot: None,
         });
-        disks.chain(rng).collect()
+        let nets = self.nets.iter().map(|net| net.table());
+        disks.chain(nets).chain(rng).collect()
     }
 }
 
@@ -70,6 +77,59 @@ impl FromStr for DiskArg {
     }
 }
 
+/// One network device.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NetArg {
+    id: Option<String>,
+    tap: Option<String>,
+    netns: Option<String>,
+    mac: Option<MacAddress>,
+}
+
+impl NetArg {
+    fn table(&self) -> DeviceTable {
+        DeviceTable::Net {
+            id: self.id.clone(),
+            slot: None,
+            tap: self.tap.clone(),
+            netns: self.netns.clone(),
+            mac: self.mac,
+        }
+    }
+
+    /// The cable of clones, where it is a cable.
+    pub fn pattern(&self) -> Result<NetPattern, String> {
+        Ok(NetPattern {
+            id: self.id.clone(),
+            tap: self.tap.clone().ok_or("--net of clones needs tap=NAME")?,
+            netns: self.netns.clone(),
+            mac: self.mac,
+        })
+    }
+}
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut net = Self::default();
+        for word in split(text).iter().filter(|word| !word.is_empty()) {
+            match word.split_once('=') {
+                Some(("tap", value)) => net.tap = Some(value.to_owned()),
+                Some(("netns", value)) => net.netns = Some(value.to_owned()),
+                Some(("mac", value)) => net.mac = Some(value.parse()?),
+                Some(("id", value)) => net.id = Some(value.to_owned()),
+                _ => {
+                    return Err(format!(
+                        "{word:?} is none of tap=NAME, netns=NAME, mac=ADDRESS, id=ID"
+                    ));
+                }
+            }
+        }
+        Ok(net)
+    }
+}
+
 /// Words between single commas; a double one is a comma.
 fn split(text: &str) -> Vec<String> {
     let mut words = vec![String::new()];
@@ -88,6 +148,29 @@ fn split(text: &str) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_network_device_is_words() {
+        let net: NetArg = "tap=t%d,netns=n,mac=52:54:00:00:00:01,id=x"
+            .parse()
+            .unwrap();
+        let pattern = net.pattern().unwrap();
+        assert_eq!(
+            (pattern.tap.as_str(), pattern.netns.as_deref()),
+            ("t%d", Some("n"))
+        );
+        assert!("".parse::<NetArg>().unwrap().pattern().is_err());
+        for (wrong, word) in [
+            ("tap", "\"tap\""),
+            ("mac=zz", "no MAC address"),
+            ("t=1", "\"t=1\""),
+        ] {
+            assert!(
+                wrong.parse::<NetArg>().unwrap_err().contains(word),
+                "{wrong}"
+            );
+        }
+    }
 
     #[test]
     fn a_disk_is_a_file_and_words() {

@@ -7,7 +7,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::is_default;
-use crate::spec::{DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
+use crate::spec::{
+    DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts, TapSpec,
+};
 
 /// One device on the PCI bus. There is a bus where there is a device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -46,11 +48,46 @@ pub enum DeviceTable {
         #[serde(skip_serializing_if = "Option::is_none")]
         serial: Option<String>,
     },
+    /// A network device.
+    #[serde(rename = "virtio-net")]
+    Net {
+        /// What it is called; `net0`, `net1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The tap at the other end of its cable; no cable if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        tap: Option<String>,
+        /// The network namespace of the tap, as `ip netns` names it; that of this process if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        netns: Option<String>,
+        /// Its hardware address; the first free one from 52:54:00:12:34:56 on if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<String>")]
+        mac: Option<MacAddress>,
+    },
 }
 
-impl From<&DeviceTable> for DeviceParts {
-    fn from(table: &DeviceTable) -> Self {
-        match table.clone() {
+impl DeviceTable {
+    /// What it is called, or what it is.
+    pub fn name(&self) -> &str {
+        let (id, word) = match self {
+            Self::Rng { id, .. } => (id, "virtio-rng"),
+            Self::Block { id, .. } => (id, "virtio-blk"),
+            Self::Net { id, .. } => (id, "virtio-net"),
+        };
+        id.as_deref().unwrap_or(word)
+    }
+}
+
+impl TryFrom<&DeviceTable> for DeviceParts {
+    type Error = String;
+
+    fn try_from(table: &DeviceTable) -> Result<Self, String> {
+        Ok(match table.clone() {
             DeviceTable::Rng { id, slot } => Self {
                 id,
                 slot,
@@ -77,7 +114,25 @@ impl From<&DeviceTable> for DeviceParts {
                     serial,
                 }),
             },
-        }
+            DeviceTable::Net {
+                id,
+                slot,
+                tap,
+                netns,
+                mac,
+            } => {
+                if tap.is_none() && netns.is_some() {
+                    return Err("netns says where a tap is: say tap too".to_owned());
+                }
+                let tap = tap.map(|tap| TapSpec::new(&tap, netns.as_deref()));
+                let tap = tap.transpose()?;
+                Self {
+                    id,
+                    slot,
+                    kind: DeviceKind::Net(NetParts { tap, mac }),
+                }
+            }
+        })
     }
 }
 
@@ -97,6 +152,13 @@ impl From<&DeviceSpec> for DeviceTable {
                 readonly: access == DiskAccess::Read,
                 snapshot: access == DiskAccess::Snapshot,
                 serial,
+            },
+            DeviceKind::Net(NetParts { tap, mac }) => Self::Net {
+                id,
+                slot,
+                netns: (tap.as_ref()).and_then(|tap| tap.namespace().map(str::to_owned)),
+                tap: tap.map(|tap| tap.name().to_owned()),
+                mac,
             },
         }
     }

@@ -7,6 +7,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::inbound::Inbound;
 use super::queue::Chain;
 use crate::memory::guest::GuestRam;
 
@@ -45,6 +46,31 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// Does what a request asks for and returns how many bytes of its memory were written.
     fn process(&mut self, queue: usize, request: &Chain, ram: &GuestRam) -> u32;
+
+    /// How often [`Self::config`] changed.
+    fn generation(&self) -> u8 {
+        0
+    }
+
+    /// The guest has set the device up and takes these features; or it had when it was saved. Comes
+    /// after [`Self::restore`].
+    fn activate(&mut self, _features: u64) -> Result<(), VirtioStateError> {
+        Ok(())
+    }
+
+    /// The guest has reset the device.
+    fn reset(&mut self) {}
+
+    /// The machine is about to run: takes what it was connected to meanwhile. Whether the guest is to
+    /// be told that the registers changed.
+    fn begin(&mut self) -> Result<bool, VirtioStateError> {
+        Ok(false)
+    }
+
+    /// What comes from outside, where the device has such a side.
+    fn inbound(&mut self) -> Option<&mut dyn Inbound> {
+        None
+    }
 
     /// State of its own, beside registers and queues.
     fn save(&self) -> Vec<u8>;

@@ -14,8 +14,11 @@
 //! one request fails that request; what is wrong with a queue stops the device until it is reset. Work
 //! for one guest request, and the number of requests for one notification, are limited.
 
+mod bell;
 pub mod block;
 pub mod device;
+pub mod inbound;
+pub mod net;
 pub mod queue;
 pub mod rng;
 pub mod state;

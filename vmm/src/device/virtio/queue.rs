@@ -4,8 +4,11 @@
 //! The descriptors of a request are read once, all of them, before anything is done: what the guest
 //! changes afterwards changes nothing. The memory that they name is reached by copies, each checked.
 
+use std::sync::atomic::{Ordering, fence};
+
 use thiserror::Error;
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::Bytes;
 
 use super::state::SavedQueue;
 use crate::memory::guest::{GuestMemoryError, GuestRam};
@@ -139,18 +142,25 @@ pub enum Ring {
 pub struct VirtQueue {
     number: usize,
     queue: Queue,
+    /// How many requests were given back since the guest's wish for interrupts was read.
+    added: u16,
 }
 
 impl VirtQueue {
     /// A queue of at most `size` entries, a power of two; `None` where that is no size.
     pub fn new(number: usize, size: u16) -> Option<Self> {
         let queue = Queue::new(size).ok()?;
-        Some(Self { number, queue })
+        Some(Self {
+            number,
+            queue,
+            added: 0,
+        })
     }
 
     /// As after power-on.
     pub fn reset(&mut self) {
         self.queue.reset();
+        self.added = 0;
     }
 
     /// How many entries it has.
@@ -228,7 +238,64 @@ impl VirtQueue {
     pub fn push(&mut self, ram: &GuestRam, chain: &Chain, bytes: u32) -> Result<(), QueueError> {
         self.queue
             .add_used(ram.as_vm_memory(), chain.head, bytes)
-            .map_err(broken(self.number))
+            .map_err(broken(self.number))?;
+        self.added = self.added.saturating_add(1);
+        Ok(())
+    }
+
+    /// Gives several requests back at once: the guest sees all of them, or none.
+    pub fn push_all<'a>(
+        &mut self,
+        ram: &GuestRam,
+        used: impl ExactSizeIterator<Item = (&'a Chain, u32)>,
+    ) -> Result<(), QueueError> {
+        let first = self.queue.next_used();
+        let last = used.len().saturating_sub(1);
+        for (number, (chain, bytes)) in used.enumerate() {
+            // Each goes to its place; the index that shows it is written with the last.
+            let place = first.wrapping_add(u16::try_from(number).unwrap_or(u16::MAX));
+            self.queue.set_next_used(place);
+            if number == last {
+                self.push(ram, chain, bytes)?;
+            } else {
+                self.write_used(ram, place, chain.head, bytes)?;
+            }
+        }
+        self.added = self
+            .added
+            .saturating_add(u16::try_from(last).unwrap_or(u16::MAX));
+        Ok(())
+    }
+
+    /// Writes an element of the device's ring, which is not shown yet.
+    fn write_used(
+        &self,
+        ram: &GuestRam,
+        place: u16,
+        head: u16,
+        bytes: u32,
+    ) -> Result<(), QueueError> {
+        if head >= self.queue.size() {
+            return Err(broken(self.number)(
+                virtio_queue::Error::InvalidDescriptorIndex,
+            ));
+        }
+        let slot = u64::from(place % self.queue.size().max(1));
+        let address = self.queue.used_ring().saturating_add(4 + slot * 8);
+        let mut element = [0; 8];
+        element[..2].copy_from_slice(&head.to_le_bytes());
+        element[4..].copy_from_slice(&bytes.to_le_bytes());
+        ram.write(address, &element).map_err(|error| QueueError {
+            queue: self.number,
+            reason: error.to_string(),
+        })
+    }
+
+    /// Makes the last `requests` that were taken available again.
+    pub fn put_back(&mut self, requests: usize) {
+        let requests = u16::try_from(requests).unwrap_or(0);
+        let next = self.queue.next_avail();
+        self.queue.set_next_avail(next.wrapping_sub(requests));
     }
 
     /// Asks the guest not to notify of more.
@@ -247,9 +314,24 @@ impl VirtQueue {
 
     /// Whether the guest wants to hear of what was given back since this was asked last.
     pub fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
-        self.queue
-            .needs_notification(ram.as_vm_memory())
-            .map_err(broken(self.number))
+        let added = std::mem::take(&mut self.added);
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        // What was given back is seen before the guest's wish is read.
+        fence(Ordering::SeqCst);
+        let wish = u64::from(self.queue.size()) * 2 + 4;
+        let address = self.queue.avail_ring().saturating_add(wish);
+        let memory = ram.as_vm_memory();
+        let event: u16 = memory
+            .load(vm_memory::GuestAddress(address), Ordering::Relaxed)
+            .map_err(|error| QueueError {
+                queue: self.number,
+                reason: error.to_string(),
+            })?;
+        // Whether the guest waits for one of these (virtio 1.2, 2.7.10).
+        let behind = self.queue.next_used().wrapping_sub(u16::from_le(event));
+        Ok((1..=added).contains(&behind))
     }
 
     /// Everything that [`Self::restore`] needs.

@@ -11,16 +11,21 @@
 //! ```
 //!
 //! The thread is started by the first kick. A machine in which no guest asks anything of a device
-//! has no thread for it: not one that was made, not one that was restored.
+//! has no thread for it: not one that was made, not one that was restored. A device that is fed from
+//! outside has its thread from when the guest has set it up, or the machine goes on: the thread waits
+//! for kicks and for the source of what comes.
 
 use std::fmt;
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::device::{DeviceType, Interrupt, VirtioDevice};
+use super::bell::{Bell, Source};
+use super::device::{DeviceType, Interrupt, VirtioDevice, VirtioStateError};
+use super::inbound::{self, Waits};
 use super::queue::{QueueError, VirtQueue};
 use crate::memory::guest::GuestRam;
 
@@ -36,6 +41,8 @@ pub struct Core {
     outside: Option<Outside>,
     is_active: bool,
     is_paused: bool,
+    /// Everything that waited outside was delivered: more is to be looked for.
+    wants_input: bool,
 }
 
 impl fmt::Debug for Core {
@@ -65,6 +72,7 @@ struct Shared {
     is_active: AtomicBool,
     is_broken: AtomicBool,
     quit: AtomicBool,
+    bell: Bell,
 }
 
 /// A device with its worker.
@@ -94,6 +102,7 @@ impl Worker {
             outside: None,
             is_active: false,
             is_paused: false,
+            wants_input: false,
         };
         Self {
             name: name.to_owned(),
@@ -104,6 +113,7 @@ impl Worker {
                 is_active: AtomicBool::new(false),
                 is_broken: AtomicBool::new(false),
                 quit: AtomicBool::new(false),
+                bell: Bell::default(),
             }),
             thread: Mutex::new(None),
         }
@@ -149,33 +159,59 @@ impl Worker {
             for queue in &mut core.queues {
                 queue.set_event_index(has_event_index);
             }
+            if let Err(error) = core.device.activate(features) {
+                tracing::error!(device = self.name, "it cannot be set up: {error}");
+                return core.fail(&self.shared);
+            }
             core.is_active = true;
             self.shared.is_active.store(true, Ordering::SeqCst);
         });
+        self.look_outside();
+    }
+
+    /// Has the worker look whether something came from outside, where something can.
+    fn look_outside(&self) {
+        let inbound = self.with_core(|core| {
+            let inbound = core.device.inbound()?;
+            inbound.source().map(|_| inbound.queue())
+        });
+        if let Some(queue) = inbound.and_then(|queue| u16::try_from(queue).ok()) {
+            self.kick(queue);
+        }
     }
 
     /// As after power-on, but for the device's own state.
     pub fn reset(&self) {
         self.with_core(|core| {
             core.is_active = false;
+            core.wants_input = false;
             for queue in &mut core.queues {
                 queue.reset();
             }
+            core.device.reset();
             self.shared.is_active.store(false, Ordering::SeqCst);
             self.shared.is_broken.store(false, Ordering::SeqCst);
             self.shared.kicked.store(0, Ordering::SeqCst);
         });
     }
 
-    /// Goes on as a device was saved: set up or not, broken or not.
-    pub fn restore_phase(&self, is_active: bool, is_broken: bool) {
+    /// Goes on as a device was saved: set up, with these features, or not; broken or not.
+    pub fn restore_phase(
+        &self,
+        features: Option<u64>,
+        is_broken: bool,
+    ) -> Result<(), VirtioStateError> {
         self.with_core(|core| {
-            core.is_active = is_active && !is_broken;
+            if let Some(features) = features {
+                core.device.activate(features)?;
+            }
+            core.is_active = features.is_some() && !is_broken;
             self.shared
                 .is_active
                 .store(core.is_active, Ordering::SeqCst);
             self.shared.is_broken.store(is_broken, Ordering::SeqCst);
-        });
+            Ok(())
+        })
     }
 
     /// The guest says that a queue has requests. Returns at once.
@@ -191,34 +227,39 @@ impl Worker {
     fn wake(&self, may_start: bool) {
         let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
         match &*thread {
-            Some(thread) => thread.thread().unpark(),
-            None if may_start => {
-                let shared = Arc::clone(&self.shared);
-                let name = self.name.clone();
-                let started = thread::Builder::new()
-                    .name(name)
-                    .spawn(move || work(&shared));
-                match started {
-                    Ok(started) => *thread = Some(started),
-                    Err(error) => {
-                        drop(thread);
-                        tracing::error!(
-                            device = self.name,
-                            "its thread cannot be started: {error}"
-                        );
-                        self.with_core(|core| core.fail(&self.shared));
-                    }
+            Some(thread) => self.shared.bell.ring(thread.thread()),
+            None if may_start => match self.start() {
+                Ok(started) => *thread = Some(started),
+                Err(error) => {
+                    drop(thread);
+                    tracing::error!(device = self.name, "its thread cannot be started: {error}");
+                    self.with_core(|core| core.fail(&self.shared));
                 }
-            }
+            },
             None => (),
         }
     }
 
+    fn start(&self) -> io::Result<JoinHandle<()>> {
+        // Not through `with_core`, which wakes the thread that is being started.
+        if lock(&self.shared.core).device.inbound().is_some() {
+            self.shared.bell.hang()?;
+        }
+        let shared = Arc::clone(&self.shared);
+        let builder = thread::Builder::new().name(self.name.clone());
+        builder.spawn(move || work(&shared))
+    }
+
     /// Does all that the guest has asked for, and nothing more until [`Self::resume`]. No vCPU may run.
+    /// What waits outside stays there.
     pub fn pause(&self) {
         self.with_core(|core| {
             core.is_paused = true;
+            core.wants_input = false;
             let mut bits = self.shared.kicked.swap(0, Ordering::SeqCst);
+            if let Some(inbound) = core.device.inbound() {
+                bits &= !(1 << inbound.queue());
+            }
             // A guest that stands still can have no more than its queues hold.
             for _ in 0..=core.queues.len() {
                 if bits == 0 {
@@ -230,9 +271,24 @@ impl Worker {
         });
     }
 
-    /// Works again after [`Self::pause`].
+    /// Works from now on, for the first time or again after [`Self::pause`]. Before a vCPU runs.
     pub fn resume(&self) {
-        self.with_core(|core| core.is_paused = false);
+        self.with_core(|core| {
+            core.is_paused = false;
+            match core.device.begin() {
+                Ok(false) => (),
+                Ok(true) => {
+                    if let Some(outside) = &core.outside {
+                        outside.interrupt.config();
+                    }
+                }
+                Err(error) => {
+                    tracing::error!(device = self.name, "it cannot go on: {error}");
+                    core.fail(&self.shared);
+                }
+            }
+        });
+        self.look_outside();
     }
 }
 
@@ -244,7 +300,7 @@ impl Drop for Worker {
             .get_mut()
             .unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = thread.take() {
-            thread.thread().unpark();
+            self.shared.bell.ring(thread.thread());
             if thread.join().is_err() {
                 tracing::error!(device = self.name, "the thread of a device panicked");
             }
@@ -254,6 +310,7 @@ impl Drop for Worker {
 
 /// The body of the thread. Between two looks it sleeps; a wake-up that comes first is not lost.
 fn work(shared: &Shared) {
+    let mut source = None;
     while !shared.quit.load(Ordering::SeqCst) {
         let must_wait = || shared.waiting.load(Ordering::SeqCst) != 0;
         let bits = if must_wait() {
@@ -262,18 +319,23 @@ fn work(shared: &Shared) {
             shared.kicked.swap(0, Ordering::SeqCst)
         };
         if bits == 0 {
-            thread::park();
+            // Whoever waits for the core wakes this thread if there is something to do.
+            let source = source.as_ref().filter(|_| !must_wait());
+            let input = shared.bell.sleep(source);
+            shared.kicked.fetch_or(input, Ordering::SeqCst);
             continue;
         }
         let mut core = lock(&shared.core);
         if core.is_paused {
             shared.kicked.fetch_or(bits, Ordering::SeqCst);
             drop(core);
-            thread::park();
+            source = None;
+            shared.bell.sleep(None);
             continue;
         }
         let is_over = || must_wait() || shared.quit.load(Ordering::SeqCst);
         let left = core.round(shared, bits, &is_over);
+        source = core.source();
         drop(core);
         shared.kicked.fetch_or(left, Ordering::SeqCst);
     }
@@ -303,6 +365,18 @@ impl Core {
         left
     }
 
+    /// Where something may come from that the guest has room for.
+    fn source(&mut self) -> Option<Source> {
+        if !self.wants_input || !self.is_active {
+            return None;
+        }
+        let inbound = self.device.inbound()?;
+        Some(Source {
+            bit: 1 << inbound.queue(),
+            file: inbound.source()?,
+        })
+    }
+
     /// Works on one queue; whether it has more.
     fn serve(
         &mut self,
@@ -322,6 +396,14 @@ impl Core {
                 queue: number,
                 reason: "its rings are not in RAM".to_owned(),
             });
+        }
+        if let Some(inbound) = self.device.inbound()
+            && inbound.queue() == number
+        {
+            let interrupt = &*outside.interrupt;
+            let waits = inbound::serve(inbound, queue, ram, interrupt, ROUND_REQUESTS, is_over)?;
+            self.wants_input = waits == Waits::ForInput;
+            return Ok(waits == Waits::ForNothing);
         }
         let (mut done, mut has_more) = (0, true);
         while has_more {
@@ -352,6 +434,7 @@ impl Core {
     /// Nothing more until the guest resets the device.
     fn fail(&mut self, shared: &Shared) {
         self.is_active = false;
+        self.wants_input = false;
         shared.is_active.store(false, Ordering::SeqCst);
         shared.is_broken.store(true, Ordering::SeqCst);
         if let Some(outside) = &self.outside {

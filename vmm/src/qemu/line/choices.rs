@@ -22,7 +22,15 @@ pub fn of(argument: &Argument) -> Option<String> {
         ),
         "cpu" => ("Available CPUs:", &["host", "max"]),
         "accel" => ("Accelerators supported:", &["kvm"]),
-        "device" => ("Devices:", &["pc-dimm", "virtio-blk-pci", "virtio-rng-pci"]),
+        "device" => (
+            "Devices:",
+            &[
+                "pc-dimm",
+                "virtio-blk-pci",
+                "virtio-net-pci",
+                "virtio-rng-pci",
+            ],
+        ),
         "object" => (
             "List of user creatable objects:",
             &[

@@ -55,7 +55,7 @@ mod tests {
             message("pc-dimm,memdev=m,x=1"),
             "Property 'pc-dimm.x' not found"
         );
-        assert!(message("virtio-net-pci,netdev=n").contains("no network device"));
+        assert!(message("e1000,netdev=n").contains("network devices are virtio-net-pci"));
         assert!(message("nope").starts_with("'nope' is not a valid device model name"));
     }
 }

@@ -10,6 +10,7 @@ pub mod global;
 pub mod identity;
 pub mod machine;
 pub mod memory;
+mod netdev;
 pub mod options;
 pub mod pci;
 pub mod refused;

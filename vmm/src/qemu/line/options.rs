@@ -92,8 +92,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "device",
-        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-rng-pci[,rng=ID,id=,addr=]",
-        "a memory module, a disk, or entropy from the host",
+        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-net-pci[,netdev=ID,mac=,id=,addr=] | virtio-rng-pci[,rng=ID,id=,addr=]",
+        "a memory module, a disk, a network device, or entropy from the host",
     ),
     with(
         "drive",
@@ -104,6 +104,11 @@ pub const OPTIONS: &[OptionInfo] = &[
         "blockdev",
         "file,node-name=ID,filename=FILE[,read-only=] | raw,node-name=ID,file=ID",
         "a raw image for -device virtio-blk-pci,drive=ID",
+    ),
+    with(
+        "netdev",
+        "tap,id=ID,ifname=NAME,script=no,downscript=no[,vhost=off]",
+        "a tap, which must exist, for -device virtio-net-pci,netdev=ID",
     ),
     with(
         "mem-prealloc",
@@ -198,8 +203,16 @@ pub const OPTIONS: &[OptionInfo] = &[
     as_it_is("no-hpet", None, "there is no HPET"),
     as_it_is("only-migratable", None, "all devices can be saved"),
     as_it_is("vga", Some("none"), "there is no graphics card"),
-    as_it_is("net", Some("none"), "there is no network device"),
-    as_it_is("nic", Some("none"), "there is no network device"),
+    as_it_is(
+        "net",
+        Some("none"),
+        "there is no network device but by -device",
+    ),
+    as_it_is(
+        "nic",
+        Some("none"),
+        "there is no network device but by -device",
+    ),
     as_it_is("parallel", Some("none"), "there is no parallel port"),
 ];
 

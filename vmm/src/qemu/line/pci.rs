@@ -1,8 +1,10 @@
 #![forbid(unsafe_code)]
 //! Devices on the PCI bus: `-drive`, `-blockdev`, `-device virtio-*-pci` and the objects that they name.
+//! What networks have of their own is in [`super::netdev`].
 
 use std::path::PathBuf;
 
+use super::netdev::{NET_DRIVERS, NetDevice, Netdevs};
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
 use crate::spec::{DeviceKind, DeviceParts, DiskAccess, DiskParts};
@@ -26,6 +28,8 @@ pub struct PciDevices {
     images: Vec<Image>,
     /// `-object rng-*`
     sources: Vec<String>,
+    /// `-netdev`
+    netdevs: Netdevs,
     /// `-device`
     devices: Vec<Device>,
 }
@@ -56,6 +60,7 @@ enum What {
         drive: String,
         serial: Option<String>,
     },
+    Net(NetDevice),
 }
 
 impl PciDevices {
@@ -64,6 +69,7 @@ impl PciDevices {
         match name {
             "drive" => self.drive(value, typed)?,
             "blockdev" => self.blockdev(value)?,
+            "netdev" => self.netdevs.read(value)?,
             _ => return Ok(false),
         }
         Ok(true)
@@ -94,7 +100,8 @@ impl PciDevices {
     pub fn device(&mut self, mut props: Props, typed: &str) -> Result<Option<Props>, OptionError> {
         let driver = props.required("driver")?;
         let is_block = BLOCK_DRIVERS.contains(&driver.as_str());
-        if !is_block && !RNG_DRIVERS.contains(&driver.as_str()) {
+        let is_net = NET_DRIVERS.contains(&driver.as_str());
+        if !is_block && !is_net && !RNG_DRIVERS.contains(&driver.as_str()) {
             props.add("driver", &driver);
             return Ok(Some(props));
         }
@@ -112,6 +119,8 @@ impl PciDevices {
                     .ok_or_else(|| OptionError::new("drive property not set"))?,
                 serial: props.text("serial")?,
             }
+        } else if is_net {
+            What::Net(NetDevice::read(&mut props)?)
         } else {
             What::Rng {
                 source: props.text("rng")?,
@@ -241,6 +250,7 @@ impl PciDevices {
         let mut free: Vec<&Image> = self.images.iter().collect();
         free.retain(|image| !image.is_file_node);
         let mut parts = Vec::new();
+        let mut taken = Vec::new();
         for device in &self.devices {
             let kind = match &device.what {
                 What::Rng { source } => {
@@ -251,6 +261,10 @@ impl PciDevices {
                         return Err(OptionError::new(error).at(&device.typed));
                     }
                     DeviceKind::Rng
+                }
+                What::Net(net) => {
+                    let net = self.netdevs.parts(net, &mut taken);
+                    DeviceKind::Net(net.map_err(|error| error.at(&device.typed))?)
                 }
                 What::Block { drive, serial } => {
                     let at = free.iter().position(|image| image.id == *drive);
@@ -274,6 +288,7 @@ impl PciDevices {
                 kind,
             });
         }
+        self.netdevs.check_taken(&taken)?;
         match free.first() {
             Some(image) => Err(OptionError::new(format!(
                 "no device has the drive '{}': add -device virtio-blk-pci,drive={0}, or say if=virtio",
@@ -285,7 +300,7 @@ impl PciDevices {
 }
 
 /// Refuses a property that says anything else than what is so.
-fn only(props: &mut Props, key: &str, words: &[&str]) -> Result<(), OptionError> {
+pub(super) fn only(props: &mut Props, key: &str, words: &[&str]) -> Result<(), OptionError> {
     match props.text(key)? {
         Some(word) if !words.contains(&word.as_str()) => Err(OptionError::new(format!(
             "{key}={word} cannot be had: {key}={} is what there is",

@@ -15,7 +15,6 @@ pub struct Refused {
 const NO_BLOCK: &str =
     "disks are virtio with raw images: say -drive file=FILE,if=virtio,format=raw";
 const NO_SHARE: &str = "there is no shared directory: give the guest a disk (-drive)";
-const NO_NET: &str = "there is no network device: leave the option out, or say -net none";
 const NO_DISPLAY: &str =
     "there is no graphics or input: use -nographic or -display none, and -serial";
 const NO_FIRMWARE: &str = "there is no firmware: give the kernel with -kernel";
@@ -53,11 +52,6 @@ pub const REFUSED: &[Refused] = &[
         names: &["snapshot"],
         argument: false,
         instead: "say snapshot=on of each -drive",
-    },
-    Refused {
-        names: &["netdev"],
-        argument: true,
-        instead: NO_NET,
     },
     Refused {
         names: &["vnc", "spice", "k", "g", "rotate"],
@@ -201,12 +195,9 @@ const DEVICES: &[(&str, &str)] = &[
         "virtio-mem",
         "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
     ),
-    (
-        "virtio-net",
-        "Pando has no network device yet: leave it out",
-    ),
-    ("e1000", "Pando has no network device yet: leave it out"),
-    ("rtl8139", "Pando has no network device yet: leave it out"),
+    ("virtio-net", "network devices are virtio-net-pci"),
+    ("e1000", "network devices are virtio-net-pci"),
+    ("rtl8139", "network devices are virtio-net-pci"),
     ("virtio-blk", "disks are virtio-blk-pci"),
     (
         "vmgenid",
@@ -230,7 +221,7 @@ pub fn device(driver: &str) -> String {
         Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
-             virtio-blk-pci and virtio-rng-pci are the devices to add"
+             virtio-blk-pci, virtio-net-pci and virtio-rng-pci are the devices to add"
         ),
     }
 }

@@ -212,6 +212,7 @@ fn with_devices() -> ManifestFile {
         slot,
         kind: kind.into(),
         disk,
+        mac: None,
     };
     let disk = DiskEntry {
         file: "root.disk".into(),

@@ -2,5 +2,6 @@
 
 mod driver;
 mod hostile;
+mod net;
 mod requests;
 mod saved;

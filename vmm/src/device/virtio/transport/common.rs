@@ -162,7 +162,8 @@ impl Common<'_> {
             &self.interrupts.config.load(Ordering::SeqCst).to_le_bytes(),
         );
         put(18, &queues.to_le_bytes());
-        put(20, &[registers.status | broken, 0]);
+        let generation = self.worker.with_core(|core| core.device.generation());
+        put(20, &[registers.status | broken, generation]);
         put(22, &registers.queue_select.to_le_bytes());
         self.worker.with_core(|core| {
             let Some(queue) = core.queues.get(selected) else {

@@ -251,8 +251,8 @@ impl VirtioPci {
         for (vector, saved) in interrupts.queues.iter().zip(&state.queues) {
             vector.store(saved.vector, Ordering::SeqCst);
         }
-        self.worker.restore_phase(is_active, state.is_broken);
-        Ok(())
+        let features = is_active.then_some(state.driver_features);
+        self.worker.restore_phase(features, state.is_broken)
     }
 
     fn common(&mut self) -> Common<'_> {
