@@ -38,6 +38,8 @@ pub(crate) struct GroveOptions {
     pub(crate) root: RootOptions,
     /// Whether each clone gets a cgroup of its own.
     pub(crate) cgroups: bool,
+    /// Whether the memory of each clone is measured, page by page.
+    pub(crate) measure_memory: bool,
 }
 
 impl GroveOptions {
@@ -53,6 +55,7 @@ impl GroveOptions {
             },
             root: RootOptions::default(),
             cgroups: false,
+            measure_memory: false,
         }
     }
 }
@@ -90,7 +93,7 @@ impl Grove {
             engine: options.engine,
             pager: options.pager,
             verbosity: 0,
-            measure_memory: false,
+            measure_memory: options.measure_memory,
             overcommit: true,
             host_check: pando_vmm::machine::HostCheck::Done,
             root: options.root,

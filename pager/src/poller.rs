@@ -12,7 +12,7 @@ use rustix::event::epoll::{self, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use userfaultfd::Uffd;
 
-use crate::port::Inbox;
+use crate::port::{Inbox, make_nonblocking};
 use crate::token::{ClientSlot, Token};
 
 /// Events taken at once.
@@ -23,6 +23,13 @@ struct Watched {
     uffd: Arc<Uffd>,
     pidfd: Option<Arc<OwnedFd>>,
     is_armed: bool,
+}
+
+impl Watched {
+    /// What cannot be waited for is a blocking one.
+    fn mend(&self) {
+        make_nonblocking(&self.uffd);
+    }
 }
 
 /// An epoll of all clients, the bell and the signal of the reading threads.
@@ -152,8 +159,15 @@ impl Poller {
             Err(errno) => return Err(errno.into()),
         }
         for event in &self.events {
+            let flags = event.flags;
             match Token::decode(event.data.u64()) {
-                Some(Token::Uffd(slot)) => inbox.more.push(slot),
+                Some(Token::Uffd(slot)) => {
+                    if flags.contains(EventFlags::ERR) {
+                        let place = self.places.get(slot.index());
+                        place.into_iter().flatten().for_each(Watched::mend);
+                    }
+                    inbox.more.push(slot);
+                }
                 Some(Token::Gone(slot)) => inbox.gone.push(slot),
                 Some(Token::Bell) => inbox.bell = true,
                 Some(Token::Signal) => _ = rustix::io::read(&self.signal, &mut [0; 8]),

@@ -9,6 +9,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
 use userfaultfd::Uffd;
 
@@ -73,6 +75,16 @@ impl Inbox {
     }
 }
 
+impl Inbox {
+    /// Nothing of it is for the client that had this place, which is free for another.
+    pub(crate) fn forget(&mut self, slot: ClientSlot) {
+        self.messages.retain(|(of, _)| *of != slot);
+        for slots in [&mut self.more, &mut self.unarmed, &mut self.gone] {
+            slots.retain(|of| *of != slot);
+        }
+    }
+}
+
 /// Takes unread messages off `uffd`, at most `room` of them, until there are none.
 pub(crate) fn drain(uffd: &Uffd, room: usize, each: &mut dyn FnMut(Message)) -> io::Result<()> {
     let mut buffer = [0; MESSAGES_PER_READ * MESSAGE_BYTES];
@@ -96,14 +108,37 @@ pub(crate) fn drain(uffd: &Uffd, room: usize, each: &mut dyn FnMut(Message)) -> 
 }
 
 /// Reads without waiting, even if somebody who shares the descriptor made it a blocking one. Kernels
-/// that cannot be told so (before 6.10) go by the descriptor.
+/// that cannot be told so (before 6.10) go by the descriptor: there it is asked first whether it can be
+/// waited for.
 fn read_now(uffd: &Uffd, buffer: &mut [u8]) -> rustix::io::Result<usize> {
     // Not at any offset.
     const HERE: u64 = u64::MAX;
     let mut buffers = [IoSliceMut::new(buffer)];
     match preadv2(uffd, &mut buffers, HERE, ReadWriteFlags::NOWAIT) {
-        Err(Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => rustix::io::read(uffd, buffer),
+        Err(Errno::OPNOTSUPP | Errno::SPIPE | Errno::NOSYS) => read_ready(uffd, buffer),
         result => result,
+    }
+}
+
+fn read_ready(uffd: &Uffd, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+    let mut fds = [PollFd::new(uffd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default()))?;
+    let events = fds[0].revents();
+    if events.contains(PollFlags::ERR) {
+        make_nonblocking(uffd);
+    }
+    if !events.contains(PollFlags::IN) {
+        return Err(Errno::AGAIN);
+    }
+    rustix::io::read(uffd, buffer)
+}
+
+/// Undoes what somebody who shares the descriptor did to it: the poll of a blocking userfaultfd is an
+/// error at once, and its read may wait for ever.
+pub(crate) fn make_nonblocking(uffd: &Uffd) {
+    let flags = fcntl_getfl(uffd).unwrap_or(OFlags::RDWR);
+    if let Err(error) = fcntl_setfl(uffd, flags | OFlags::NONBLOCK) {
+        tracing::debug!(%error, "a userfaultfd stays a blocking one");
     }
 }
 
@@ -260,6 +295,29 @@ fn collect(ring: &mut Ring, inbox: &mut Inbox) {
                 lease,
                 result: usize::try_from(result).map_err(|_| -result),
             }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_in_a_place_gets_nothing_of_who_was_there() {
+        let (left, stays) = (ClientSlot::new(3), ClientSlot::new(4));
+        let message = || Message::Unexpected { event: 1 };
+        let mut inbox = Inbox::new();
+        for slot in [left, stays, left] {
+            inbox.messages.push((slot, message()));
+            inbox.more.push(slot);
+            inbox.unarmed.push(slot);
+            inbox.gone.push(slot);
+        }
+        inbox.forget(left);
+        assert!(inbox.messages.iter().all(|(slot, _)| *slot == stays));
+        for slots in [&inbox.more, &inbox.unarmed, &inbox.gone] {
+            assert_eq!(slots[..], [stays]);
         }
     }
 }

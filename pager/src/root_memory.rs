@@ -79,6 +79,7 @@ pub struct Root {
     unknown: BTreeSet<RootRange>,
     /// Ranges to promote, the next one first.
     promote: VecDeque<RootRange>,
+    /// Empty between fills: a fork would copy what maps it.
     buffer: Vec<u8>,
     // Before the descriptor: with the last one closed, missing pages would read as zeros.
     memories: Vec<RootMemory>,
@@ -125,6 +126,7 @@ impl Root {
             progress(root.filled.pages);
         }
         root.count_holes();
+        root.buffer = Vec::new();
         Ok(root)
     }
 
@@ -256,6 +258,9 @@ impl Root {
             self.filled.promoted_ranges += 1;
         }
         self.count_holes();
+        if self.promote.is_empty() {
+            self.buffer = Vec::new();
+        }
         true
     }
 
@@ -318,9 +323,25 @@ impl Root {
         true
     }
 
-    /// In a fork: the memory, for a clone to be made of it.
+    /// In a fork: the memory, for a clone to be made of it. Files and descriptors of the root are closed;
+    /// its lists are left as they are: to free them would copy their pages first.
     pub fn into_memories(self) -> Vec<RootMemory> {
-        self.memories
+        let Self {
+            images,
+            plan,
+            known,
+            unknown,
+            promote,
+            buffer,
+            memories,
+            small,
+            filled: _,
+            uffd,
+        } = self;
+        images.into_iter().for_each(Image::close);
+        drop(uffd);
+        std::mem::forget((plan, known, unknown, promote, buffer, small));
+        memories
     }
 }
 

@@ -15,7 +15,7 @@ mount -t cgroup2 cgroup2 /sys/fs/cgroup 2>/dev/null
 # Kernel messages would tear the report lines apart; an oops still prints.
 dmesg -n 1
 ip link set lo up
-for module in irqbypass ccp kvm kvm-amd; do
+for module in irqbypass ccp kvm kvm-amd tun; do
     if [ -f "/lib/modules/$module.ko" ]; then
         insmod "/lib/modules/$module.ko" || echo "CHECK l1-module-$module FAIL insmod"
     fi

@@ -275,3 +275,12 @@ pub fn names(dir: &Path) -> Result<Vec<String>> {
     names.sort();
     Ok(names)
 }
+
+/// Makes a template of the built-in guest at `out`, with what `more` says of it.
+pub fn create_template(out: &Path, more: &[&str]) -> Result<Finished> {
+    let mut command = pando(&["template", "create"])?;
+    command.arg(out);
+    command.args(["--kernel", "embedded", "--memory", "64M"]);
+    command.args(["--ready", "serial:pando guest ready"]);
+    finish(command.args(more))
+}

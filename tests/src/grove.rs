@@ -35,7 +35,7 @@ pub struct Grove {
     /// What each clone has not answered yet.
     pub open: HashMap<usize, VecDeque<Step>>,
     /// Where the template is, if it is this grove's own.
-    _dir: Option<tempfile::TempDir>,
+    dir: Option<tempfile::TempDir>,
 }
 
 /// A template in `dir`, of a guest that has done `steps`.
@@ -53,7 +53,7 @@ pub(crate) fn template_in(dir: &Path, steps: &[Step]) -> Result<PathBuf> {
 }
 
 /// What most clones of `template` are started with.
-pub(crate) fn usual_options(template: PathBuf) -> Result<CloneOptions> {
+pub fn usual_options(template: PathBuf) -> Result<CloneOptions> {
     Ok(CloneOptions {
         program: built_program("pando")?,
         template,
@@ -79,7 +79,7 @@ impl Grove {
             root,
             ..usual_options(template)?
         })?;
-        grove._dir = Some(dir);
+        grove.dir = Some(dir);
         Ok(grove)
     }
 
@@ -89,7 +89,7 @@ impl Grove {
             supervisor: Supervisor::new(options)?,
             plan: Plan::new(MEMORY_BYTES),
             open: HashMap::new(),
-            _dir: None,
+            dir: None,
         })
     }
 
@@ -115,6 +115,11 @@ impl Grove {
         console.context("no console")?.send(&plan::lines(steps))?;
         self.open.entry(number).or_default().extend(steps.to_vec());
         Ok(())
+    }
+
+    /// Where its template is, if that is its own.
+    pub fn template(&self) -> Option<PathBuf> {
+        Some(self.dir.as_ref()?.path().join("template"))
     }
 
     /// Waits for `until`; every answer is checked, and a clone that ends is an error unless it is

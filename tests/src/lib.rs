@@ -4,6 +4,7 @@ pub mod command;
 pub mod grove;
 pub mod herd;
 pub mod metrics;
+pub mod network;
 pub mod qemu;
 pub mod qemu_differences;
 pub mod rig;

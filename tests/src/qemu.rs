@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! `pando qemu` as a person runs it, and a QMP client of the plainest kind.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -287,4 +288,26 @@ const FIRST_PAGE: u64 = 0x1000;
 /// The command to write a word into each of `pages` pages.
 pub fn write(pages: u64, salt: u64) -> String {
     format!("w {FIRST_PAGE:x} {pages:x} {pages:x} 0 0 {salt:x}")
+}
+
+/// Words of a command line.
+pub fn words(list: &[&str]) -> Vec<String> {
+    list.iter().map(|&word| word.to_owned()).collect()
+}
+
+/// An empty image of 1 MiB; gives its path.
+pub fn image(dir: &Path, name: &str) -> Result<String> {
+    let path = dir.join(name);
+    File::create(&path)?.set_len(1 << 20)?;
+    Ok(path.display().to_string())
+}
+
+/// A machine of 64 MiB with the built-in guest, which is ready for commands.
+pub fn ready(dir: &Path, more: &[&str]) -> Result<(QemuVm, Serial)> {
+    let mut all = words(&["-m", "64M", "-kernel", "embedded"]);
+    all.extend(words(more));
+    let vm = QemuVm::start(dir, "a", &all)?;
+    let mut serial = vm.serial()?;
+    serial.ready()?;
+    Ok((vm, serial))
 }

@@ -183,21 +183,10 @@ pub const DIFFERENCES: &[Difference] = &[
         "there is no live update: `mode` is `normal`",
     ),
     listed(
-        &[
-            "id-vmgenid-default",
-            "id-vmgenid-fixed",
-            "id-vmgenid-bad",
-            "id-vmgenid-set",
-        ],
-        Kind::NotHere,
-        1,
-        "there is no VM generation ID device yet: refused by name",
-    ),
-    listed(
         &["id-mac*"],
         Kind::NotHere,
         1,
-        "there is no network device yet: refused by name",
+        "networks are taps: `-netdev user` and `e1000` are refused by name",
     ),
     listed(
         &["vhu-nosock", "proxy-*"],

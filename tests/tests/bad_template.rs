@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use pando_tests::command::{Finished, Running, eventually, finish, make_template, names, pando};
-use pando_vmm::template::manifest::{Manifest, ManifestFile};
+use pando_vmm::template::manifest::{FORMAT, Manifest, ManifestFile};
 
 struct Case {
     _dir: tempfile::TempDir,
@@ -242,8 +242,13 @@ fn a_manifest_that_is_missing_cut_flipped_or_of_a_newer_version() -> Result<()> 
     let text = String::from_utf8(good)?;
     write(text.replace("\"cpus\": 1", "\"cpus\": 2").as_bytes())?;
     case.expect_refused(&["manifest.json is damaged: its checksum is"])?;
-    write(text.replace("\"format\": 1", "\"format\": 4").as_bytes())?;
-    case.expect_refused(&["manifest.json has format 4", "use a newer pando"])?;
+    let newer = FORMAT + 1;
+    write(
+        text.replace("\"format\": 1", &format!("\"format\": {newer}"))
+            .as_bytes(),
+    )?;
+    let named = format!("manifest.json has format {newer}");
+    case.expect_refused(&[&named, "use a newer pando"])?;
     write(text.replace("\"format\": 1", "\"format\": 0").as_bytes())?;
     case.expect_refused(&["manifest.json is damaged: it has format 0"])?;
     write(text.replace("\"cpus\"", "\"moons\"").as_bytes())?;

@@ -11,11 +11,11 @@ use anyhow::{Context, Result};
 use pando_tests::command::{
     Running, eventually, finish, is_alive, make_template, names, pando, signal_pid,
 };
+use pando_tests::grove::usual_options;
 use pando_tests::rig::built_program;
-use pando_vmm::clone::Engine;
-use pando_vmm::clone::control::{Ending, PagerConfig};
+use pando_vmm::clone::control::Ending;
 use pando_vmm::clone::process::SerialPlan;
-use pando_vmm::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
+use pando_vmm::clone::supervise::{CloneOptions, Event, STOP_GRACE, Supervisor};
 use rustix::process::Signal;
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Termios, tcgetattr};
@@ -237,16 +237,9 @@ fn a_clone_that_cannot_be_started_does_not_touch_the_others() -> Result<()> {
     let link = || std::os::unix::fs::symlink(built_program("pando").unwrap_or_default(), &program);
     link()?;
     let mut supervisor = Supervisor::new(CloneOptions {
-        root: RootOptions::default(),
-        host_check: pando_vmm::machine::HostCheck::Due,
         program: program.clone(),
-        template,
-        name: "t".into(),
-        engine: Engine::Copy,
-        pager: PagerConfig::default(),
-        verbosity: 0,
         overcommit: false,
-        measure_memory: false,
+        ..usual_options(template)?
     })?;
     supervisor.start(&SerialPlan::Null, &[]);
     std::fs::remove_file(&program)?;

@@ -7,15 +7,11 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use pando_tests::command::{Running, finish, pando};
-use pando_tests::qemu::{CLONE, QemuVm, make_template, memory, write};
+use pando_tests::qemu::{CLONE, QemuVm, make_template, memory, words, write};
 use pando_tests::rig::built_program;
 use serde_json::json;
 
 const PAGES: u64 = 200;
-
-fn words(list: &[&str]) -> Vec<String> {
-    list.iter().map(|&word| word.to_owned()).collect()
-}
 
 fn clone_words(extra: &[&str]) -> Vec<String> {
     let mut all = memory("template", CLONE);

@@ -7,14 +7,10 @@ use std::process::Command;
 
 use anyhow::Result;
 use pando_tests::command::{finish, pando};
-use pando_tests::qemu::{CLONE, QemuVm, make_template, memory};
+use pando_tests::qemu::{CLONE, QemuVm, make_template, memory, words};
 use serde_json::{Value, json};
 
 const PAGES: u64 = 20;
-
-fn words(list: &[&str]) -> Vec<String> {
-    list.iter().map(|&word| word.to_owned()).collect()
-}
 
 fn clone_words(extra: &[&str]) -> Vec<String> {
     let mut all = memory("template", CLONE);

@@ -10,13 +10,9 @@ use std::os::unix::net::UnixStream;
 
 use anyhow::{Context, Result};
 use pando_tests::command::{Running, eventually, finish, pando};
-use pando_tests::qemu::{CLONE, QemuVm, make_template, memory};
+use pando_tests::qemu::{CLONE, QemuVm, make_template, memory, words};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
-
-fn words(list: &[&str]) -> Vec<String> {
-    list.iter().map(|&word| word.to_owned()).collect()
-}
 
 #[test]
 fn a_monitor_on_tcp_a_terminal_and_a_chardev() -> Result<()> {

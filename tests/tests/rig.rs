@@ -4,11 +4,16 @@
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
+use pando_tests::rig::packages::system_program;
 use pando_tests::rig::{L1, Series, built_program};
 
 const SCENARIO: &str = include_str!("../rig/linux-clones.sh");
 const NODES: &str = include_str!("../rig/linux-nodes.sh");
 const QEMU: &str = include_str!("../rig/linux-qemu.sh");
+const IDENTITY: &str = include_str!("../rig/linux-identity.sh");
+const DEVICES: &str = include_str!("../rig/linux-devices.sh");
+const HOTPLUG: &str = include_str!("../rig/linux-hotplug.sh");
+const NET: &str = include_str!("../rig/linux-net.sh");
 /// The guest above the gap has 5 GiB, of which it touches little.
 const MEMORY_MIB: u32 = 7168;
 const LIMIT: Duration = Duration::from_secs(900);
@@ -59,5 +64,94 @@ fn linux_6_1_is_templated_by_qemus_command_lines() -> Result<()> {
         report.passed(),
         "Linux 6.1 by QEMU's command lines:\n{report}"
     );
+    Ok(())
+}
+
+fn devices(series: Series) -> Result<()> {
+    let mut l1 = L1::new(&format!("linux-devices-{series}"), series)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .program(&built_program("vsock")?, "/bin/vsock")
+        .limit(LIMIT);
+    for tool in ["mke2fs", "e2fsck"] {
+        // Not in /bin: busybox has one of the name that knows less.
+        l1 = l1.program(&system_program(tool)?, &format!("/rig/{tool}"));
+    }
+    let report = l1.run(DEVICES)?;
+    report.record(&format!("devices-{series}"))?;
+    ensure!(
+        report.passed(),
+        "Linux {series} with devices on a PCI bus:\n{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn linux_6_1_goes_on_with_its_disks_and_entropy() -> Result<()> {
+    devices(Series::Linux6_1)
+}
+
+#[test]
+fn linux_6_12_goes_on_with_its_disks_and_entropy() -> Result<()> {
+    devices(Series::Linux6_12)
+}
+
+fn hotplug(series: Series) -> Result<()> {
+    let report = L1::new(&format!("linux-hotplug-{series}"), series)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(HOTPLUG)?;
+    report.record(&format!("hotplug-{series}"))?;
+    ensure!(
+        report.passed(),
+        "Linux {series} with devices that come and go:\n{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn linux_6_1_plugs_and_unplugs_its_devices() -> Result<()> {
+    hotplug(Series::Linux6_1)
+}
+
+#[test]
+fn linux_6_12_plugs_and_unplugs_its_devices() -> Result<()> {
+    hotplug(Series::Linux6_12)
+}
+
+fn net(series: Series) -> Result<()> {
+    let report = L1::new(&format!("linux-net-{series}"), series)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(NET)?;
+    report.record(&format!("net-{series}"))?;
+    ensure!(
+        report.passed(),
+        "Linux {series} with its network:\n{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn linux_6_1_goes_on_with_its_network() -> Result<()> {
+    net(Series::Linux6_1)
+}
+
+#[test]
+fn linux_6_12_goes_on_with_its_network() -> Result<()> {
+    net(Series::Linux6_12)
+}
+
+#[test]
+fn linux_6_12_clones_are_told_apart() -> Result<()> {
+    let report = L1::new("linux-identity", Series::Linux6_12)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(IDENTITY)?;
+    report.record("identity")?;
+    ensure!(report.passed(), "Linux 6.12, told apart:\n{report}");
     Ok(())
 }

@@ -221,7 +221,6 @@ fn a_clone_killed_at_any_moment_is_forgotten_and_nobody_notices() -> Result<()> 
         if let Some(process) = grove.supervisor.clones()[victim].process.as_ref() {
             process.kill();
         }
-        grove.open.remove(&victim);
         grove.run(&victims, |grove| {
             grove.open[&bystander].is_empty() && grove.supervisor.clones()[victim].process.is_none()
         })?;

@@ -68,6 +68,28 @@ fn the_second_generation_asks_for_little_zero_pages_or_not() -> Result<()> {
     Ok(())
 }
 
+/// Where nothing can be told from what was written, that is what is said.
+#[test]
+fn idle_clones_shrink_to_their_budget_and_read_as_before() -> Result<()> {
+    let finished = soak(&["give-back"])?;
+    if finished.stderr.contains("give-back is off on this host") {
+        finished.expect_code(1)?;
+        return Ok(());
+    }
+    let trials = trials(finished)?;
+    assert_eq!(trials.len(), 2, "engines root and copy");
+    for trial in trials {
+        let done = |what: &str| trial["done"][what].as_u64();
+        // Three clones, two rounds, 30 MiB that each read and did not write.
+        assert!(done("MiB given back") >= Some(3 * 2 * 29), "{trial:#}");
+        assert!(
+            done("KiB of clean memory left, at most") <= Some(1024),
+            "{trial:#}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn a_clone_killed_at_any_moment_leaves_nothing_and_nobody_notices() -> Result<()> {
     for trial in trials(soak(&["kill-clones", "--cgroups"])?)? {

@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::arch::x86_64::boot::BootSource;
 use crate::device::legacy::console::{ParseTargetError, SerialTarget};
-use crate::machine::{Failure, Machine, MachineError, Outcome};
+use crate::machine::{Connections, Failure, Machine, MachineError, Outcome};
 use crate::memory::provide::{MachineMemory, ProvideError, provide};
 use crate::spec::MachineSpec;
 
@@ -70,7 +70,8 @@ pub fn run(
         ..PagerOptions::default()
     };
     let MachineMemory { ram, pager, files } = provide(spec, options)?;
-    let machine = Machine::boot(spec, ram, boot, serial)?;
+    let connections = Connections::open(spec, serial)?;
+    let machine = Machine::boot(spec, ram, boot, connections)?;
     let health = pager.as_ref().map(Pager::<Serving>::health);
     if let Some(health) = &health {
         // Before a vCPU can touch a page that cannot be had.

@@ -6,12 +6,16 @@
 //! place that says no.
 
 pub mod backend;
+mod device;
 mod dimm;
 mod error;
 mod identity;
+mod mac;
 mod numa;
 pub mod parts;
+mod pci;
 mod role;
+mod tap;
 
 use std::collections::HashSet;
 
@@ -19,12 +23,19 @@ use crate::memory::layout::{Placed, RamLayout};
 
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
+pub use device::VsockParts;
+pub use device::{DeviceFault, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
+pub use device::{
+    FIRST_CID, LAST_CID, LAST_SLOT, MAX_SERIAL_BYTES, MAX_VSOCK_PATH_BYTES, NetParts,
+};
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};
 pub use identity::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
+pub use mac::MacAddress;
 pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
 pub use role::{Role, RoleError};
+pub use tap::TapSpec;
 
 /// The most vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 8;
@@ -78,6 +89,9 @@ pub struct MachineSpec {
     dimms: Vec<Dimm>,
     slots: u32,
     max_bytes: u64,
+    has_pci: bool,
+    devices: Vec<DeviceSpec>,
+    has_generation_id: bool,
     identity: Identity,
 }
 
@@ -105,6 +119,9 @@ impl MachineSpec {
             nodes,
             distances,
             dimms,
+            pci,
+            devices,
+            generation_id,
             identity,
         } = parts;
         let mut pool = Pool::new(backends)?;
@@ -130,7 +147,11 @@ impl MachineSpec {
             modules.push(pool.take_for(dimm)?);
         }
         pool.refuse_rest()?;
-        Self::with_dimms(cpus, ram, memory, &dimms, modules)?.with_identity(identity)
+        Self::with_dimms(cpus, ram, memory, &dimms, modules)?
+            .with_pci(pci)
+            .with_devices(devices)?
+            .with_generation_id(generation_id)
+            .with_identity(identity)
     }
 
     fn with_dimms(
@@ -192,6 +213,9 @@ impl MachineSpec {
             dimms,
             slots: memory.slots,
             max_bytes,
+            has_pci: false,
+            devices: Vec::new(),
+            has_generation_id: false,
             identity: Identity::default(),
         })
     }
@@ -200,6 +224,20 @@ impl MachineSpec {
     pub fn with_identity(self, identity: Identity) -> Result<Self, SpecError> {
         identity.check()?;
         Ok(Self { identity, ..self })
+    }
+
+    /// The same machine with a VM generation ID, or without.
+    #[must_use]
+    pub fn with_generation_id(self, has_generation_id: bool) -> Self {
+        Self {
+            has_generation_id,
+            ..self
+        }
+    }
+
+    /// Whether it has a VM generation ID, which is another one in each clone.
+    pub fn has_generation_id(&self) -> bool {
+        self.has_generation_id
     }
 
     /// How many vCPUs.
@@ -312,6 +350,9 @@ impl MachineSpec {
                     guest_address: Some(dimm.guest_address),
                 })
                 .collect(),
+            pci: self.has_pci,
+            devices: self.devices.iter().map(DeviceSpec::to_parts).collect(),
+            generation_id: self.has_generation_id,
             identity: self.identity.clone(),
         }
     }

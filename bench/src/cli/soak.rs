@@ -34,6 +34,8 @@ pub(crate) enum Scenario {
     Limits,
     /// Clones of a recorded template take far fewer faults than the first ones.
     SecondGeneration,
+    /// Idle clones give clean memory back until each is within its budget; everything reads as before.
+    GiveBack,
 }
 
 /// Options of `pando-bench soak`.

@@ -3,6 +3,7 @@
 //! given back, and a run in which anything was wrong ends with an error.
 
 mod generation;
+mod giving;
 mod isolation;
 mod kills;
 mod limits;
@@ -144,13 +145,14 @@ impl Stage<'_> {
             Scenario::Memory => limits::memory(self, engine),
             Scenario::Limits => limits::batches(self, engine),
             Scenario::SecondGeneration => generation::run(self, engine),
+            Scenario::GiveBack => giving::run(self, engine),
         }
     }
 }
 
 impl Scenario {
     /// What `all` stands for.
-    const EACH: [Self; 8] = [
+    const EACH: [Self; 9] = [
         Self::Isolation,
         Self::KillClones,
         Self::KillRoot,
@@ -159,6 +161,7 @@ impl Scenario {
         Self::Memory,
         Self::Limits,
         Self::SecondGeneration,
+        Self::GiveBack,
     ];
 
     /// Engines that it can be done to, the farm's first.
@@ -167,9 +170,12 @@ impl Scenario {
             Self::All => &[],
             Self::KillRoot => &[Engine::Root],
             Self::Template | Self::SecondGeneration => &[Engine::Copy],
-            Self::Isolation | Self::KillClones | Self::KillPager | Self::Memory | Self::Limits => {
-                &[Engine::Root, Engine::Copy]
-            }
+            Self::Isolation
+            | Self::KillClones
+            | Self::KillPager
+            | Self::Memory
+            | Self::Limits
+            | Self::GiveBack => &[Engine::Root, Engine::Copy],
         }
     }
 

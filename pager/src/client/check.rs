@@ -4,7 +4,7 @@
 use thiserror::Error;
 
 use super::spec::{ClientRegion, ImageId, MAX_FORGOTTEN_PAGES, MAX_REGIONS};
-use crate::page::{PAGE_BYTES, PageCount, PageRange};
+use crate::page::{PAGE_BYTES, PageCount, PageIndex, PageRange};
 
 /// Why a client is refused.
 #[derive(Debug, Error)]
@@ -59,6 +59,20 @@ pub enum SpecError {
         first: u64,
         /// The higher one.
         second: u64,
+    },
+    /// Pages of an image in two regions: so each client has at most as many as its images.
+    #[error(
+        "its regions at {first:#x} and {second:#x} both have {page} of {image}; name each page once"
+    )]
+    Twice {
+        /// One of them.
+        first: u64,
+        /// The other.
+        second: u64,
+        /// Of which image.
+        image: ImageId,
+        /// The first page that both have.
+        page: PageIndex,
     },
     /// A shard that there is not.
     #[error("there is no shard {shard}: this pager has {shards}")]
@@ -123,6 +137,24 @@ pub fn check_regions(
             });
         }
     }
+    check_pages(regions)
+}
+
+/// Proves that no page of an image is in two regions.
+fn check_pages(regions: &[ClientRegion]) -> Result<(), SpecError> {
+    let mut by_page: Vec<&ClientRegion> = regions.iter().collect();
+    by_page.sort_by_key(|region| (region.image, region.pages.start()));
+    for two in by_page.windows(2) {
+        let (before, after) = (two[0], two[1]);
+        if before.image == after.image && before.pages.end() > after.pages.start() {
+            return Err(SpecError::Twice {
+                first: before.address,
+                second: after.address,
+                image: after.image,
+                page: after.pages.start(),
+            });
+        }
+    }
     Ok(())
 }
 
@@ -158,7 +190,6 @@ fn check_one(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::PageIndex;
     use proptest::prelude::*;
 
     fn region(image: u32, address: u64, start: u64, count: u64) -> ClientRegion {
@@ -191,18 +222,25 @@ mod tests {
         assert!(refused(vec![region(1, 0x1000, 3, 2)]).contains("image 1 has 4 pages"));
         let over = refused(vec![region(1, 0x5000, 0, 1), region(0, 0x1000, 0, 5)]);
         assert!(over.contains("0x1000 and 0x5000"), "{over}");
+        let twice = refused(vec![region(0, 0x1000, 0, 5), region(0, 0x9000, 4, 3)]);
+        assert!(twice.contains("0x1000 and 0x9000 both have"), "{twice}");
+        assert!(twice.contains("4 of image 0"), "{twice}");
     }
 
     #[test]
     fn good_regions_are_sorted() {
-        let mut regions = vec![region(1, 0x6000, 0, 4), region(0, 0x1000, 5, 5)];
+        let mut regions = vec![
+            region(1, 0x6000, 0, 4),
+            region(0, 0x1000, 5, 5),
+            region(0, 0xa000, 0, 5),
+        ];
         check_regions(&mut regions, pages_of).unwrap();
         assert_eq!(regions[0].address, 0x1000);
     }
 
     proptest! {
         #[test]
-        fn accepted_regions_never_share_an_address(
+        fn accepted_regions_never_share_an_address_or_a_page(
             raw in prop::collection::vec((0u32..3, 0u64..20, 0u64..12, 0u64..6), 0..6),
         ) {
             let mut regions: Vec<_> = raw
@@ -211,10 +249,12 @@ mod tests {
                 .collect();
             if check_regions(&mut regions, pages_of).is_ok() {
                 let mut seen = std::collections::HashSet::new();
+                let mut named = std::collections::HashSet::new();
                 for region in &regions {
                     prop_assert!(region.pages.end().get() <= pages_of(region.image).unwrap().get());
                     for page in 0..region.pages.count().get() {
                         prop_assert!(seen.insert(region.address / PAGE_BYTES + page));
+                        prop_assert!(named.insert((region.image, region.pages.start().get() + page)));
                     }
                 }
             }

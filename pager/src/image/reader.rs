@@ -24,6 +24,19 @@ pub struct Image {
 }
 
 impl Image {
+    /// In a fork: closes the file. The rest is left as it is: to free it would copy its pages first.
+    pub(crate) fn close(self) {
+        let Self {
+            file,
+            path,
+            id,
+            index,
+            offset_bytes: _,
+        } = self;
+        drop(file);
+        std::mem::forget((path, id, index));
+    }
+
     /// Opens `path` read-only as backend `id`. Refused: anything but a regular file, and a file
     /// whose size is not exactly what the index says.
     pub fn open(path: &Path, id: &str, index: BackendIndex) -> Result<Self, ImageError> {

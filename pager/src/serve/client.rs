@@ -7,6 +7,7 @@ use std::sync::Arc;
 use userfaultfd::Uffd;
 
 use super::ahead::AheadWork;
+use super::by_page::ByPage;
 use super::served::Served;
 use crate::client::{ClientEvent, ClientId, ImageRun};
 use crate::fault::Message;
@@ -61,6 +62,7 @@ pub(crate) struct Client {
     pub(crate) uffd: Arc<Uffd>,
     /// By address, none over another.
     pub(crate) regions: Vec<Served>,
+    by_page: ByPage,
     pub(crate) tells: Tells,
     pub(crate) poison: PoisonMethod,
     pub(crate) tracking: Tracking,
@@ -87,6 +89,7 @@ impl Client {
     ) -> Self {
         regions.sort_by_key(|served| served.region().base());
         Self {
+            by_page: ByPage::new(&regions),
             id,
             uffd,
             regions,
@@ -123,17 +126,7 @@ impl Client {
 
     /// The parts of an image's `pages` that lie in its regions, with their regions.
     pub(super) fn parts_of(&self, image: usize, pages: PageRange) -> Vec<(u32, PageRange)> {
-        let regions = (0u32..).zip(&self.regions);
-        let parts = regions.filter(|(_, served)| served.image.number() == image);
-        let parts = parts.map(|(number, served)| {
-            let own = served.region.pages();
-            let start = pages.start().max(own.start());
-            (
-                number,
-                PageRange::between(start, pages.end().min(own.end())),
-            )
-        });
-        parts.filter(|(_, part)| !part.is_empty()).collect()
+        self.by_page.parts(&self.regions, image, pages)
     }
 }
 

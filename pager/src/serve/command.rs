@@ -181,6 +181,8 @@ impl Server {
         let mut client = self.clients.remove(key)?;
         self.ids.remove(&client.id);
         self.parts.port.unwatch(key.slot);
+        // The next client may get the place before the inbox is looked at.
+        self.inbox.forget(key.slot);
         self.queue.remove_client(key);
         self.settle_accounts(&mut client);
         if let Some(recorder) = &client.recorder {

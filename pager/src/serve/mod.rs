@@ -3,6 +3,7 @@
 
 mod admit;
 mod ahead;
+mod by_page;
 mod client;
 mod command;
 mod complete;

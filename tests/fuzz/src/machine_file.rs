@@ -111,6 +111,14 @@ id = "d"
 backend = "c"
 node = 0
 slot = 1
+[[device]]
+kind = "virtio-rng"
+slot = 9
+[[device]]
+kind = "virtio-vsock"
+id = "v"
+cid = 3
+uds_path = "u"
 "#;
 
 const CLONE: &str = r#"

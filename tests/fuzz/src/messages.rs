@@ -12,6 +12,7 @@ use pando_vmm::clone::control::{
     WorkerConfig,
 };
 use pando_vmm::clone::record::Arriving;
+use pando_vmm::clone::vsock::VsockPlan;
 use pando_vmm::observe::relay::{Change, Delta, Series, replay};
 use pando_vmm::observe::stats::{Durations, PagerStats};
 use pando_vmm::pager_process::protocol::{
@@ -270,11 +271,17 @@ fn worker() -> WorkerConfig {
         template: "t".into(),
         engine: Engine::Root,
         serial: Serial::Unix("s".into()),
+        vsock: VsockPlan {
+            first_cid: Some(3),
+            dir: Some("d".into()),
+        }
+        .orders(1),
         pager: PagerConfig::default(),
         host_check_is_due: true,
         supervisor_pid: 1,
         verbosity: 0,
         record: None,
+        nets: vec![],
     }
 }
 

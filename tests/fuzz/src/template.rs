@@ -13,7 +13,10 @@ use std::path::Path;
 use pando_pager::image::{ChunkIndex, Index, PageKind};
 use pando_pager::working_set::{MergeRules, Plan, PlanRules, WorkingSet};
 use pando_vmm::clone::record::{Arriving, TracePiece};
-use pando_vmm::template::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile};
+use pando_vmm::template::device_entry::{DeviceEntry, DiskEntry};
+use pando_vmm::template::manifest::{
+    BackendEntry, FORMAT, FileEntry, HostEntry, Manifest, ManifestFile,
+};
 use pando_vmm::template::seal::Seal;
 use pando_vmm::template::state_file;
 
@@ -172,6 +175,9 @@ fn manifest_file() -> ManifestFile {
         cpus: 2,
         machine: None,
         identity: None,
+        pci: false,
+        devices: vec![],
+        generation_id: false,
         backends: vec![BackendEntry {
             id: "ram0".into(),
             file: "ram0.mem".into(),
@@ -191,14 +197,46 @@ fn manifest_file() -> ManifestFile {
     }
 }
 
+/// The same with devices of each kind.
+fn with_devices() -> ManifestFile {
+    let mut file = manifest_file();
+    let seal = file.state.seal;
+    let device = |id: &str, slot, kind: &str, disk, cid| DeviceEntry {
+        id: id.into(),
+        slot,
+        kind: kind.into(),
+        disk,
+        cid,
+        mac: None,
+    };
+    let disk = DiskEntry {
+        file: "root.disk".into(),
+        bytes: 1 << 20,
+        readonly: false,
+        serial: Some("aspen".into()),
+        digest: "sha256-sparse:00".into(),
+        seal,
+    };
+    file.format = FORMAT;
+    file.generation_id = true;
+    file.devices = vec![
+        device("rng0", 1, "virtio-rng", None, None),
+        device("root", 4, "virtio-blk", Some(disk), None),
+        device("vsock0", 5, "virtio-vsock", None, Some(3)),
+    ];
+    file
+}
+
 /// A file of each kind.
 pub fn seeds() -> Vec<Vec<u8>> {
     let mut seeds = Vec::new();
     let json = serde_json::to_vec(&manifest_file()).unwrap_or_default();
     seeds.push(parts::of(0, &json));
     seeds.push(parts::of(0, WITH_NODES.as_bytes()));
-    if let Ok(sealed) = Manifest::seal(path(), manifest_file()) {
-        seeds.push(parts::of(4, &sealed.to_json()));
+    for file in [manifest_file(), with_devices()] {
+        if let Ok(sealed) = Manifest::seal(path(), file) {
+            seeds.push(parts::of(4, &sealed.to_json()));
+        }
     }
     let index = index_body("ram0", 600, true);
     seeds.push(parts::of(1, &index));

@@ -24,14 +24,22 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// The guest under test: busybox and an init that takes commands from COM1.
+    /// The guest under test: busybox, an init that takes commands from COM1, and modules of drivers, with
+    /// their order in `/modules/order`.
     ///
     /// # Errors
     /// When there is no busybox.
-    pub fn guest() -> Result<Self> {
+    pub fn guest(modules: &[(String, Vec<u8>)]) -> Result<Self> {
         let mut archive = Self::default();
         archive.host_file(&packages::busybox()?, "/bin/busybox", true)?;
         archive.file("/init", include_bytes!("../../rig/l2-init.sh"), true)?;
+        let mut order = String::new();
+        for (name, content) in modules {
+            archive.file(&format!("/modules/{name}.ko"), content, false)?;
+            order.push_str(name);
+            order.push('\n');
+        }
+        archive.file("/modules/order", order.as_bytes(), false)?;
         Ok(archive)
     }
 

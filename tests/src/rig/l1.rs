@@ -11,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use rustix::thread::{CpuSet, sched_getaffinity};
 
 use super::console::{Ended, Line, Report};
 use super::initramfs::Archive;
@@ -147,7 +148,8 @@ impl L1 {
         archive.file("/init", include_bytes!("../../rig/l1-init.sh"), true)?;
         archive.file("/rig/lib.sh", include_bytes!("../../rig/l1-lib.sh"), false)?;
         archive.file("/rig/scenario.sh", scenario.as_bytes(), false)?;
-        archive.file("/rig/initrd", &Archive::guest()?.finish()?, false)?;
+        let guest = Archive::guest(&kernel.guest_modules)?;
+        archive.file("/rig/initrd", &guest.finish()?, false)?;
         archive.host_file(&kernel.image, "/rig/vmlinuz", false)?;
         for (name, content) in &kernel.modules {
             archive.file(&format!("/lib/modules/{name}.ko"), content, false)?;
@@ -165,14 +167,13 @@ impl L1 {
         let memory = format!("{}m", self.memory_mib);
         // setpriv (util-linux): the emulator goes when the thread that started it goes, however
         // that ends.
-        let child = Command::new("setpriv")
-            .args([
-                "--pdeathsig",
-                "KILL",
-                qemu,
-                "-nodefaults",
-                "-no-user-config",
-            ])
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]);
+        if self.cpus == 1 {
+            command.args(["taskset", "-c", &host_cpu()?.to_string()]);
+        }
+        let child = command
+            .args([qemu, "-nodefaults", "-no-user-config"])
             .args([
                 "-vga", "none", "-display", "none", "-serial", "stdio", "-nic", "none",
             ])
@@ -219,6 +220,19 @@ impl L1 {
         };
         Ok(console.report(ended))
     }
+}
+
+/// The processor of this host that has all threads of an emulator: side by side they lose interrupts
+/// (docs/pager.md, "The nested rig"). Emulators that run at the same time have different ones.
+fn host_cpu() -> Result<usize> {
+    let allowed = sched_getaffinity(None).context("cannot ask on which processors this runs")?;
+    let mut cpus: Vec<usize> = (0..CpuSet::MAX_CPU).collect();
+    cpus.retain(|&cpu| allowed.is_set(cpu));
+    // The runner numbers what it runs at the same time; by hand there is one.
+    let slot = std::env::var("NEXTEST_TEST_GROUP_SLOT").ok();
+    let slot: usize = slot.and_then(|slot| slot.parse().ok()).unwrap_or(0);
+    let cpu = cpus.get(slot.checked_rem(cpus.len()).unwrap_or(0));
+    cpu.copied().context("this process may run on no processor")
 }
 
 /// The emulator's process; never outlives this value.

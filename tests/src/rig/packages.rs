@@ -12,13 +12,32 @@ use anyhow::{Context, Error, Result, bail};
 
 /// The oldest QEMU that runs both kernels: 7.2 emulates SVM in a way that makes Linux 6.12 oops.
 const OLDEST_QEMU: u32 = 10;
-/// The modules that give L1 its KVM, in the order in which they are loaded. A kernel that has one
+/// The modules that give L1 its KVM and its taps, in the order in which they are loaded. A kernel that has one
 /// built in, or can do without, simply does not have the file.
-const MODULES: [(&str, &str); 4] = [
+const MODULES: [(&str, &str); 5] = [
     ("irqbypass", "virt/lib"),
     ("ccp", "drivers/crypto/ccp"),
     ("kvm", "arch/x86/kvm"),
     ("kvm-amd", "arch/x86/kvm"),
+    ("tun", "drivers/net"),
+];
+
+/// The modules of the guest's drivers, in the order in which they are loaded: those of 6.1, of which 6.12
+/// has most built in.
+const GUEST_MODULES: [(&str, &str); 13] = [
+    ("virtio_ring", "drivers/virtio"),
+    ("virtio", "drivers/virtio"),
+    ("virtio_pci_legacy_dev", "drivers/virtio"),
+    ("virtio_pci_modern_dev", "drivers/virtio"),
+    ("virtio_pci", "drivers/virtio"),
+    ("virtio_blk", "drivers/block"),
+    ("virtio-rng", "drivers/char/hw_random"),
+    ("vsock", "net/vmw_vsock"),
+    ("vmw_vsock_virtio_transport_common", "net/vmw_vsock"),
+    ("vmw_vsock_virtio_transport", "net/vmw_vsock"),
+    ("failover", "net/core"),
+    ("net_failover", "drivers/net"),
+    ("virtio_net", "drivers/net"),
 ];
 
 /// A series of Debian's cloud kernel.
@@ -67,6 +86,8 @@ pub struct Kernel {
     pub image: PathBuf,
     /// Modules to load, in order: name and content.
     pub modules: Vec<(String, Vec<u8>)>,
+    /// Modules of the guest's drivers, in the order in which to load them.
+    pub guest_modules: Vec<(String, Vec<u8>)>,
 }
 
 impl Kernel {
@@ -83,17 +104,26 @@ impl Kernel {
         }
         let image = only_entry(&folder.join("boot"), "vmlinuz-")?;
         let tree = only_entry(&folder.join("lib/modules"), "")?.join("kernel");
-        let mut modules = Vec::new();
-        for (name, place) in MODULES {
-            if let Some(content) = module(&tree.join(place), name)? {
-                modules.push((name.to_owned(), content));
-            }
-        }
+        let modules = those_there(&tree, &MODULES)?;
         if !modules.iter().any(|(name, _)| name == "kvm-amd") {
             bail!("{} has no kvm-amd module", tree.display());
         }
-        Ok(Self { image, modules })
+        Ok(Self {
+            image,
+            modules,
+            guest_modules: those_there(&tree, &GUEST_MODULES)?,
+        })
     }
+}
+
+fn those_there(tree: &Path, wanted: &[(&str, &str)]) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut found = Vec::new();
+    for (name, place) in wanted {
+        if let Some(content) = module(&tree.join(place), name)? {
+            found.push(((*name).to_owned(), content));
+        }
+    }
+    Ok(found)
 }
 
 /// A static busybox.
@@ -106,6 +136,18 @@ pub fn busybox() -> Result<PathBuf> {
         .map(PathBuf::from)
         .find(|path| path.is_file())
         .context("no busybox: install the package busybox-static (tests/setup does)")
+}
+
+/// A program of the system, such as `mke2fs`.
+///
+/// # Errors
+/// When it is not installed.
+pub fn system_program(name: &str) -> Result<PathBuf> {
+    ["/sbin", "/usr/sbin", "/bin", "/usr/bin"]
+        .into_iter()
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.is_file())
+        .with_context(|| format!("no {name}: install the package e2fsprogs (tests/setup does)"))
 }
 
 /// The emulator, checked to be new enough.

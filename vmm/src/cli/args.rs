@@ -1,8 +1,11 @@
 #![forbid(unsafe_code)]
 //! What can be typed. Pure: nothing here looks at the host or opens a file.
 
+mod devices;
 mod pager;
 mod pool;
+mod unique;
+mod vsock;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -11,8 +14,11 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
+pub use self::devices::{CloneNetArg, DeviceArgs};
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
+pub use self::unique::UniqueArgs;
+pub use self::vsock::CloneVsockArgs;
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
@@ -146,7 +152,7 @@ pub struct TemplateArgs {
 #[derive(Debug, Subcommand)]
 pub enum TemplateCommand {
     /// Boot a VM, wait until it is ready, freeze it, seal its files
-    Create(CreateArgs),
+    Create(Box<CreateArgs>),
     /// Show what a template holds, its RAM as a map of data, zero and hole
     Inspect(InspectArgs),
     /// Read all of a template and compare it with its checksums
@@ -177,6 +183,9 @@ pub struct BootArgs {
     /// Number of vCPUs, 1 to 8 [default: 1]
     #[arg(long)]
     pub cpus: Option<u32>,
+    /// Devices.
+    #[command(flatten)]
+    pub devices: DeviceArgs,
 }
 
 /// `pando template create`
@@ -346,10 +355,24 @@ pub struct CloneArgs {
     /// their root process holds, copy-on-write) or kernel (a private mapping)
     #[arg(long, default_value_t = Engine::Copy)]
     pub engine: Engine,
+    /// Whether clones are told apart.
+    #[command(flatten)]
+    pub unique: UniqueArgs,
     /// Put the COM1 of clone K on a Unix socket, DIR/clone-K.sock [default: this terminal for one
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]
     pub serial: Option<PathBuf>,
+    /// Where vsocks are reached.
+    #[command(flatten)]
+    pub vsock: CloneVsockArgs,
+    /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
+    /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
+    /// template has not [default: an address derived from template and clone; without --net no cable]
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug]"
+    )]
+    pub nets: Vec<CloneNetArg>,
     /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
     /// clones) [default: shared for several clones, own for one]
     #[arg(long = "pager", value_enum, value_name = "WHERE")]
@@ -452,11 +475,8 @@ mod tests {
         assert_eq!(line("i"), Ok(b"i\n".to_vec()));
         assert_eq!(line(r"a\tb\n\\\r\n"), Ok(b"a\tb\n\\\r\n".to_vec()));
         assert!(line(r"a\").unwrap_err().contains(r"'\' is neither"));
-        assert!(
-            line(&"x".repeat(1 << 16))
-                .unwrap_err()
-                .contains("65537 bytes")
-        );
+        let long = line(&"x".repeat(1 << 16)).unwrap_err();
+        assert!(long.contains("65537 bytes"));
     }
 
     #[test]

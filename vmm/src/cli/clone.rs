@@ -15,6 +15,7 @@ use super::memory::{memory_document, print_memory};
 use super::out::{note, say};
 use super::size::{human_bytes, human_us};
 use super::table::table;
+use super::unique;
 use crate::clone::Engine;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
@@ -22,9 +23,11 @@ use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::give_back::policy::Policy;
 use crate::clone::learn::{Learn, Lessons};
+use crate::clone::nets::{self, NetPattern};
 use crate::clone::pool::PoolLimits;
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{CloneOptions, Event, RootOptions, STOP_GRACE, Supervisor};
+use crate::clone::vsock::{self, VsockPlan};
 use crate::host::{self, raise_descriptor_limit};
 use crate::observe::metrics;
 use crate::observe::stats::Durations;
@@ -52,10 +55,17 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         let address = metrics::serve(address)?;
         note!("metrics: http://{address}/metrics");
     }
+    let clones = args.count.max(if args.unique.check_unique { 2 } else { 1 });
+    let vsock = VsockPlan {
+        first_cid: args.vsock.vsock_cid,
+        dir: args.vsock.vsock_dir.clone(),
+    };
+    vsock::check(&vsock, clones, template.spec()).map_err(|error| Failure::usage(chain(&error)))?;
     raise_descriptor_limit();
     let limits = HostLimits::probe();
+    let nets = nets(args, &template, clones)?;
     let request = Request {
-        clones: u64::from(args.count) + args.warm.map_or(0, |warm| warm.ceiling as u64),
+        clones: u64::from(clones) + args.warm.map_or(0, |warm| warm.ceiling as u64),
         engine: args.engine,
         cpus: template.spec().cpus().get().into(),
         once_bytes: root_bytes(args, &limits, template.spec().layout().total_bytes()),
@@ -64,7 +74,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     require_engine(args.engine, &pager)?;
     pager.learn = learn(args, &template);
     pager.give_back = give_back(args);
-    if let Some(dir) = &args.serial {
+    for dir in args.serial.iter().chain(&args.vsock.vsock_dir) {
         fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
     }
     let program = std::env::current_exe().map_err(|error| Failure::of(&error))?;
@@ -90,6 +100,8 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
         measure_memory: args.metrics.is_some() || args.json || args.count > 1,
     })
     .map_err(|error| Failure::of(&error))?;
+    supervisor.use_vsock(vsock);
+    supervisor.nets = nets;
     if args.cgroups {
         match CloneGroups::new() {
             Ok(groups) => supervisor.use_cgroups(groups),
@@ -100,9 +112,19 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     if args.warm.is_some() {
         supervisor.warm_up().map_err(|error| Failure::of(&error))?;
     }
+    if args.unique.check_unique {
+        return unique::run(args, &mut supervisor);
+    }
     let readable = supervise(args, &mut supervisor)?;
     let lessons = supervisor.finish_lessons();
     report(args, &supervisor, &lessons, readable)
+}
+
+/// Where cables end, proven.
+fn nets(args: &CloneArgs, template: &Template, clones: u32) -> Result<Vec<NetPattern>, Failure> {
+    let patterns: Vec<_> = args.nets.iter().map(|net| net.0.clone()).collect();
+    nets::check(&patterns, template.spec(), clones)
+        .map_err(|why| Failure::usage(format!("--net: {why}")))
 }
 
 /// Which clones teach; none where what they teach could not be kept.

@@ -104,6 +104,7 @@ pub fn print_summary(facts: &Summary) {
         ]);
     }
     say!("\n{rows}");
+    print_devices(facts);
     match &facts.working_set {
         WorkingSetSummary::Absent => {
             say!(
@@ -117,6 +118,29 @@ pub fn print_summary(facts: &Summary) {
         ),
         WorkingSetSummary::Known(facts) => print_working_set(facts),
     }
+}
+
+/// Prints the devices on the PCI bus, if there are any.
+fn print_devices(facts: &Summary) {
+    if facts.devices.is_empty() {
+        return;
+    }
+    let mut rows = table(&["device", "kind", "slot", "size", "clones"]);
+    for device in &facts.devices {
+        let (size, clones) = match &device.disk {
+            Some(disk) if disk.readonly => (human_bytes(disk.bytes), "read it"),
+            Some(disk) => (human_bytes(disk.bytes), "write a layer of their own"),
+            None => (String::new(), ""),
+        };
+        rows.add_row([
+            device.id.clone(),
+            device.kind.clone(),
+            device.slot.to_string(),
+            size,
+            clones.to_owned(),
+        ]);
+    }
+    say!("\n{rows}");
 }
 
 /// Prints what clones touch.

@@ -16,6 +16,7 @@ pub mod qemu;
 pub mod run;
 pub mod table;
 pub mod template;
+mod unique;
 pub mod warm;
 
 use clap::{CommandFactory, Parser};

@@ -47,6 +47,9 @@ pub fn machine_file(args: &BootArgs) -> Result<MachineFile, Failure> {
     override_with(&mut file.cpus, args.cpus.as_ref());
     let memory = args.memory.map(|size| Bytes(size.0));
     override_with(&mut file.memory.size, memory.as_ref());
+    override_with(&mut file.vmgenid, args.devices.vmgenid.as_ref());
+    file.pci |= args.devices.pci;
+    file.device.extend(args.devices.tables());
     Ok(file)
 }
 

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! `pando template create|verify`; the other subcommands have files of their own.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::args::{CreateArgs, ReadyArg, TemplateArgs, TemplateCommand, VerifyArgs};
@@ -29,13 +30,16 @@ pub fn run(args: TemplateArgs, verbosity: u8) -> Result<u8, Failure> {
 fn create(args: &CreateArgs) -> Result<u8, Failure> {
     let timeout = Duration::try_from_secs_f64(args.timeout)
         .map_err(|_| Failure::usage(format!("--timeout {} is no time", args.timeout)))?;
-    let file = run::machine_file(&args.boot)?;
+    let mut file = run::machine_file(&args.boot)?;
     if file.serial.is_some() {
         return Err(Failure::usage(
             "a template's machine has no serial: its COM1 is what --ready watches; take it out of the \
              machine file",
         ));
     }
+    // The built-in guest does not look: its clones would pay for nothing.
+    let is_embedded = file.kernel.as_deref() == Some(Path::new(config::EMBEDDED_KERNEL));
+    file.vmgenid.get_or_insert(!is_embedded);
     let (spec, boot) =
         config::resolve_file(&file).map_err(|error| Failure::usage(chain(&error)))?;
     let ready = match &args.ready {

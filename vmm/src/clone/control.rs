@@ -12,7 +12,9 @@ use super::Engine;
 pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
 use super::give_back::policy::Policy;
 use super::learn::Learn;
+use super::nets::NetPlan;
 use super::record::{Record, TracePiece};
+use super::vsock::VsockOrders;
 use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics::Judged;
 use crate::observe::relay::Delta;
@@ -49,6 +51,8 @@ pub struct WorkerConfig {
     pub engine: Engine,
     /// Where COM1 goes.
     pub serial: Serial,
+    /// Where its vsock device is reached, if it has one.
+    pub vsock: VsockOrders,
     /// How the pager works.
     pub pager: PagerConfig,
     /// Whether the worker must compare the host with the template, because nobody did.
@@ -59,6 +63,8 @@ pub struct WorkerConfig {
     pub verbosity: u8,
     /// What of it is to be recorded, if anything.
     pub record: Option<Record>,
+    /// Where the cables of its network devices end.
+    pub nets: Vec<NetPlan>,
 }
 
 /// How a clone's pager works.
@@ -210,6 +216,22 @@ pub struct RawRun {
     pub pages: u64,
 }
 
+/// Every stage of a start that a worker may say: they are labels of metrics.
+pub const STAGES: [&str; 12] = [
+    "orders",
+    "template",
+    "memory",
+    "devices",
+    "vm",
+    "slots+irqchip",
+    "load",
+    "vcpus",
+    "state",
+    "threads",
+    "identity",
+    "resume",
+];
+
 /// From a worker to its supervisor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum FromWorker {
@@ -218,11 +240,11 @@ pub enum FromWorker {
     Memory(ClientMemory),
     /// A fork has made its machine and waits for [`ToWorker::Start`].
     Warm,
-    /// The guest runs; how long each stage took, in order.
+    /// The guest runs; how long each stage took, in order. At most once.
     Started {
         /// When the worker's own code began, on the monotonic clock.
         began: Duration,
-        /// Name and duration of each stage.
+        /// Name and duration of each stage, each of [`STAGES`] at most once.
         stages: Vec<(String, Duration)>,
         /// How template pages are read (`pando_pager::IoPath`), [`IO_SHARED`] where the pager process
         /// knows, or `none` without a pager.
@@ -307,6 +329,7 @@ impl Ending {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::MacAddress;
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::ffi::OsStringExt;
@@ -317,11 +340,19 @@ mod tests {
             template: std::ffi::OsString::from_vec(b"t\xff".to_vec()).into(),
             engine: Engine::Copy,
             serial: Serial::Passed,
+            vsock: VsockOrders::default(),
             pager: PagerConfig::default(),
             host_check_is_due: true,
             supervisor_pid: 1,
             verbosity: 2,
             record: Some(Record::Beginning(Duration::from_secs(1))),
+            nets: vec![NetPlan {
+                id: "net0".into(),
+                tap: "pando7".into(),
+                netns: None,
+                mac: Some(MacAddress::DEFAULT),
+                plug: false,
+            }],
         }
     }
 

@@ -15,6 +15,7 @@ use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
 use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
+use super::nets;
 use super::placement::Placement;
 use super::record::{Record, Recorded};
 use super::sight;
@@ -118,11 +119,12 @@ fn work(
             return Ok(Ending::Stopped);
         };
         log::become_clone(config.clone);
+        let serial = serial_target(&config.serial, descriptors)?;
         let machine = Machine::restore_and_run(
             template.spec(),
             ram,
             template.state(),
-            serial_target(&config.serial, descriptors)?,
+            nets::connections(&template, &config, serial)?,
             host_check,
             |handle| stop_with(ready.paging.own(), handle),
         )
@@ -137,7 +139,9 @@ fn work(
         template.spec(),
         ram,
         template.state(),
-        SerialTarget::Later,
+        template
+            .connections(SerialTarget::Later)
+            .map_err(CloneError::from)?,
         host_check,
     )
     .map_err(CloneError::from)?;
@@ -154,7 +158,7 @@ fn work(
         ready.began = monotonic();
         ready.stages.clear();
     }
-    connect(&machine, orders, &mut ready.stages)?;
+    connect(&machine, &template, orders, &mut ready.stages)?;
     run_to_end(machine, ready, &signals)
 }
 
@@ -191,14 +195,18 @@ type Orders = (WorkerConfig, Vec<std::os::fd::OwnedFd>);
 /// `None` when it is not needed, or its supervisor is gone.
 fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     match channel.receive::<ToWorker>()? {
-        Some((ToWorker::Start(config), descriptors)) => Ok(Some((config, descriptors))),
-        Some((ToWorker::Stop | ToWorker::Forgotten { .. }, _)) | None => Ok(None),
+        // They may have been on their way while its root died: another fork has them by now.
+        Some((ToWorker::Start(config), descriptors)) if !channel.is_hung_up() => {
+            Ok(Some((config, descriptors)))
+        }
+        Some(_) | None => Ok(None),
     }
 }
 
-/// Gives the machine its identity: so far, its console.
+/// Gives the machine its identity: its console, its network, and where its vsock is reached.
 fn connect(
     machine: &Machine<Paused>,
+    template: &Template,
     (config, descriptors): Orders,
     stages: &mut Vec<(String, Duration)>,
 ) -> anyhow::Result<()> {
@@ -209,6 +217,17 @@ fn connect(
         .bind_serial(serial)
         .map_err(CloneError::from)
         .context("cannot connect its serial port")?;
+    if let Some(connection) = nets::vsock(template, &config)? {
+        machine.bind_vsock(connection).map_err(CloneError::from)?;
+    }
+    let nets = nets::connect(template, &config)?;
+    if !nets.is_empty() {
+        machine.bind_nets(nets).map_err(CloneError::from)?;
+    }
+    for (device, attachment) in nets::plugged(template, &config)? {
+        let plugged = machine.handle().plug(device, attachment);
+        plugged.map_err(CloneError::from)?;
+    }
     stages.push(("identity".to_owned(), start.elapsed()));
     Ok(())
 }

@@ -36,6 +36,7 @@ use crate::console::GuestConsole;
 use crate::machine::HostCheck;
 use crate::observe::memory::available_bytes;
 use crate::observe::metrics;
+use crate::pager_process::descriptor;
 use crate::report::{chain, exit};
 use crate::root::process::RootProcess;
 use crate::root::protocol::{FromRoot, RootConfig};
@@ -175,7 +176,7 @@ impl Supervisor {
         input: &[u8],
         requested: Instant,
     ) -> Result<(), SpawnError> {
-        let console = give_orders(&shell.channel, self.config(number), serial, input)?;
+        let console = give_orders(&shell.channel, self.config(number)?, serial, input)?;
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
         let process = CloneProcess::adopt(shell.process, shell.channel, requested);
         self.paging
@@ -249,7 +250,8 @@ impl Supervisor {
                 serial,
                 input,
                 ..
-            } => give_orders(&channel, self.config(*number), serial, input),
+            } => (self.config(*number))
+                .and_then(|config| give_orders(&channel, config, serial, input)),
             Purpose::Shell => Ok(None),
         };
         let console = match console {
@@ -421,16 +423,19 @@ impl Supervisor {
             return;
         };
         let ended = match self.forks.shells[at].channel.receive::<FromWorker>() {
-            Ok(Some((FromWorker::Warm, _))) => {
-                self.forks.shells[at].is_warm = true;
-                self.publish_counts();
-                return;
-            }
             Ok(Some((FromWorker::Memory(memory), descriptors))) => {
                 return self.take_memory(Owner::Shell(id), memory, descriptors);
             }
-            Ok(Some((FromWorker::Ended(Ending::Failed { message, .. }), _))) => message,
-            Ok(Some(_)) => return,
+            Ok(Some((message, descriptors))) => match (descriptor::none(descriptors), message) {
+                (Err(error), _) => chain(&error),
+                (Ok(()), FromWorker::Warm) => {
+                    self.forks.shells[at].is_warm = true;
+                    self.publish_counts();
+                    return;
+                }
+                (Ok(()), FromWorker::Ended(Ending::Failed { message, .. })) => message,
+                _ => return,
+            },
             Ok(None) => "it ended without a word".to_owned(),
             Err(error) => chain(&error),
         };
@@ -439,6 +444,7 @@ impl Supervisor {
         let shell = self.forks.shells.swap_remove(at);
         self.usage.unmade();
         let _ = rustix::event::epoll::delete(&self.epoll, shell.channel.as_fd());
+        self.end_shell(shell.process);
         self.publish_counts();
     }
 
@@ -448,15 +454,15 @@ impl Supervisor {
             tracing::warn!("the root process is lost: {why}");
         }
         self.drop_root();
-        if !self.forks.flying.is_empty() {
-            self.forks.strays.expect();
-        }
         self.land_flights();
         self.send_forks();
     }
 
     /// A fork whose making was not confirmed ends when its control socket closes.
     fn land_flights(&mut self) {
+        if !self.forks.flying.is_empty() {
+            self.forks.strays.expect();
+        }
         self.forks.rooms.clear();
         let mut flights: Vec<_> = self.forks.flying.drain().collect();
         flights.sort_by_key(|(id, _)| std::cmp::Reverse(*id));
@@ -478,8 +484,9 @@ impl Supervisor {
                 self.pending.push(Event::Ended(number));
             }
         }
-        for shell in self.forks.shells.drain(..) {
+        for shell in std::mem::take(&mut self.forks.shells) {
             self.paging.forget(Owner::Shell(shell.id));
+            self.end_shell(shell.process);
         }
         self.drop_root();
     }

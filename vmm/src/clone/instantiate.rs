@@ -19,8 +19,8 @@ use super::control::{
 };
 use super::give_back::keeper::Keeper;
 use super::record::Record;
-use crate::device::legacy::console::SerialTarget;
-use crate::machine::{HostCheck, Machine, MachineError, Paused};
+use super::vsock::VsockError;
+use crate::machine::{Connections, HostCheck, Machine, MachineError, Paused};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::chain;
 use crate::template::{Template, TemplateError, working_set};
@@ -46,9 +46,15 @@ pub enum CloneError {
     /// The clone's memory.
     #[error("cannot give the clone its memory")]
     Memory(#[from] GuestMemoryError),
+    /// A network device that cannot be.
+    #[error("cannot connect the clone to its network: {0}")]
+    Net(String),
     /// The machine.
     #[error("the clone's machine cannot be restored")]
     Machine(#[from] MachineError),
+    /// Its vsock device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
 }
 
 /// A clone that is ready to run.
@@ -132,7 +138,7 @@ pub fn instantiate(
     engine: Engine,
     pager: &PagerConfig,
     record: Option<Record>,
-    serial: SerialTarget,
+    connections: Connections,
     host_check: HostCheck,
     handover: Handover<'_>,
 ) -> Result<Instance, CloneError> {
@@ -151,7 +157,13 @@ pub fn instantiate(
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
     let memory = start.elapsed();
-    let machine = Machine::restore(template.spec(), ram, template.state(), serial, host_check)?;
+    let machine = Machine::restore(
+        template.spec(),
+        ram,
+        template.state(),
+        connections,
+        host_check,
+    )?;
     let mut stages = vec![("memory".to_owned(), memory)];
     stages.extend(
         machine

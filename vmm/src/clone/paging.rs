@@ -10,6 +10,7 @@
 //! All that is needed to attach a client again is kept here: its userfaultfd, what lies where, and
 //! (with its process) its pidfd. A clone whose pager is away sleeps at its next missing page.
 
+mod abandoned;
 mod forget;
 mod restart;
 
@@ -17,12 +18,12 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Instant;
 
-use self::restart::CannotStart;
+use self::restart::{CannotStart, Ending};
 use super::control::{ClientMemory, IO_SHARED, PagerPlace, RawRegion, Received};
 use super::silence::Silence;
 use super::supervise::Supervisor;
 use crate::observe::relay::{Delta, Series, replay};
-use crate::pager_process::descriptor::{WrongDescriptor, prove_uffd};
+use crate::pager_process::descriptor::prove_one;
 use crate::pager_process::process::{PagerProcess, ServedTemplate};
 use crate::pager_process::protocol::{ClientNews, FromPager, Ordered, RawAttach, prove_regions};
 use crate::report::{chain, exit, one_line};
@@ -66,6 +67,9 @@ struct GivenUp {
 pub struct SharedPaging {
     template: Option<ServedTemplate>,
     process: Option<PagerProcess>,
+    /// The last one, killed: no other is started before it has ended, for it may still take messages
+    /// of its clients.
+    ending: Option<Ending>,
     /// How the pager reads, since it serves somebody.
     io: Option<String>,
     clients: BTreeMap<u64, Client>,
@@ -78,11 +82,20 @@ pub struct SharedPaging {
     /// Those whose pages are being forgotten, with the numbers of their orders in the order in which
     /// the pager has them; each at most `forget::ORDERS_LIMIT`.
     forgetting: HashMap<u64, VecDeque<u64>>,
-    /// At most `restart::RESTART_LIMIT`.
+    /// Of those that came about; at most `restart::RESTART_LIMIT`.
     starts: VecDeque<Instant>,
+    /// When it was tried last, and how often in a row that failed.
+    tried: Option<Instant>,
+    failed: usize,
+    /// Why there is no template to serve.
+    refusal: Option<GivenUp>,
+    /// It is given up because the last one does not end.
+    is_stuck: bool,
     unready: usize,
     silence: Silence,
     gauges: HashMap<Series, f64>,
+    /// Clients that the pager serves no longer, since when: their processes are to end.
+    abandoned: HashMap<u64, Instant>,
     given_up: Option<GivenUp>,
     is_ended: bool,
     /// Pagers that were started because one had died.
@@ -126,6 +139,7 @@ impl SharedPaging {
         self.clients.remove(&number);
         self.waiting.remove(&number);
         self.forgetting.remove(&number);
+        self.abandoned.remove(&number);
         // One that is sent is answered for all the same.
         if let Some(process) = &self.process {
             process.detach(number);
@@ -183,6 +197,7 @@ impl Supervisor {
             code: exit::FAILED,
             message,
         };
+        let uffd = prove_one(descriptors).map_err(|error| wrong(chain(&error)))?;
         if self.options.pager.place != PagerPlace::Shared {
             return Err(wrong("nobody asked for it".to_owned()));
         }
@@ -192,17 +207,18 @@ impl Supervisor {
         if let Some(given_up) = &self.paging.given_up {
             return Err(given_up.clone());
         }
-        let count = descriptors.len();
-        let [uffd] = <[OwnedFd; 1]>::try_from(descriptors).map_err(|_| {
-            let expected = 1;
-            wrong(WrongDescriptor::Count { count, expected }.to_string())
-        })?;
-        prove_uffd(uffd.as_fd()).map_err(|error| wrong(chain(&error)))?;
-        if self.paging.process.is_none() {
+        // One that cannot be had just now is tried again when others wait for it.
+        if self.paging.process.is_none() && self.paging.rests() {
+            if self.paging.template.is_none()
+                && let Some(refusal) = &self.paging.refusal
+            {
+                return Err(refusal.clone());
+            }
+        } else if self.paging.process.is_none() {
             match self.start_pager() {
                 // It is tried again, and this clone then waits with the others.
                 Err(CannotStart::Now(message)) if self.paging.template.is_some() => {
-                    tracing::warn!("{message}");
+                    tracing::debug!("{message}");
                 }
                 Err(CannotStart::Now(message)) => return Err(wrong(message)),
                 Err(CannotStart::Ever(given_up)) => return Err(given_up),
@@ -285,7 +301,10 @@ impl Supervisor {
         match message {
             FromPager::Ready => self.paging.unready = 0,
             FromPager::Client(news) => self.hear_news(news),
-            FromPager::Metrics(delta) => self.take_metrics(&delta),
+            FromPager::Metrics(mut delta) => {
+                self.series.sift(&mut delta);
+                self.take_metrics(&delta);
+            }
             FromPager::HoleFaults(report) => self.hear_pager_faults(&report),
             FromPager::Failed { code, message } => {
                 if code == exit::FAILED {
@@ -348,7 +367,10 @@ impl Supervisor {
                 let why = format!("guest memory could not be read: {page}");
                 self.end_owner(owner, exit::MEMORY, &why);
             }
-            // Its pidfd says so too. Nothing else was ordered.
+            (ClientNews::Gone { .. }, Some(_)) => {
+                self.paging.abandoned.insert(number, Instant::now());
+            }
+            // Nothing else was ordered.
             (news, _) => tracing::debug!(?news, "the pager says"),
         }
     }

@@ -8,7 +8,8 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, WaitIdStatus, waitid};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, waitid};
 use thiserror::Error;
 
 use super::cgroup::CloneGroup;
@@ -35,7 +36,13 @@ pub enum SpawnError {
     /// Its console could not be made.
     #[error("cannot make a clone's console")]
     Console(#[from] ConsoleError),
+    /// It cannot have the network that it is to have: why.
+    #[error("--net: {0}")]
+    Net(String),
 }
+
+/// How long dropping a process waits for its end.
+const DROP_LIMIT: Duration = Duration::from_secs(10);
 
 /// Where the supervisor wants a clone's COM1.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,7 +112,11 @@ impl ChildProcess {
 
     /// Ends it at once.
     pub fn kill(&self) {
-        let _ = rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL);
+        self.signal(Signal::KILL);
+    }
+
+    fn signal(&self, signal: Signal) {
+        let _ = rustix::process::pidfd_send_signal(&self.pidfd, signal);
     }
 
     /// Takes its exit status if it has ended; whether it has.
@@ -116,13 +127,27 @@ impl ChildProcess {
         self.is_reaped
     }
 
-    /// Waits for its end and takes its exit status.
-    fn wait(&mut self) -> io::Result<Option<WaitIdStatus>> {
+    /// Neither ends it nor waits for it any more: whoever inherits it takes its exit status.
+    pub fn leave(mut self) {
         self.is_reaped = true;
-        let id = || WaitId::PidFd(self.pidfd.as_fd());
-        Ok(rustix::io::retry_on_intr(|| {
-            waitid(id(), WaitIdOptions::EXITED)
-        })?)
+    }
+
+    /// Takes how it ended, for one that did not say so. `None` where that cannot be had yet: of one that another
+    /// process traces, although its pidfd is readable, until that lets go of it (ptrace(2)).
+    pub fn reap(&mut self) -> Option<Ending> {
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+        let ended =
+            rustix::io::retry_on_intr(|| waitid(WaitId::PidFd(self.pidfd.as_fd()), options));
+        self.is_reaped = !matches!(ended, Ok(None));
+        match ended {
+            Ok(status) => {
+                status.map(|status| unsaid(status.terminating_signal(), status.exit_status()))
+            }
+            Err(error) => Some(Ending::Failed {
+                code: exit::FAILED,
+                message: format!("it was lost: {error}"),
+            }),
+        }
     }
 }
 
@@ -135,9 +160,27 @@ impl AsFd for ChildProcess {
 
 impl Drop for ChildProcess {
     fn drop(&mut self) {
-        if !self.is_reaped {
-            self.kill();
-            let _ = self.wait();
+        if self.is_reaped {
+            return;
+        }
+        self.kill();
+        let deadline = Instant::now() + DROP_LIMIT;
+        while !self.has_ended() {
+            if Instant::now() > deadline {
+                let pid = self.pid;
+                tracing::warn!(pid, "a process was killed and has not ended: it is left");
+                return;
+            }
+            let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+            let pause = Timespec {
+                tv_sec: 0,
+                tv_nsec: 50_000_000,
+            };
+            let _ = poll(&mut fds, Some(&pause));
+            if !fds[0].revents().is_empty() {
+                // It has ended, or another process that traces it has not been told.
+                std::thread::sleep(Duration::from_micros(100));
+            }
         }
     }
 }
@@ -277,8 +320,11 @@ impl CloneProcess {
 
     /// Asks it to stop.
     pub fn ask_to_stop(&self) {
-        // An error means that it is gone, which its pidfd tells as well.
-        let _ = self.channel.send(&ToWorker::Stop, &[]);
+        // An error means that it is gone, which its pidfd tells as well. One that reads nothing may still
+        // hear a signal; and if not, what follows the grace.
+        if let Ok(false) = self.channel.send_now(&ToWorker::Stop, &[]) {
+            self.process.signal(Signal::TERM);
+        }
     }
 
     /// Ends it at once.
@@ -286,16 +332,25 @@ impl CloneProcess {
         self.process.kill();
     }
 
-    /// Takes the end of a process that ended without saying how.
-    pub fn reap(&mut self) -> Ending {
-        match self.process.wait() {
-            Ok(Some(status)) => unsaid(status.terminating_signal(), status.exit_status()),
-            Ok(None) => unsaid(None, None),
-            Err(error) => Ending::Failed {
-                code: exit::FAILED,
-                message: format!("it was lost: {error}"),
-            },
-        }
+    /// Waits for its end and takes how it ended, for one that did not say so.
+    pub fn wait(&mut self) -> Ending {
+        // An interrupted wait is tried again.
+        while poll(&mut [PollFd::new(&self.process.pidfd, PollFlags::IN)], None).is_err() {}
+        self.process.reap().unwrap_or_else(traced)
+    }
+
+    /// The process, and its control socket.
+    pub fn into_parts(self) -> (ChildProcess, Channel) {
+        (self.process, self.channel)
+    }
+}
+
+/// The end of a process that another one traces and has not been told of.
+pub fn traced() -> Ending {
+    Ending::Failed {
+        code: exit::FAILED,
+        message: "it has ended, and a process that traces it was not told yet: it is left"
+            .to_owned(),
     }
 }
 
@@ -344,6 +399,19 @@ fn unsaid(signal: Option<i32>, code: Option<i32>) -> Ending {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn asking_a_process_that_reads_nothing_does_not_wait() {
+        let child = ChildProcess::spawn(Command::new("sleep").arg("600")).unwrap();
+        let (channel, _unread) = Channel::pair().unwrap();
+        while channel.send_now(&ToWorker::Stop, &[]).unwrap() {}
+        let mut clone = CloneProcess::adopt(child, channel, Instant::now());
+        clone.ask_to_stop();
+        let Ending::Failed { message, .. } = clone.wait() else {
+            panic!("it ended well");
+        };
+        assert!(message.contains("killed by signal 15"), "{message}");
+    }
 
     fn said(signal: Option<i32>, code: Option<i32>) -> (u8, String) {
         match unsaid(signal, code) {

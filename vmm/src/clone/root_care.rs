@@ -126,7 +126,8 @@ impl Supervisor {
     pub(super) fn wait_at_most(&self, timeout: Duration) -> Duration {
         let silence = self.owes_answer().then(|| self.answer_limit());
         let refill = self.forks.is_short.then_some(REFILL_REST);
-        let all = [silence, refill].into_iter().flatten();
+        let paging = self.paging.wait_at_most();
+        let all = [silence, refill, paging].into_iter().flatten();
         all.fold(timeout, Duration::min)
     }
 

@@ -4,29 +4,33 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll;
 use thiserror::Error;
 
 use super::cgroup::CloneGroups;
+use super::closing::close_elsewhere;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
 use super::learn::Learner;
 pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
+use super::nets::{self, NetPattern};
 use super::paging::{Owner, SharedPaging};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::token::{self, Kind, parse_token};
 use super::usage::Usage;
+use super::vsock::VsockPlan;
 use super::{END_SIGNALS, Engine};
 use crate::console::GuestConsole;
 use crate::device::legacy::console::SavedTerminal;
 use crate::machine::HostCheck;
 use crate::observe::metrics;
-use crate::observe::relay::replay;
+use crate::observe::series::KnownSeries;
 use crate::observe::stats::PagerStats;
+use crate::pager_process::descriptor;
 use crate::report::{chain, exit};
+use crate::template::Template;
 
 /// How long clones that were asked to stop may take before they are killed.
 pub const STOP_GRACE: Duration = Duration::from_secs(10);
@@ -61,17 +65,27 @@ pub struct Supervisor {
     /// The pager process, where clones share one.
     pub(super) paging: SharedPaging,
     pub(super) usage: Usage,
+    pub(super) vsock: VsockPlan,
     /// Numbers of clones have changed since they were published.
     counts_changed: bool,
     /// What happened outside of [`Self::wait`].
     pub(super) pending: Vec<Event>,
+    /// How much RAM the template's guest has; `None` if that could not be read.
+    pub(super) ram_bytes: Option<u64>,
+    /// What other processes may record.
+    pub(super) series: KnownSeries,
     /// What all pagers did.
     pub pager_stats: PagerStats,
     /// What clones touch, on its way to the template's working set.
     pub(super) learner: Learner,
     /// Cgroups of clones, if they have some. Behind what holds their processes: it removes them.
     pub(super) groups: Option<CloneGroups>,
+    /// Cables of clones' network devices, which [`nets::check`] has proven.
+    pub nets: Vec<NetPattern>,
 }
+
+/// How long is waited at the end for clones that were killed.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 impl Supervisor {
     /// A supervisor without clones. Takes [`END_SIGNALS`] for itself.
@@ -85,6 +99,11 @@ impl Supervisor {
                 .and_then(|end| signal_hook::low_level::pipe::register(signal, end))
                 .map_err(system("watch for signals"))?;
         }
+        let series = KnownSeries::of(&options.name);
+        let ram_bytes = Template::ram_bytes_in(&options.template);
+        let ram_bytes = ram_bytes.inspect_err(|error| {
+            tracing::info!("memory of clones is not measured: {}", chain(error));
+        });
         let learner = Learner::new(options.pager.learn, &options.template, &options.name);
         let supervisor = Self {
             learner,
@@ -95,10 +114,14 @@ impl Supervisor {
             forks: Forks::default(),
             paging: SharedPaging::default(),
             usage: Usage::default(),
+            vsock: VsockPlan::default(),
             counts_changed: false,
             pending: Vec::new(),
+            ram_bytes: ram_bytes.ok(),
+            series,
             pager_stats: PagerStats::default(),
             groups: None,
+            nets: Vec::new(),
         };
         supervisor
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
@@ -153,18 +176,20 @@ impl Supervisor {
         number
     }
 
-    pub(super) fn config(&self, number: usize) -> WorkerConfig {
-        WorkerConfig {
+    pub(super) fn config(&self, number: usize) -> Result<WorkerConfig, SpawnError> {
+        Ok(WorkerConfig {
             clone: number as u64,
             template: self.options.template.clone(),
             engine: self.options.engine,
             serial: Serial::Null,
+            vsock: self.vsock.orders(number as u64),
             pager: self.options.pager.clone(),
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
             record: self.options.pager.learn.record(number as u64),
-        }
+            nets: nets::plans(&self.nets, number as u64).map_err(SpawnError::Net)?,
+        })
     }
 
     fn spawn(
@@ -173,7 +198,7 @@ impl Supervisor {
         serial: &SerialPlan,
         input: &[u8],
     ) -> Result<Clone, SpawnError> {
-        let config = self.config(number);
+        let config = self.config(number)?;
         let terminal = saved_terminal(serial);
         let group = self.new_group();
         let (process, console) =
@@ -272,14 +297,18 @@ impl Supervisor {
         {
             process.ask_to_stop();
         }
-        let mut killed = false;
+        let mut killed: Option<Instant> = None;
         while self.live() > 0 {
+            if killed.is_some_and(|killed| killed.elapsed() > END_LIMIT) {
+                self.leave_clones();
+                break;
+            }
             for event in self.wait(Duration::from_millis(100))? {
                 if let Event::Output(clone) = event {
                     self.drain_console(clone);
                 }
             }
-            if Instant::now() > deadline && !killed {
+            if Instant::now() > deadline && killed.is_none() {
                 tracing::warn!(
                     clones = self.live(),
                     "clones did not stop in time: killing them"
@@ -288,11 +317,32 @@ impl Supervisor {
                     .iter()
                     .filter_map(|clone| clone.process.as_ref())
                     .for_each(CloneProcess::kill);
-                killed = true;
+                killed = Some(Instant::now());
             }
         }
         self.end_paging();
+        self.take_last_strays();
+        self.leave_dying();
         Ok(())
+    }
+
+    /// Waits no longer for clones that were killed: whatever holds them (a disk that does not answer), it is
+    /// not in the power of this process.
+    fn leave_clones(&mut self) {
+        for clone in &mut self.clones {
+            let Some(process) = clone.process.take() else {
+                continue;
+            };
+            let (process, channel) = process.into_parts();
+            let pid = process.pid();
+            tracing::warn!(pid, "a clone was killed and has not ended: it is left");
+            clone.ending.get_or_insert_with(|| Ending::Failed {
+                code: exit::FAILED,
+                message: format!("its process {pid} was killed and has not ended: it was left"),
+            });
+            close_elsewhere(vec![channel.into()]);
+            process.leave();
+        }
     }
 
     /// Takes the console of a clone out of the supervisor's watch, once it is closed.
@@ -354,90 +404,24 @@ impl Supervisor {
                     self.take_memory(Owner::Clone(number), memory, descriptors);
                     None
                 }
-                Ok(Some((message, _))) => self.hear(number, message),
+                Ok(Some((message, descriptors))) => match descriptor::none(descriptors) {
+                    Ok(()) => self.hear(number, message),
+                    Err(error) => {
+                        self.condemn(number, exit::FAILED, &chain(&error));
+                        None
+                    }
+                },
                 Ok(None) => {
                     // The process is ending; its pidfd will say so.
                     let _ = epoll::delete(&self.epoll, process.channel.as_fd());
                     None
                 }
                 Err(error) => {
-                    tracing::error!(clone = number, "{}", chain(&error));
-                    process.kill();
+                    self.condemn(number, exit::FAILED, &chain(&error));
                     None
                 }
             },
             Kind::Process => Some(self.bury(number)),
-        }
-    }
-
-    pub(super) fn hear(&mut self, number: usize, message: FromWorker) -> Option<Event> {
-        let clone = self.clones.get_mut(number)?;
-        match message {
-            FromWorker::Started {
-                began,
-                stages,
-                io,
-                places,
-            } => {
-                clone.io = self.paging.known_io(io);
-                self.forks.refill.has_started(number);
-                if let Some(process) = &clone.process {
-                    clone.running = Some(process.requested.elapsed());
-                    if self.options.engine != Engine::Root {
-                        // The loader and what runs before the program's own code.
-                        let exec = began.saturating_sub(process.spawned);
-                        clone.stages.push(("exec".to_owned(), exec));
-                    }
-                }
-                clone.stages.extend(stages);
-                for (stage, took) in &clone.stages {
-                    let engine = self.options.engine.name();
-                    metrics::record_start(&self.options.name, engine, stage, *took);
-                }
-                let is_paged = clone.io != "none";
-                let cgroup = clone.process.as_ref().and_then(CloneProcess::cgroup);
-                let cgroup = cgroup.map(Path::to_owned);
-                self.usage
-                    .started(&self.options.name, number, places, is_paged, cgroup);
-                self.publish_counts();
-                Some(Event::Started(number))
-            }
-            FromWorker::Metrics(delta) => {
-                self.pager_stats.add(&delta);
-                replay(&delta, |series, value| {
-                    clone.gauges.insert(series.clone(), value).unwrap_or(0.0)
-                });
-                None
-            }
-            FromWorker::HoleFaults(report) => {
-                self.hear_fork_faults(number, &report);
-                None
-            }
-            // A shell that was asked for while it said so.
-            FromWorker::Warm => None,
-            FromWorker::Touched(piece) => {
-                self.learner.hear(number, piece);
-                None
-            }
-            FromWorker::Judged(judged) => {
-                metrics::count_judgement(&self.options.name, &judged);
-                None
-            }
-            FromWorker::Forget { order, runs } => {
-                self.forget_pages(number, order, runs);
-                None
-            }
-            FromWorker::GaveBack { bytes, pauses } => {
-                clone.given_back.add(bytes, pauses);
-                metrics::count_given_back(&self.options.name, bytes, pauses);
-                None
-            }
-            // Too late to be served: its process has ended.
-            FromWorker::Memory(_) => None,
-            FromWorker::Ended(ending) => {
-                clone.ending.get_or_insert(ending);
-                None
-            }
         }
     }
 
@@ -468,6 +452,11 @@ impl Supervisor {
         );
         metrics::set_clones(name, "ended", count(|c| !c.is_live()));
         metrics::set_clones(name, "warm", self.forks.warm());
+    }
+
+    /// Before a descriptor is closed that others have too: the kernel would go on telling of it.
+    pub(super) fn unwatch(&self, fd: BorrowedFd<'_>) {
+        let _ = epoll::delete(&self.epoll, fd);
     }
 
     pub(super) fn watch(&self, fd: BorrowedFd<'_>, token: u64) -> io::Result<()> {

@@ -12,7 +12,7 @@ use crate::host::cgroups::Membership;
 use crate::observe::memory::available_bytes;
 use crate::observe::memory::clone::{CloneMemory, MemoryTotal};
 use crate::observe::memory::marginal::{Marginal, MarginalCost};
-use crate::observe::memory::ram::{MAX_PLACES, MemoryPlace};
+use crate::observe::memory::ram::MemoryPlace;
 use crate::observe::metrics;
 
 /// How often clones are measured.
@@ -128,23 +128,21 @@ impl Usage {
         &mut self,
         template: &str,
         clone: usize,
-        places: Vec<MemoryPlace>,
+        places: Option<Vec<MemoryPlace>>,
         is_paged: bool,
         cgroup: Option<PathBuf>,
     ) {
         if self.clones.len() <= clone {
             self.clones.resize_with(clone + 1, Known::default);
         }
-        if places.len() > MAX_PLACES {
+        let Some(places) = places else {
             tracing::warn!(
                 clone,
-                places = places.len(),
-                limit = MAX_PLACES,
-                "too many ranges of RAM: its memory is not measured"
+                "its ranges of RAM are not those of the template: its memory is not measured"
             );
             metrics::count_unmeasured(template, "places");
             return;
-        }
+        };
         self.clones[clone] = Known {
             places,
             is_paged,
@@ -243,7 +241,7 @@ mod tests {
         usage.measure("t", |_| Some(this));
         for clone in 0..clones {
             usage.made();
-            usage.started("t", clone, Vec::new(), true, None);
+            usage.started("t", clone, Some(Vec::new()), true, None);
         }
         let measured = |usage: &Usage| (0..clones).filter(|&c| usage.of(c).is_some()).count();
         usage.measure("t", |_| Some(this));
@@ -268,13 +266,9 @@ mod tests {
     }
 
     #[test]
-    fn more_ranges_than_a_machine_can_have_are_not_looked_at() {
+    fn what_is_not_proven_is_not_looked_at() {
         let mut usage = Usage::default();
-        let place = MemoryPlace {
-            address: 0,
-            bytes: 4096,
-        };
-        usage.started("t", 0, vec![place; MAX_PLACES + 1], true, None);
+        usage.started("t", 0, None, true, None);
         usage.measure("t", |_| Some(std::process::id()));
         assert!(usage.of(0).is_none());
     }

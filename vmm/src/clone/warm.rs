@@ -16,6 +16,7 @@ use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::record::{Arriving, Record, Recording};
 use super::supervise::STOP_GRACE;
+use super::vsock::VsockOrders;
 use super::{END_SIGNALS, Engine};
 use crate::console::GuestConsole;
 use crate::report::exit;
@@ -195,12 +196,14 @@ impl Warmer {
             template: self.options.template.clone(),
             engine: Engine::Copy,
             serial: Serial::Null,
+            vsock: VsockOrders::default(),
             pager: self.options.pager.clone(),
             // Done once, before the first run.
             host_check_is_due: false,
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
             record: Some(Record::Run(self.options.recording)),
+            nets: Vec::new(),
         };
         let (process, console) = CloneProcess::spawn(
             &self.options.program,
@@ -315,7 +318,7 @@ impl Underway {
         while self.is_heard {
             self.hear();
         }
-        let unsaid = self.process.reap();
+        let unsaid = self.process.wait();
         self.ending.take().unwrap_or(unsaid)
     }
 

@@ -13,6 +13,7 @@ use super::Engine;
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
 use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
 use super::instantiate::{CloneError, Handover, Instance, instantiate, keeper};
+use super::nets;
 use super::placement::Placement;
 use super::record::Recorded;
 use crate::device::legacy::console::SerialTarget;
@@ -102,7 +103,7 @@ fn run_instance(
         config.engine,
         &config.pager,
         config.record,
-        serial,
+        nets::connections(template, config, serial)?,
         host_check,
         handover,
     )?;

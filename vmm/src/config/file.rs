@@ -10,10 +10,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 mod bytes;
+mod device;
 mod identity;
 mod print;
 
 pub use bytes::Bytes;
+pub use device::DeviceTable;
 pub use identity::{SystemTable, UuidWord};
 
 /// More than any machine needs; a bound on what is read into memory.
@@ -74,6 +76,9 @@ pub struct MachineFile {
     /// Where COM1 goes: `stdio`, `null`, `file:PATH`, `pty` or `unix:PATH`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
+    /// Whether it has a PCI bus even if no device is on it: one may be plugged while the machine runs.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub pci: bool,
     /// A name, which monitors tell.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -83,6 +88,10 @@ pub struct MachineFile {
     /// What else SMBIOS tells the guest of the system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system: Option<SystemTable>,
+    /// Whether it has a VM generation ID, by which a guest sees that it was cloned. If left out, a template
+    /// of any kernel but the built-in guest has one, and a VM that is run has none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vmgenid: Option<bool>,
     /// Sizes.
     #[serde(default, skip_serializing_if = "MemoryTable::is_default")]
     pub memory: MemoryTable,
@@ -98,6 +107,9 @@ pub struct MachineFile {
     /// Memory modules that are plugged before the machine starts.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub dimm: Vec<DimmTable>,
+    /// Devices on the PCI bus.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub device: Vec<DeviceTable>,
 }
 
 /// Sizes of memory in all.

@@ -8,14 +8,15 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use self::file::DeviceTable;
 use self::file::{BackendTable, Bytes, KindWord, MachineFile, RomWord};
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::memory::open::{OpenError, fault_of_read_only};
 use crate::observe::memory::total_bytes;
 use crate::payload;
 use crate::spec::{
-    BackendKind, BackendOptions, BackendSpec, CpuCount, DimmParts, DistanceParts, MachineParts,
-    MachineSpec, MemoryParts, NodeParts, OnOffAuto, SpecError,
+    BackendKind, BackendOptions, BackendSpec, CpuCount, DeviceFault, DeviceParts, DimmParts,
+    DistanceParts, MachineParts, MachineSpec, MemoryParts, NodeParts, OnOffAuto, SpecError,
 };
 
 /// The kernel name that means the built-in guest.
@@ -185,7 +186,17 @@ fn parts(file: &MachineFile) -> Result<MachineParts, SpecError> {
                 guest_address: dimm.address,
             })
             .collect(),
+        pci: file.pci,
+        devices: file.device.iter().map(device).collect::<Result<_, _>>()?,
+        generation_id: file.vmgenid.unwrap_or(false),
         identity: file.identity(),
+    })
+}
+
+fn device(table: &DeviceTable) -> Result<DeviceParts, SpecError> {
+    DeviceParts::try_from(table).map_err(|reason| SpecError::Device {
+        id: table.name().to_owned(),
+        reason: DeviceFault::BadTap { reason },
     })
 }
 

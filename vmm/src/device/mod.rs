@@ -6,3 +6,6 @@
 pub mod bus;
 pub mod irq;
 pub mod legacy;
+pub mod pci;
+pub mod socket;
+pub mod virtio;

@@ -1,18 +1,19 @@
 #![forbid(unsafe_code)]
 //! Interrupt chips, timer and clock of a VM: their saved form, and interrupt lines into them.
 
+use std::io;
 use std::mem::offset_of;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
 use kvm_bindings::{
     KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
-    kvm_clock_data, kvm_ioapic_state, kvm_irqchip, kvm_pic_state,
+    kvm_clock_data, kvm_ioapic_state, kvm_irqchip, kvm_msi, kvm_pic_state,
 };
 use kvm_ioctls::Cap;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::vm::Vm;
+use super::vm::{OpenVm, Vm};
 use super::{KvmError, abi, ioctl};
 
 /// An in-kernel interrupt chip.
@@ -61,12 +62,81 @@ fn wall_clock_ns() -> u64 {
         .map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
 }
 
+/// A way to raise message-signalled interrupts of a VM, from any thread.
+#[derive(Debug, Clone)]
+pub struct MessageSender {
+    fd: Arc<OpenVm>,
+}
+
+impl MessageSender {
+    /// Raises the interrupt that a write of `data` to `address` stands for: it is in its local APIC when
+    /// this returns, so that nothing is on its way when state is saved.
+    ///
+    /// Without a route of the kernel's and an event: a change of the routes waits for a grace period of
+    /// the kernel (milliseconds), which every restored machine would pay.
+    pub fn send(&self, address: u64, data: u32) -> io::Result<()> {
+        let [a, b, c, d, e, f, g, h] = address.to_le_bytes();
+        let message = kvm_msi {
+            address_lo: u32::from_le_bytes([a, b, c, d]),
+            address_hi: u32::from_le_bytes([e, f, g, h]),
+            data,
+            ..Default::default()
+        };
+        match self.fd.signal_msi(message) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(io::Error::from_raw_os_error(error.errno())),
+        }
+    }
+}
+
+/// A global interrupt line of a VM with two levels, from any thread.
+#[derive(Debug, Clone)]
+pub struct LevelLine {
+    fd: Arc<OpenVm>,
+    line: u32,
+}
+
+impl LevelLine {
+    /// Raises or lowers the line: the interrupt chips know when this returns.
+    pub fn set(&self, is_raised: bool) -> Result<(), KvmError> {
+        self.fd
+            .set_irq_line(self.line, is_raised)
+            .map_err(ioctl("KVM_IRQ_LINE"))
+    }
+}
+
 impl Vm {
+    /// A global interrupt line with two levels.
+    pub fn level_line(&self, line: u32) -> LevelLine {
+        LevelLine {
+            fd: Arc::clone(&self.fd),
+            line,
+        }
+    }
+
+    /// A way to raise interrupts by message.
+    pub fn message_sender(&self) -> MessageSender {
+        MessageSender {
+            fd: Arc::clone(&self.fd),
+        }
+    }
+
     /// Connects an event to a global interrupt line: each write of the event is an edge.
     pub fn connect_irq(&self, event: &EventFd, line: u32) -> Result<(), KvmError> {
         self.fd
             .register_irqfd(event, line)
             .map_err(ioctl("KVM_IRQFD"))
+    }
+
+    /// Raises and lowers a global interrupt line: one edge, which has reached the interrupt chips when this
+    /// returns.
+    pub fn pulse_irq(&self, line: u32) -> Result<(), KvmError> {
+        for active in [true, false] {
+            self.fd
+                .set_irq_line(line, active)
+                .map_err(ioctl("KVM_IRQ_LINE"))?;
+        }
+        Ok(())
     }
 
     /// Waits until every edge that was written to `event` has reached the interrupt chips.

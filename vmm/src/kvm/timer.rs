@@ -12,9 +12,9 @@ mod registers;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_pit_state2};
-use kvm_ioctls::VmFd;
 
 use self::registers::Registers;
+use super::vm::OpenVm;
 use super::{KvmError, abi, ioctl};
 
 /// A port of the timer.
@@ -29,7 +29,7 @@ pub enum TimerPort {
 /// The timer of a VM.
 #[derive(Debug)]
 pub struct Timer {
-    vm: Arc<VmFd>,
+    vm: Arc<OpenVm>,
     kept: Mutex<Kept>,
 }
 
@@ -43,7 +43,7 @@ enum Kept {
 
 impl Timer {
     /// The timer of `vm` as after power-on, not yet in the kernel.
-    pub(super) fn new(vm: Arc<VmFd>) -> Self {
+    pub(super) fn new(vm: Arc<OpenVm>) -> Self {
         Self {
             vm,
             kept: Mutex::new(Kept::Here(Registers::power_on())),

@@ -4,7 +4,8 @@
 #![expect(unsafe_code, reason = "hands host memory to the guest by raw address")]
 //! One KVM VM: memory slots, interrupt chips, timer.
 
-use std::sync::Arc;
+use std::ops::Deref;
+use std::sync::{Arc, OnceLock};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -24,32 +25,50 @@ const XSAVE_BYTES: usize = 4096;
 /// One VM of the kernel.
 #[derive(Debug)]
 pub struct Vm {
-    pub(super) fd: Arc<VmFd>,
+    pub(super) fd: Arc<OpenVm>,
     timer: Arc<Timer>,
     kvm: &'static Kvm,
     xsave_bytes: usize,
-    // Last, so that the memory which the slots name outlives the VM.
-    _ram: Option<Arc<GuestRam>>,
+}
+
+/// The VM's descriptor, with the memory that its slots name: whoever holds it, the memory lives longer.
+#[derive(Debug)]
+pub(super) struct OpenVm {
+    fd: VmFd,
+    // After the descriptor.
+    ram: OnceLock<Arc<GuestRam>>,
+}
+
+impl Deref for OpenVm {
+    type Target = VmFd;
+
+    fn deref(&self) -> &VmFd {
+        &self.fd
+    }
 }
 
 impl Vm {
     /// Opens KVM and makes an empty VM.
     pub fn create() -> Result<Self, KvmError> {
         let kvm = host::shared()?;
-        let fd = Arc::new(create_vm(kvm)?);
+        let fd = Arc::new(OpenVm {
+            fd: create_vm(kvm)?,
+            ram: OnceLock::new(),
+        });
         let xsave_bytes = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
             timer: Arc::new(Timer::new(Arc::clone(&fd))),
             fd,
             kvm,
             xsave_bytes: xsave_bytes.max(XSAVE_BYTES),
-            _ram: None,
         })
     }
 
     /// Shows `ram` to the guest. Before [`Self::create_chips`]: each slot that is set later waits
     /// for a grace period of the kernel, 6 to 10 ms instead of 0.2 ms in all.
+    /// Only once: a VM that has memory keeps it.
     pub fn set_slots(&mut self, ram: Arc<GuestRam>) -> Result<(), KvmError> {
+        let ram = self.fd.ram.get_or_init(|| ram);
         for slot in ram.slots().iter() {
             let region = kvm_userspace_memory_region {
                 slot: slot.number,
@@ -59,12 +78,11 @@ impl Vm {
                 userspace_addr: slot.host_address,
             };
             // SAFETY: the region is a segment of `ram`, mapped readable and writable (also one
-            // that the guest may only read), and `self`
-            // keeps `ram` alive until its own descriptor is closed.
+            // that the guest may only read), and `OpenVm` keeps `ram` alive until after its own
+            // descriptor is closed.
             unsafe { self.fd.set_user_memory_region(region) }
                 .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
         }
-        self._ram = Some(ram);
         Ok(())
     }
 

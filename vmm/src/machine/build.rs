@@ -13,7 +13,6 @@ use crate::arch::x86_64::boot::{self, BootSource};
 use crate::arch::x86_64::cpuid::{self, CpuidEntry};
 use crate::arch::x86_64::msr;
 use crate::arch::x86_64::regs::InitialRegisters;
-use crate::device::legacy::console::SerialTarget;
 use crate::kvm::irq::{Chip, is_timer_masked};
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
@@ -25,6 +24,7 @@ use crate::vcpu::run::Outside;
 use crate::vcpu::state::TscShift;
 use crate::vcpu::thread::{FirstOrder, VcpuSetup, VcpuThread, install_kick_handler};
 
+use super::connections::Connections;
 use super::devices::Devices;
 use super::driver::{Driver, Message};
 use super::error::MachineError;
@@ -92,14 +92,14 @@ impl Machine<Paused> {
         spec: &MachineSpec,
         ram: GuestRam,
         source: &BootSource,
-        serial: SerialTarget,
+        connections: impl Into<Connections>,
     ) -> Result<Self, MachineError> {
         // Before the first byte is written: RAM may be in a file whose disk is full.
         sigbus::install().map_err(MachineError::Sigbus)?;
         let mut timer = StageTimer::start();
         let entry = boot::load(&ram, source, spec).map_err(MachineError::Boot)?;
         timer.done("load");
-        new_machine(spec, ram, &entry.registers, serial, timer)
+        new_machine(spec, ram, &entry.registers, connections.into(), timer)
     }
 
     /// A new machine whose RAM already holds all that the first vCPU needs to start with these
@@ -108,9 +108,15 @@ impl Machine<Paused> {
         spec: &MachineSpec,
         ram: GuestRam,
         registers: &InitialRegisters,
-        serial: SerialTarget,
+        connections: impl Into<Connections>,
     ) -> Result<Self, MachineError> {
-        new_machine(spec, ram, registers, serial, StageTimer::start())
+        new_machine(
+            spec,
+            ram,
+            registers,
+            connections.into(),
+            StageTimer::start(),
+        )
     }
 
     /// A machine that goes on where `state` was saved, with the RAM of that moment.
@@ -121,10 +127,10 @@ impl Machine<Paused> {
         spec: &MachineSpec,
         ram: GuestRam,
         state: &MachineState,
-        serial: SerialTarget,
+        connections: impl Into<Connections>,
         host_check: HostCheck,
     ) -> Result<Self, MachineError> {
-        restored(spec, ram, state, serial, host_check)?.start()
+        restored(spec, ram, state, connections.into(), host_check)?.start()
     }
 }
 
@@ -136,11 +142,11 @@ impl Machine<Running> {
         spec: &MachineSpec,
         ram: GuestRam,
         state: &MachineState,
-        serial: SerialTarget,
+        connections: impl Into<Connections>,
         host_check: HostCheck,
         before: impl FnOnce(&MachineHandle),
     ) -> Result<Self, MachineError> {
-        restored(spec, ram, state, serial, host_check)?.start_running(before)
+        restored(spec, ram, state, connections.into(), host_check)?.start_running(before)
     }
 }
 
@@ -149,7 +155,7 @@ fn restored(
     spec: &MachineSpec,
     ram: GuestRam,
     state: &MachineState,
-    serial: SerialTarget,
+    connections: Connections,
     host_check: HostCheck,
 ) -> Result<Unstarted, MachineError> {
     let cpus = spec.cpus().get();
@@ -161,8 +167,8 @@ fn restored(
     }
     let mut timer = StageTimer::start();
     // First, because it fails without any work done: a socket in use, a damaged record.
-    let devices = Devices::from_records(serial, &state.devices)?;
-    let shell = Shell::make(spec, ram, devices, &mut timer)?;
+    let devices = Devices::from_records(spec, connections, &state.devices)?;
+    let mut shell = Shell::make(spec, ram, devices, &mut timer)?;
     match host_check {
         HostCheck::Due => refuse_missing_features(&shell.vm, state)?,
         HostCheck::Done => (),
@@ -184,6 +190,7 @@ fn restored(
         .map_err(MachineError::vm("cannot restore the interrupt chips"))?;
     // Devices last: what they have raised meets chips and vCPUs that are complete.
     shell.connect_devices()?;
+    shell.devices.renew_generation(&shell.vm, &shell.ram)?;
     timer.done("state");
     Ok(Unstarted {
         shell,
@@ -198,16 +205,17 @@ fn new_machine(
     spec: &MachineSpec,
     ram: GuestRam,
     registers: &InitialRegisters,
-    serial: SerialTarget,
+    connections: Connections,
     mut timer: StageTimer,
 ) -> Result<Machine<Paused>, MachineError> {
-    let devices = Devices::new(serial)?;
-    let shell = Shell::make(spec, ram, devices, &mut timer)?;
+    let devices = Devices::new(spec, connections)?;
+    let mut shell = Shell::make(spec, ram, devices, &mut timer)?;
     shell
         .vm
         .mask_pics()
         .map_err(MachineError::vm("cannot set up the interrupt chips"))?;
     shell.connect_devices()?;
+    shell.devices.write_generation(&shell.ram)?;
     let cpus = spec.cpus().get();
     let supported = shell
         .vm
@@ -265,10 +273,11 @@ impl Shell {
         Ok(Self { devices, vm, ram })
     }
 
-    fn connect_devices(&self) -> Result<(), MachineError> {
+    fn connect_devices(&mut self) -> Result<(), MachineError> {
         self.devices
-            .connect_irqs(&self.vm)
-            .map_err(MachineError::vm("cannot connect the interrupt lines"))
+            .connect(&self.vm, &self.ram)
+            .map_err(MachineError::vm("cannot connect the interrupt lines"))?;
+        self.devices.plug_first()
     }
 
     /// Makes one vCPU per CPUID table.
@@ -342,6 +351,7 @@ impl Unstarted {
         let (requests, inbox) = unbounded();
         let pty = devices.pty_path().map(Path::to_owned);
         let handle = MachineHandle::new(requests.clone());
+        devices.tell_of_slots(&requests);
         before(&handle);
         let on_quit = handle.clone();
         // What waits on the console is in COM1 before the guest looks.
@@ -352,6 +362,9 @@ impl Unstarted {
         let tsc_khz = setups
             .first()
             .and_then(|setup| setup.vcpu.tsc_khz_after(tsc_khz));
+        if first_order == FirstOrder::Run {
+            devices.resume();
+        }
         // The guest first: the other threads are in nobody's way meanwhile.
         let vcpus = setups
             .into_iter()

@@ -5,6 +5,8 @@ use std::fmt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crossbeam::channel::Sender;
+
 use crate::arch::x86_64::ports::{
     COM1_GSI, COM1_PORTS, I8042_COMMAND_PORTS, I8042_DATA_PORTS, POWER_BUTTON_GSI, POWER_PORTS,
     SPEAKER_PORTS, TIMER_PORTS,
@@ -16,11 +18,20 @@ use crate::device::legacy::i8042::I8042;
 use crate::device::legacy::power::Power;
 use crate::device::legacy::serial::Serial;
 use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
+use crate::device::virtio::net::backend::NetConnection;
+use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::kvm::KvmError;
 use crate::kvm::timer::Timer;
 use crate::kvm::vm::Vm;
+use crate::memory::guest::GuestRam;
+use crate::spec::{DeviceSpec, MachineSpec};
 
+use super::connections::{Attachment, Connections};
 use super::error::MachineError;
+use super::generation::{self, GENERATION_KIND, GENERATION_VERSION, GenerationId};
+use super::hotplug::DeviceNews;
+use super::pci::PciDevices;
+use super::records::{decode, encode};
 use super::state::DeviceRecord;
 use super::timer::{TimerPorts, TimerSlot};
 
@@ -35,6 +46,14 @@ pub(super) struct Devices {
     power_button: IrqLine,
     console: Console,
     timer: TimerSlot,
+    /// Where the machine has a PCI bus.
+    pub(super) pci: Option<PciDevices>,
+    /// Where the machine has a generation ID.
+    generation: Option<GenerationId>,
+    /// Devices that are plugged before the first instruction.
+    pub(super) plugged: Vec<(DeviceSpec, Attachment)>,
+    /// Who hears what becomes of devices.
+    pub(super) news: Option<Sender<DeviceNews>>,
 }
 
 impl fmt::Debug for Devices {
@@ -48,47 +67,93 @@ impl fmt::Debug for Devices {
 
 impl Devices {
     /// Devices as after power-on; opens where COM1 goes.
-    pub(super) fn new(target: SerialTarget) -> Result<Self, MachineError> {
-        Self::build(target, |irq, console| {
+    pub(super) fn new(spec: &MachineSpec, to: Connections) -> Result<Self, MachineError> {
+        let Connections {
+            serial,
+            disks,
+            vsock,
+            nets,
+            plugged,
+            generation_id,
+        } = to;
+        let pci = PciDevices::new(spec, disks, vsock, nets)?;
+        let generation = generation_of(spec, generation_id)?;
+        let devices = Self::build(serial, pci, generation, |irq, console| {
             Ok(Serial::new(irq, console.output()))
-        })
+        })?;
+        Ok(Self { plugged, ..devices })
     }
 
     /// Devices that go on where `records` were saved. Interrupts that they hold reach the guest
     /// when the devices are connected.
     pub(super) fn from_records(
-        target: SerialTarget,
+        spec: &MachineSpec,
+        to: Connections,
         records: &[DeviceRecord],
     ) -> Result<Self, MachineError> {
-        if let Some(unknown) = records.iter().find(|record| record.kind != SERIAL_KIND) {
+        let Connections {
+            serial,
+            disks,
+            vsock,
+            nets,
+            plugged,
+            generation_id,
+        } = to;
+        let mut pci = PciDevices::new(spec, disks, vsock, nets)?;
+        let is_known = |record: &&DeviceRecord| {
+            record.kind == SERIAL_KIND
+                || (record.kind == GENERATION_KIND && spec.has_generation_id())
+                || pci.as_ref().is_some_and(|pci| pci.has(record))
+        };
+        if let Some(unknown) = records.iter().find(|record| !is_known(record)) {
             return Err(MachineError::UnknownDevice {
                 kind: unknown.kind.clone(),
             });
         }
         let state: SerialState = decode(records, SERIAL_KIND, SERIAL_VERSION)?;
-        Self::build(target, |irq, console| {
+        if spec.has_generation_id() {
+            // That of the machine that was saved, which this one is not.
+            let _: [u8; 16] = decode(records, GENERATION_KIND, GENERATION_VERSION)?;
+        }
+        let generation = generation_of(spec, generation_id)?;
+        if let Some(pci) = &mut pci {
+            pci.restore(records)?;
+        }
+        let devices = Self::build(serial, pci, generation, |irq, console| {
             Serial::restore(irq, console.output(), &state)
                 .map_err(|source| device_error(SERIAL_KIND, source))
-        })
+        })?;
+        Ok(Self { plugged, ..devices })
     }
 
     fn build(
         target: SerialTarget,
+        pci: Option<PciDevices>,
+        generation: Option<GenerationId>,
         make_serial: impl FnOnce(IrqLine, &Console) -> Result<Serial, MachineError>,
     ) -> Result<Self, MachineError> {
         let console = Console::open(target).map_err(|e| device_error(SERIAL_KIND, e))?;
         let com1_irq = IrqLine::new().map_err(|e| device_error(SERIAL_KIND, e))?;
         let com1 = Arc::new(Mutex::new(make_serial(com1_irq.clone(), &console)?));
         let timer = TimerSlot::default();
-        let pio = ports(&com1, &timer).map_err(|e| device_error("ports", e))?;
+        let mut pio = ports(&com1, &timer).map_err(|e| device_error("ports", e))?;
+        let mut mmio = MmioBus::new();
+        if let Some(pci) = &pci {
+            pci.insert(&mut pio, &mut mmio)
+                .map_err(|e| device_error("pci", e))?;
+        }
         Ok(Self {
             pio: Arc::new(pio),
-            mmio: Arc::new(MmioBus::new()),
+            mmio: Arc::new(mmio),
             com1,
             com1_irq,
             power_button: IrqLine::new().map_err(|e| device_error("power button", e))?,
             console,
             timer,
+            pci,
+            generation,
+            plugged: Vec::new(),
+            news: None,
         })
     }
 
@@ -98,10 +163,27 @@ impl Devices {
         let _ = self.timer.set(Arc::clone(timer));
     }
 
-    /// Connects the devices to the VM's interrupt lines.
-    pub(super) fn connect_irqs(&self, vm: &Vm) -> Result<(), KvmError> {
+    /// Connects the devices to the VM's interrupts and its memory.
+    pub(super) fn connect(&mut self, vm: &Vm, ram: &Arc<GuestRam>) -> Result<(), KvmError> {
+        if let Some(pci) = &mut self.pci {
+            pci.connect(vm, ram);
+        }
         vm.connect_irq(self.com1_irq.event(), COM1_GSI)?;
         vm.connect_irq(self.power_button.event(), POWER_BUTTON_GSI)
+    }
+
+    /// Gives the machine its own generation ID, where it has any.
+    pub(super) fn write_generation(&self, ram: &GuestRam) -> Result<(), MachineError> {
+        self.generation.map_or(Ok(()), |id| id.write(ram))
+    }
+
+    /// As [`Self::write_generation`], in a machine whose guest knows another: it is told.
+    pub(super) fn renew_generation(&self, vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
+        if self.generation.is_none() {
+            return Ok(());
+        }
+        self.write_generation(ram)?;
+        generation::notify(vm)
     }
 
     /// Waits until every interrupt that a device has raised has reached the VM's chips.
@@ -124,6 +206,20 @@ impl Devices {
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 
+    /// Says what the vsock is connected to, for a machine that was made before that was known.
+    pub(super) fn bind_vsock(&self, connection: VsockConnection) {
+        if let Some(pci) = &self.pci {
+            pci.bind_vsock(connection);
+        }
+    }
+
+    /// Says where cables of network devices end, for a machine that was made before that was known.
+    pub(super) fn bind_nets(&self, nets: Vec<(String, NetConnection)>) {
+        if let Some(pci) = &self.pci {
+            pci.bind_nets(nets);
+        }
+    }
+
     /// Lets in what input waits outside. `on_quit` is called when somebody at a terminal asks to quit.
     pub(super) fn attach(&mut self, on_quit: Box<dyn Fn() + Send>) -> Result<(), MachineError> {
         self.console
@@ -138,13 +234,31 @@ impl Devices {
             .map_err(|e| device_error(SERIAL_KIND, e))
     }
 
-    /// State of all devices. No vCPU may run.
+    /// Does all that the guest has asked for; from then on guest memory is left alone. No vCPU may run.
+    pub(super) fn pause(&self) {
+        if let Some(pci) = &self.pci {
+            pci.pause();
+        }
+    }
+
+    /// Lets devices work, for the first time or after [`Self::pause`]. Before a vCPU runs.
+    pub(super) fn resume(&self) {
+        if let Some(pci) = &self.pci {
+            pci.resume();
+        }
+    }
+
+    /// State of all devices, which are paused.
     pub(super) fn save(&self) -> Result<Vec<DeviceRecord>, MachineError> {
-        Ok(vec![encode(
-            SERIAL_KIND,
-            SERIAL_VERSION,
-            &lock(&self.com1).save(),
-        )?])
+        let serial = lock(&self.com1).save();
+        let mut records = vec![encode(SERIAL_KIND, SERIAL_VERSION, &serial)?];
+        if let Some(pci) = &self.pci {
+            records.extend(pci.save()?);
+        }
+        if let Some(id) = &self.generation {
+            records.push(encode(GENERATION_KIND, GENERATION_VERSION, &id.0)?);
+        }
+        Ok(records)
     }
 
     /// What is at ports.
@@ -161,6 +275,18 @@ impl Devices {
     pub(super) fn pty_path(&self) -> Option<&Path> {
         self.console.pty_path()
     }
+}
+
+/// The generation ID of a machine that has one: `given`, or a new one.
+fn generation_of(
+    spec: &MachineSpec,
+    given: Option<GenerationId>,
+) -> Result<Option<GenerationId>, MachineError> {
+    if !spec.has_generation_id() {
+        return Ok(None);
+    }
+    let id = given.map_or_else(GenerationId::random, Ok);
+    id.map(Some).map_err(|e| device_error(GENERATION_KIND, e))
 }
 
 fn ports(com1: &Arc<Mutex<Serial>>, timer: &TimerSlot) -> Result<PioBus, BusError> {
@@ -195,57 +321,10 @@ fn device_error(
     }
 }
 
-fn encode(
-    kind: &str,
-    version: u32,
-    state: &impl serde::Serialize,
-) -> Result<DeviceRecord, MachineError> {
-    let body = postcard::to_stdvec(state).map_err(|e| MachineError::DeviceState {
-        kind: kind.to_owned(),
-        reason: e.to_string(),
-    })?;
-    Ok(DeviceRecord {
-        kind: kind.to_owned(),
-        version,
-        body,
-    })
-}
-
-fn decode<T: serde::de::DeserializeOwned>(
-    records: &[DeviceRecord],
-    kind: &'static str,
-    ours: u32,
-) -> Result<T, MachineError> {
-    let mut matching = records.iter().filter(|record| record.kind == kind);
-    let record = matching
-        .next()
-        .ok_or(MachineError::MissingDevice { kind })?;
-    let damaged = |reason: String| MachineError::DeviceState {
-        kind: kind.to_owned(),
-        reason,
-    };
-    if matching.next().is_some() {
-        return Err(damaged("it is there twice".to_owned()));
-    }
-    if record.version != ours {
-        return Err(MachineError::DeviceVersion {
-            kind: kind.to_owned(),
-            saved: record.version,
-            ours,
-        });
-    }
-    let (state, rest) =
-        postcard::take_from_bytes(&record.body).map_err(|e| damaged(e.to_string()))?;
-    if rest.is_empty() {
-        Ok(state)
-    } else {
-        Err(damaged(format!("{} bytes too many", rest.len())))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::{BackendSpec, CpuCount};
 
     fn record(kind: &str, version: u32, body: Vec<u8>) -> DeviceRecord {
         DeviceRecord {
@@ -256,7 +335,9 @@ mod tests {
     }
 
     fn refused(records: &[DeviceRecord]) -> String {
-        Devices::from_records(SerialTarget::Null, records)
+        let ram = BackendSpec::new("ram0", 64 << 20).unwrap();
+        let spec = MachineSpec::new(CpuCount::ONE, vec![ram]).unwrap();
+        Devices::from_records(&spec, SerialTarget::Null.into(), records)
             .unwrap_err()
             .to_string()
     }

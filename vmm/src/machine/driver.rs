@@ -12,6 +12,8 @@
 use crossbeam::channel::{Receiver, Sender};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::net::backend::NetConnection;
+use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::kvm::KvmError;
 use crate::kvm::irq::Chip;
 use crate::kvm::vm::Vm;
@@ -20,6 +22,7 @@ use crate::vcpu::thread::{FirstOrder, Report, VcpuThread};
 
 use super::devices::Devices;
 use super::error::MachineError;
+use super::hotplug::DeviceMessage;
 use super::lifecycle::{MachineHandle, Outcome};
 use super::request::{Phase, Refusal, Request, Verdict, decide};
 use super::state::{MachineState, VmState};
@@ -35,8 +38,14 @@ pub(super) enum Message {
     Save(Sender<Result<MachineState, MachineError>>),
     /// COM1 goes there from now on; it was to be said later.
     BindSerial(SerialTarget, Sender<Result<(), MachineError>>),
+    /// The vsock is connected to this; it was to be said later.
+    BindVsock(VsockConnection, Sender<()>),
+    /// Cables of network devices end there from now on.
+    BindNets(Vec<(String, NetConnection)>, Sender<()>),
     /// Press the power button.
     PressPowerButton,
+    /// Something about devices that come and go.
+    Device(DeviceMessage),
     /// End the machine.
     Stop { reason: String },
     /// A vCPU has something to say.
@@ -115,8 +124,22 @@ impl Driver {
                 let _ = reply.send(self.bind_serial(target));
                 Ok(doing)
             }
+            Message::BindVsock(connection, reply) => {
+                self.devices.bind_vsock(connection);
+                let _ = reply.send(());
+                Ok(doing)
+            }
+            Message::BindNets(nets, reply) => {
+                self.devices.bind_nets(nets);
+                let _ = reply.send(());
+                Ok(doing)
+            }
             Message::PressPowerButton => {
                 self.devices.press_power_button();
+                Ok(doing)
+            }
+            Message::Device(message) => {
+                self.devices.take_message(message, doing.phase());
                 Ok(doing)
             }
             Message::Stop { reason } => {
@@ -124,7 +147,7 @@ impl Driver {
                 Err(Outcome::Stopped)
             }
             Message::Vcpu { number, report } => match report {
-                Report::Parked => Ok(parked(doing, number)),
+                Report::Parked => Ok(self.parked(doing, number)),
                 Report::Ended(stop) => match stop {
                     Stop::Reset => Err(Outcome::Reset),
                     Stop::PowerOff => Err(Outcome::PowerOff),
@@ -146,6 +169,7 @@ impl Driver {
     fn resume(&self, doing: Doing, reply: &Sender<Result<(), Refusal>>) -> Doing {
         let (next, answer) = match decide(doing.phase(), Request::Resume) {
             Verdict::Start => {
+                self.devices.resume();
                 for vcpu in &self.vcpus {
                     vcpu.run();
                 }
@@ -186,7 +210,23 @@ impl Driver {
         }
     }
 
-    /// Reads all state. All vCPUs are parked.
+    fn parked(&self, mut doing: Doing, number: u8) -> Doing {
+        let Doing::Pausing { running, waiters } = &mut doing else {
+            return doing;
+        };
+        running.retain(|&cpu| cpu != number);
+        if !running.is_empty() {
+            return doing;
+        }
+        // Whoever waits may take RAM at once.
+        self.devices.pause();
+        for waiter in waiters.drain(..) {
+            let _ = waiter.send(Ok(()));
+        }
+        Doing::Paused
+    }
+
+    /// Reads all state. All vCPUs are parked, and devices are paused unless they never had anything to do.
     fn save(&self) -> Result<MachineState, MachineError> {
         // Devices before the chips: what a device raises from now on belongs to the time after.
         let devices = self.devices.save()?;
@@ -218,20 +258,6 @@ impl Driver {
             vcpu.join();
         }
     }
-}
-
-fn parked(mut doing: Doing, number: u8) -> Doing {
-    let Doing::Pausing { running, waiters } = &mut doing else {
-        return doing;
-    };
-    running.retain(|&cpu| cpu != number);
-    if !running.is_empty() {
-        return doing;
-    }
-    for waiter in waiters.drain(..) {
-        let _ = waiter.send(Ok(()));
-    }
-    Doing::Paused
 }
 
 fn save_vm(vm: &Vm) -> Result<VmState, KvmError> {

@@ -7,6 +7,9 @@ use thiserror::Error;
 
 use crate::arch::x86_64::boot::BootError;
 use crate::arch::x86_64::cpuid::MissingFeature;
+use crate::device::socket::SocketError;
+use crate::device::virtio::block::backend::DiskError;
+use crate::device::virtio::net::backend::TapError;
 use crate::kvm::KvmError;
 
 use super::lifecycle::Outcome;
@@ -90,7 +93,40 @@ pub enum MachineError {
     #[error("the saved state lacks the device {kind:?}: it is damaged or of another version")]
     MissingDevice {
         /// Name of the device.
-        kind: &'static str,
+        kind: String,
+    },
+    /// The socket of a vsock device.
+    #[error("cannot connect the vsock device {id:?}")]
+    Vsock {
+        /// Name of the device.
+        id: String,
+        /// Why not.
+        #[source]
+        source: SocketError,
+    },
+    /// The image of a disk.
+    #[error("cannot make the disk {id:?}")]
+    Disk {
+        /// Name of the disk.
+        id: String,
+        /// Why not.
+        #[source]
+        source: DiskError,
+    },
+    /// A disk of the machine for which nobody brought an image.
+    #[error("there is no image for the disk {id:?}")]
+    NoDisk {
+        /// Name of the disk.
+        id: String,
+    },
+    /// The tap of a network device.
+    #[error("cannot connect the network device {id:?}")]
+    Tap {
+        /// Name of the device.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: TapError,
     },
     /// Saved device state of another version.
     #[error("saved state of device {kind:?} has version {saved}, this build reads {ours}")]
@@ -131,6 +167,23 @@ pub enum MachineError {
     /// The SIGBUS handler could not be installed.
     #[error("cannot install the handler of SIGBUS")]
     Sigbus(#[source] io::Error),
+    /// A device cannot be plugged or unplugged where there is no bus.
+    #[error("the machine has no pci bus: give it one (pci = true) or a device from the start")]
+    NoPci,
+    /// Another device has its name or its place.
+    #[error("device {id:?} cannot be plugged: its name or PCI slot {slot} is taken")]
+    Taken {
+        /// What it is called.
+        id: String,
+        /// Its place.
+        slot: u8,
+    },
+    /// There is no such device.
+    #[error("there is no device {id:?}")]
+    NoDevice {
+        /// What it would be called.
+        id: String,
+    },
     /// Not in this phase.
     #[error(transparent)]
     Refused(#[from] Refusal),

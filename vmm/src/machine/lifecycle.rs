@@ -16,6 +16,8 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::net::backend::NetConnection;
+use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::memory::guest::GuestRam;
 use crate::vcpu::run::Failure;
 
@@ -71,7 +73,7 @@ pub struct Machine<State> {
 /// A way to a machine for other threads, such as those that wait for signals.
 #[derive(Debug, Clone)]
 pub struct MachineHandle {
-    requests: Sender<Message>,
+    pub(super) requests: Sender<Message>,
 }
 
 impl MachineHandle {
@@ -134,6 +136,22 @@ impl Machine<Paused> {
         let (reply, answer) = bounded(1);
         self.driver.send(Message::BindSerial(target, reply));
         answer.recv().map_err(|_| MachineError::Gone)?
+    }
+
+    /// Says what the vsock device is connected to, for a machine that was made before that was known. The
+    /// device takes it when the machine goes on.
+    pub fn bind_vsock(&self, connection: VsockConnection) -> Result<(), MachineError> {
+        let (reply, answer) = bounded(1);
+        self.driver.send(Message::BindVsock(connection, reply));
+        answer.recv().map_err(|_| MachineError::Gone)
+    }
+
+    /// Says where the cables of network devices end, and which addresses these have, for a machine that
+    /// was made before that was known. The devices take it when the machine goes on.
+    pub fn bind_nets(&self, nets: Vec<(String, NetConnection)>) -> Result<(), MachineError> {
+        let (reply, answer) = bounded(1);
+        self.driver.send(Message::BindNets(nets, reply));
+        answer.recv().map_err(|_| MachineError::Gone)
     }
 
     /// Lets the vCPUs run.

@@ -5,10 +5,15 @@
 //! It takes RAM and a description and knows neither templates nor clones.
 
 mod build;
+mod connections;
 mod devices;
 mod driver;
 mod error;
+mod generation;
+mod hotplug;
 mod lifecycle;
+mod pci;
+mod records;
 mod request;
 mod stages;
 pub mod state;
@@ -16,7 +21,13 @@ mod timer;
 
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
+pub use connections::{
+    Attachment, Connections, Disks, open_disks, open_taps, open_vsock, open_vsock_of,
+    scratch_folder,
+};
 pub use error::MachineError;
+pub use generation::GenerationId;
+pub use hotplug::{DeviceNews, Function};
 pub use lifecycle::{Machine, MachineHandle, Outcome, Paused, Running};
 pub use request::{Phase, Refusal, Request, Verdict, decide};
 pub use stages::Stages;

@@ -1,10 +1,17 @@
 #![forbid(unsafe_code)]
 //! The guest physical address map: RAM below and above the MMIO gap, and what lies in the gap.
 
+use std::ops::Range;
+
 use thiserror::Error;
 
 /// RAM below 4 GiB ends here at the latest; the gap up to 4 GiB belongs to devices.
 pub const MMIO_GAP_START: u64 = 0xc000_0000;
+/// Where functions of the PCI bus have their memory: the first part of the gap. Wide enough for 32
+/// functions of 16 MiB, and below 4 GiB, so that a guest of few address bits finds it too.
+pub const PCI_WINDOW: Range<u64> = MMIO_GAP_START..0xe000_0000;
+/// Registers of the functions of PCI bus 0, 4 KiB each (ECAM).
+pub const PCI_CONFIG_MEMORY: Range<u64> = 0xe000_0000..0xe010_0000;
 /// RAM that does not fit below [`MMIO_GAP_START`] continues here.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 /// Base of the in-kernel I/O APIC (fixed by KVM).

@@ -8,4 +8,5 @@ pub mod memory;
 pub mod metrics;
 pub mod pressure;
 pub mod relay;
+pub mod series;
 pub mod stats;

@@ -101,6 +101,20 @@ impl Relay {
         }
     }
 
+    /// The series that `record` makes, each with a change of its kind.
+    pub(super) fn registered(record: impl FnOnce()) -> Delta {
+        let relay = Self::new();
+        metrics::with_local_recorder(&relay, record);
+        let mut all = Delta::new();
+        let registry = &relay.registry;
+        registry.visit_counters(|key, _| all.push((Series::of(key), Change::Counter(0))));
+        registry.visit_gauges(|key, _| all.push((Series::of(key), Change::Gauge(0.0))));
+        registry.visit_histograms(|key, _| {
+            all.push((Series::of(key), Change::Histogram(Vec::new())));
+        });
+        all
+    }
+
     /// Takes what was recorded since the last call; nothing is in it that did not change.
     pub fn take(&self) -> Delta {
         let mut delta = Delta::new();

@@ -1,18 +1,20 @@
 #![forbid(unsafe_code)]
 //! Proves that a descriptor that somebody sent is what it should be, by what the kernel says of it.
 
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use thiserror::Error;
 
+use crate::clone::closing::close_elsewhere;
+
 /// Features that make a userfaultfd of no use here: events other than faults, which stop every
 /// ioctl until they are read (one even makes descriptors), and SIGBUS in place of messages.
 const UNWANTED_FEATURES: u64 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 6 | 1 << 7;
 /// Most bytes of what the kernel says of a descriptor that are looked at.
-const MAX_INFO_BYTES: usize = 4096;
+const MAX_INFO_BYTES: u64 = 4096;
 
 /// Why a descriptor is refused.
 #[derive(Debug, Error)]
@@ -49,30 +51,49 @@ pub enum WrongDescriptor {
     Examine(#[source] io::Error),
 }
 
-/// The userfaultfd and the pidfd that come with an order to serve a client.
+/// The userfaultfd and the pidfd that come with an order to serve a client. What is refused is closed
+/// without waiting for it.
 pub fn prove(descriptors: Vec<OwnedFd>) -> Result<(OwnedFd, OwnedFd), WrongDescriptor> {
-    let count = descriptors.len();
-    let wrong = WrongDescriptor::Count { count, expected: 2 };
-    let [uffd, pidfd] = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| wrong)?;
-    prove_uffd(uffd.as_fd())?;
-    prove_pidfd(pidfd.as_fd())?;
-    Ok((uffd, pidfd))
-}
-
-/// Proves that nothing came with an order that takes nothing.
-pub fn none(descriptors: &[OwnedFd]) -> Result<(), WrongDescriptor> {
-    let count = descriptors.len();
-    if count == 0 {
-        Ok(())
-    } else {
-        Err(WrongDescriptor::Count { count, expected: 0 })
+    let [uffd, pidfd] = exactly(descriptors)?;
+    let proven = prove_uffd(uffd.as_fd()).and_then(|()| prove_pidfd(pidfd.as_fd()));
+    match proven {
+        Ok(()) => Ok((uffd, pidfd)),
+        Err(error) => {
+            close_elsewhere(vec![uffd, pidfd]);
+            Err(error)
+        }
     }
 }
 
+/// The userfaultfd that comes alone; the same.
+pub fn prove_one(descriptors: Vec<OwnedFd>) -> Result<OwnedFd, WrongDescriptor> {
+    let [uffd] = exactly(descriptors)?;
+    match prove_uffd(uffd.as_fd()) {
+        Ok(()) => Ok(uffd),
+        Err(error) => {
+            close_elsewhere(vec![uffd]);
+            Err(error)
+        }
+    }
+}
+
+/// Proves that nothing came with a message that takes nothing; the same.
+pub fn none(descriptors: Vec<OwnedFd>) -> Result<(), WrongDescriptor> {
+    exactly::<0>(descriptors).map(|_| ())
+}
+
+fn exactly<const N: usize>(descriptors: Vec<OwnedFd>) -> Result<[OwnedFd; N], WrongDescriptor> {
+    let count = descriptors.len();
+    <[OwnedFd; N]>::try_from(descriptors).map_err(|descriptors| {
+        close_elsewhere(descriptors);
+        WrongDescriptor::Count { count, expected: N }
+    })
+}
+
 /// Proves a userfaultfd that sends faults and nothing else, and makes it non-blocking.
-pub fn prove_uffd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
+fn prove_uffd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
     let kind = "userfaultfd";
-    let info = info(fd)?;
+    let info = info(fd, kind)?;
     let api = field(&info, "API:").ok_or(WrongDescriptor::Kind { kind })?;
     // Version, what was agreed on, what the kernel has.
     let features = api.split(':').nth(1);
@@ -91,18 +112,33 @@ pub fn prove_uffd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
 }
 
 /// Proves a pidfd.
-pub fn prove_pidfd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
-    match field(&info(fd)?, "Pid:") {
+fn prove_pidfd(fd: BorrowedFd<'_>) -> Result<(), WrongDescriptor> {
+    let kind = "pidfd";
+    match field(&info(fd, kind)?, "Pid:") {
         Some(_) => Ok(()),
-        None => Err(WrongDescriptor::Kind { kind: "pidfd" }),
+        None => Err(WrongDescriptor::Kind { kind }),
     }
 }
 
-fn info(fd: BorrowedFd<'_>) -> Result<String, WrongDescriptor> {
+/// What the kernel says of a descriptor of this kind. It writes all of that before any of it can be
+/// read, and of some kinds without end: what it is comes first.
+fn info(fd: BorrowedFd<'_>, kind: &'static str) -> Result<String, WrongDescriptor> {
+    let link = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+    let link = link.map_err(WrongDescriptor::Examine)?;
+    // A pidfd has a file system of its own since Linux 6.9.
+    let begins = [format!("anon_inode:[{kind}]"), format!("{kind}:[")];
+    let is_kind = |begin: &String| link.to_string_lossy().starts_with(begin.as_str());
+    if !begins.iter().any(is_kind) {
+        return Err(WrongDescriptor::Kind { kind });
+    }
     let path = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
-    let mut text = fs::read_to_string(path).map_err(WrongDescriptor::Examine)?;
-    if text.len() > MAX_INFO_BYTES {
-        // Of epoll and the like, a line for each watched descriptor: none of what is looked for.
+    let mut text = String::new();
+    let info = File::open(path).map_err(WrongDescriptor::Examine)?;
+    info.take(MAX_INFO_BYTES + 1)
+        .read_to_string(&mut text)
+        .map_err(WrongDescriptor::Examine)?;
+    if text.len() as u64 > MAX_INFO_BYTES {
+        // More than is said of any that is looked for.
         text.clear();
     }
     Ok(text)
@@ -131,7 +167,7 @@ mod tests {
 
     #[test]
     fn what_a_client_needs_is_taken_and_nothing_else() {
-        let null = || OwnedFd::from(fs::File::open("/dev/null").unwrap());
+        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
         prove(vec![uffd(), own_pidfd()]).unwrap();
         let refused = |descriptors| prove(descriptors).unwrap_err().to_string();
         assert!(refused(vec![]).contains("0 descriptors"));

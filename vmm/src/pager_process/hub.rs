@@ -200,7 +200,7 @@ impl Hub {
                 (raw.client, Ordered::Attach, done)
             }
             ClientOrder::Forget(raw) => {
-                let done = self.forget(peer, &raw, &descriptors);
+                let done = self.forget(peer, &raw, descriptors);
                 if done.is_ok() {
                     let client = raw.client;
                     outlet.tell_client(ClientNews::Forgotten { client });
@@ -208,7 +208,7 @@ impl Hub {
                 (raw.client, Ordered::Forget, done)
             }
             ClientOrder::Detach { client } => {
-                let done = self.detach(peer, client, &descriptors);
+                let done = self.detach(peer, client, descriptors);
                 (client, Ordered::Detach, done)
             }
         };
@@ -268,7 +268,12 @@ impl Hub {
     }
 
     /// A client that is not there any more is as good as detached.
-    fn detach(&self, peer: PeerId, client: u64, descriptors: &[OwnedFd]) -> Result<(), OrderError> {
+    fn detach(
+        &self,
+        peer: PeerId,
+        client: u64,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<(), OrderError> {
         descriptor::none(descriptors)?;
         let mut registry = lock(&self.registry);
         if let Some(id) = registry.find(peer, client) {
@@ -283,7 +288,7 @@ impl Hub {
         &self,
         peer: PeerId,
         raw: &RawForget,
-        descriptors: &[OwnedFd],
+        descriptors: Vec<OwnedFd>,
     ) -> Result<(), OrderError> {
         descriptor::none(descriptors)?;
         let client = raw.client;

@@ -160,4 +160,9 @@ impl PagerProcess {
     pub fn pid(&self) -> u32 {
         self.process.pid()
     }
+
+    /// Without its socket, to be ended.
+    pub fn into_process(self) -> ChildProcess {
+        self.process
+    }
 }

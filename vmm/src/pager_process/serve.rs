@@ -27,6 +27,7 @@ use super::outlet::{Form, Outlet};
 use super::peer::Peer;
 use super::protocol::ClientOrder;
 use super::registry::PeerId;
+use crate::clone::closing::close_elsewhere;
 use crate::clone::control::{Channel, ControlError, PagerConfig, Received};
 use crate::report::one_line;
 use crate::template::{Template, TemplateError};
@@ -254,12 +255,14 @@ fn clients_of_a_peer() -> usize {
 /// Takes one order from a peer's socket.
 fn receive(outlet: &Outlet) -> Result<Received<ClientOrder>, ControlError> {
     Ok(match outlet.channel().receive_bytes(RecvFlags::DONTWAIT)? {
-        Received::Message(bytes, descriptors) => {
-            let order = serde_json::from_slice(&bytes).map_err(|error| ControlError::Damaged {
-                reason: error.to_string(),
-            })?;
-            Received::Message(order, descriptors)
-        }
+        Received::Message(bytes, descriptors) => match serde_json::from_slice(&bytes) {
+            Ok(order) => Received::Message(order, descriptors),
+            Err(error) => {
+                close_elsewhere(descriptors);
+                let reason = error.to_string();
+                return Err(ControlError::Damaged { reason });
+            }
+        },
         Received::Nothing => Received::Nothing,
         Received::Closed => Received::Closed,
     })

@@ -9,7 +9,8 @@ use serde_json::Value;
 
 use super::migration::address;
 use super::qmp::message::{self, QmpError};
-use super::vm::Vm;
+use super::vm::{Vm, pci_text, query_pci};
+use super::words::{Form, Props};
 
 /// What there is, with a line of help.
 pub const COMMANDS: &[(&str, &str)] = &[
@@ -26,6 +27,15 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("info numa", "nodes"),
     ("info migrate", "the last save or load"),
     ("info balloon", "there is none"),
+    ("info pci", "the bus and what is on it"),
+    ("info block", "images"),
+    ("device_add", "DRIVER[,PROPERTY=VALUE...]: plug a device"),
+    ("device_del", "ID: ask the guest to let go of one"),
+    (
+        "netdev_add",
+        "tap,id=ID,ifname=NAME,script=no,downscript=no: the end of a cable",
+    ),
+    ("netdev_del", "ID: take away one that no device has"),
     ("stop", "stop the guest"),
     ("cont", "let it run"),
     ("system_reset", "boot anew"),
@@ -65,6 +75,10 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
             vm.cancel_migration();
             Ok(String::new())
         }
+        ["device_add", ..] => device_add(vm, line),
+        ["netdev_add", ..] => netdev_add(vm, line),
+        ["netdev_del", id] => vm.netdev_del(id).map(|()| String::new()),
+        ["device_del", id] => vm.device_del(id).map(|()| String::new()),
         ["migrate_set_capability", name, state @ ("on" | "off")] => {
             set_capability(vm, name, *state == "on")
         }
@@ -85,6 +99,24 @@ fn help() -> String {
             let _ = writeln!(text, "{name} -- {about}");
             text
         })
+}
+
+fn device_add(vm: &mut Vm, line: &str) -> Result<String, QmpError> {
+    vm.device_add(props("device_add", line, "driver")?)?;
+    Ok(String::new())
+}
+
+fn netdev_add(vm: &mut Vm, line: &str) -> Result<String, QmpError> {
+    vm.netdev_add(props("netdev_add", line, "type")?)?;
+    Ok(String::new())
+}
+
+/// What is behind the command, with what the first word is of.
+fn props(command: &str, line: &str, first: &str) -> Result<Props, QmpError> {
+    let text = line.trim_start().strip_prefix(command);
+    let text = text.unwrap_or_default().trim();
+    let props = Props::parse(text, Some(first), Form::Switches);
+    props.map_err(|error| QmpError::generic(error.message()))
 }
 
 fn migrate(vm: &mut Vm, uri: &str) -> Result<String, QmpError> {
@@ -128,6 +160,8 @@ fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
         }
         ["numa"] => vm.numa_text(),
         ["migrate"] => migration(vm),
+        ["pci"] => pci_text(&query_pci(&vm.functions()?)),
+        ["block"] => vm.block_text(),
         ["balloon"] => {
             return Err(QmpError::generic("No balloon device has been activated"));
         }

@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
-//! Files that the program writes, kept apart from those that are memory: a log, a PID file or what
-//! COM1 prints would go into the guest's RAM, or cut a template short under its clones.
+//! Files that the program writes, kept apart from those that are memory or disks: a log, a PID file or what
+//! COM1 prints would go into the guest's RAM or disk, or cut a template short under its clones.
 
 use std::ffi::OsString;
 use std::fs;
@@ -13,7 +13,7 @@ use super::line::chardev::Chardev;
 use crate::spec::MachineSpec;
 use crate::sys::lock::is_locked;
 
-/// Refuses a command line that writes something else to the file of a memory backend.
+/// Refuses a command line that writes something else to the file of a memory backend or a disk.
 pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
     for (what, output) in outputs(wanted) {
         let same = spec.backends().iter().find(|backend| {
@@ -27,6 +27,15 @@ pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
                 output.display()
             )));
         }
+        // Those that wait for a device too.
+        let mut images = wanted.memory.pci.images().map(|(image, _)| image);
+        if let Some(image) = images.find(|image| is_same(&image.disk.path, output)) {
+            return Err(OptionError::new(format!(
+                "{what}: {} is the image {}, which nothing else may write: name another file",
+                output.display(),
+                image.id
+            )));
+        }
         if let Some(backend) = same {
             return Err(OptionError::new(format!(
                 "{what}: {} is the file of memory backend {}, which nothing else may write: name another file",
@@ -36,6 +45,12 @@ pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
         }
     }
     Ok(())
+}
+
+/// What this program writes to a file, where it does.
+pub fn writer_of(wanted: &Wanted, file: &Path) -> Option<&'static str> {
+    let mut outputs = outputs(wanted).into_iter();
+    outputs.find_map(|(what, output)| is_same(file, output).then_some(what))
 }
 
 fn outputs(wanted: &Wanted) -> Vec<(&'static str, &Path)> {

@@ -13,7 +13,7 @@ use pando_pager::{PAGE_BYTES, Root, RootPlan, RootRange};
 
 use super::protocol::{FromRoot, RangeFaults, RootConfig, ToRoot};
 use crate::clone::END_SIGNALS;
-use crate::clone::control::Channel;
+use crate::clone::control::{Channel, monotonic};
 use crate::clone::forked::{self, Inheritance};
 use crate::clone::instantiate::{CloneError, first_ranges, plan};
 use crate::clone::worker::{die_with, exit_code, take_channel};
@@ -21,7 +21,7 @@ use crate::machine::{self, HostCheck};
 use crate::observe::log;
 use crate::report::{chain, exit};
 use crate::sys::fork::{Forked, OneThread, fork_sibling};
-use crate::sys::text::map_for_forks;
+use crate::sys::text::Text;
 use crate::template::Template;
 
 /// Runs a root whose control socket is standard input, or the clone that a fork of it became.
@@ -53,6 +53,8 @@ struct Ready {
     root: Root,
     /// What its clones are known to need.
     plan: Plan,
+    /// What they need of this program.
+    text: Text,
     one_thread: OneThread,
 }
 
@@ -66,6 +68,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
     let mut owes_answer = false;
     let mut told_ranges = 0;
     let mut forks = 0;
+    let mut unseen = None;
     loop {
         // Clones first; what makes the next fork cheaper comes when nothing is to be done.
         while !channel.has_message() && (ready.root.promote_next() || ready.root.collapse_next()) {}
@@ -82,6 +85,9 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
             if let Err(error) = channel.send(&answer, &[]) {
                 return Err((channel, error.into()));
             }
+        }
+        if let Some((pid, is_whole)) = unseen.take_if(|_| !channel.has_message_within(START_TIME)) {
+            ready.text.learn(pid, is_whole);
         }
         let Order {
             id,
@@ -127,6 +133,7 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
             Ok(Forked::Parent { pid, pidfd }) => {
                 forks += 1;
                 let pid = pid.as_raw_nonzero().get().unsigned_abs();
+                unseen = ready.text.is_learning().then_some((pid, is_wanted));
                 let sent = channel.send(&FromRoot::Forked { id, pid }, &[pidfd.as_fd()]);
                 if let Err(error) = sent {
                     return Err((channel, error.into()));
@@ -141,6 +148,9 @@ fn serve(channel: Channel) -> Result<u8, (Channel, anyhow::Error)> {
         }
     }
 }
+
+/// Within this a fork has mostly run what it runs to start.
+const START_TIME: Duration = Duration::from_millis(2);
 
 /// How often a root that fills its memory says so.
 const WORD_PERIOD: Duration = Duration::from_millis(200);
@@ -188,7 +198,9 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
     .context("a root cannot hold the template's memory")?;
     let filled = root.filled();
     machine::prepare_for_forks().map_err(CloneError::from)?;
-    map_for_forks();
+    // The first look at the clock has to find the kernel's code for it.
+    let _ = monotonic();
+    let text = Text::for_forks();
     // Last: whatever was called before might have started a thread.
     let one_thread = OneThread::prove().context("a root cannot fork")?;
     channel.send(
@@ -204,6 +216,7 @@ fn prepare(channel: &Channel) -> anyhow::Result<Option<(Ready, RootConfig)>> {
         template,
         root,
         plan,
+        text,
         one_thread,
     };
     Ok(Some((ready, config)))

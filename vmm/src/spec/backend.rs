@@ -192,6 +192,12 @@ pub struct BackendSpec {
     dump: bool,
 }
 
+/// Whether a name can be an id, and part of a file name.
+pub(super) fn is_id(id: &str) -> bool {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    (1..=64).contains(&id.len()) && !id.starts_with('.') && id.chars().all(allowed)
+}
+
 impl BackendSpec {
     /// Memory without a name, of `bytes` bytes. The id becomes part of a file name where the machine
     /// is made a template.
@@ -206,8 +212,7 @@ impl BackendSpec {
     /// Checks what was asked for.
     pub fn from_options(options: BackendOptions) -> Result<Self, BackendError> {
         let id = options.id.clone();
-        let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if id.is_empty() || id.len() > 64 || id.starts_with('.') || !id.chars().all(allowed) {
+        if !is_id(&id) {
             return Err(BackendError::Id { id });
         }
         if options.bytes == 0 {

@@ -4,6 +4,7 @@
 use thiserror::Error;
 
 use super::backend::BackendError;
+use super::device::DeviceFault;
 use super::{MAX_BACKENDS, MAX_CPUS, MAX_NODES, MAX_SLOTS, MAX_SYSTEM_TEXT_BYTES, MIN_RAM_BYTES};
 use crate::memory::layout::{LayoutError, PAGE_BYTES};
 
@@ -234,6 +235,14 @@ pub enum SpecError {
         from: u32,
         /// To this one.
         to: u32,
+    },
+    /// A device that does not fit the machine.
+    #[error("device {id:?}: {reason}")]
+    Device {
+        /// What it is called.
+        id: String,
+        /// Why not.
+        reason: DeviceFault,
     },
     /// A module that does not fit the machine.
     #[error("dimm {id:?}: {reason}")]

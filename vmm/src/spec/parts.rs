@@ -5,7 +5,7 @@
 //!
 //! [`MachineSpec::from_parts`]: super::MachineSpec::from_parts
 
-use super::{BackendSpec, CpuCount, Identity};
+use super::{BackendSpec, CpuCount, DeviceParts, Identity};
 
 /// All that a machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +24,12 @@ pub struct MachineParts {
     pub distances: Vec<DistanceParts>,
     /// Memory modules (`-device pc-dimm`), in the order in which they take slots.
     pub dimms: Vec<DimmParts>,
+    /// Whether it has a PCI bus even if no device is on it: some may come.
+    pub pci: bool,
+    /// Devices on the PCI bus.
+    pub devices: Vec<DeviceParts>,
+    /// Whether it has a VM generation ID.
+    pub generation_id: bool,
     /// Who it is (`-name`, `-uuid`, `-smbios type=1`).
     pub identity: Identity,
 }
@@ -39,6 +45,9 @@ impl MachineParts {
             nodes: Vec::new(),
             distances: Vec::new(),
             dimms: Vec::new(),
+            pci: false,
+            devices: Vec::new(),
+            generation_id: false,
             identity: Identity::default(),
         }
     }

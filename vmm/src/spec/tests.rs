@@ -39,6 +39,9 @@ fn two_nodes() -> MachineParts {
             node: 1,
             ..DimmParts::default()
         }],
+        pci: false,
+        devices: vec![],
+        generation_id: false,
     }
 }
 
@@ -232,6 +235,9 @@ fn three_nodes_need_every_distance_or_none() {
                 .collect(),
             identity: Identity::default(),
             dimms: vec![],
+            pci: false,
+            devices: vec![],
+            generation_id: false,
         })
     };
     with(&[]).unwrap();

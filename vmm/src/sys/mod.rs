@@ -4,4 +4,5 @@ pub mod fork;
 pub mod lock;
 pub mod pagemap;
 pub mod spawn;
+pub mod tap;
 pub mod text;

@@ -113,14 +113,34 @@ pub struct Query {
 pub struct Entry(u64);
 
 impl Entry {
+    #[cfg(test)]
+    pub(super) fn new(bits: u64) -> Self {
+        Self(bits)
+    }
+
     /// In memory.
     pub fn is_present(self) -> bool {
         self.0 >> 63 & 1 == 1
     }
 
+    /// Not in memory, and not nothing: in swap space, or on its way to another place.
+    pub fn is_swapped(self) -> bool {
+        self.0 >> 62 & 1 == 1
+    }
+
+    /// This process's own, and not a file's: whatever holds it now.
+    pub fn is_own_copy(self) -> bool {
+        (self.is_present() || self.is_swapped()) && !self.is_of_file()
+    }
+
     /// Mapped by this process and no other.
     pub fn is_exclusive(self) -> bool {
         self.0 >> 56 & 1 == 1
+    }
+
+    /// Of a file, or shared memory: not this process's own copy.
+    pub fn is_of_file(self) -> bool {
+        self.0 >> 61 & 1 == 1
     }
 }
 

@@ -10,6 +10,7 @@ use pando_pager::image::{BackendIndex, Index, PageKind};
 use rustix::fs::FallocateFlags;
 use thiserror::Error;
 
+use super::device_entry::{DeviceEntry, DiskEntry};
 use super::error::TemplateError;
 use super::identity_entry::IdentityEntry;
 use super::load::{Template, scan_ram};
@@ -17,16 +18,19 @@ use super::machine_entry::MachineEntry;
 use super::manifest::{BackendEntry, FileEntry, HostEntry, Manifest, ManifestFile, format_of};
 use super::seal::Seal;
 use super::staging::Staging;
-use super::{INDEX_FILE, MANIFEST_FILE, STATE_FILE, digest, state_file};
+use super::{INDEX_FILE, MANIFEST_FILE, STATE_FILE, digest, disk, state_file};
 use crate::arch::x86_64::boot::BootSource;
 use crate::console::{ConsoleError, GuestConsole};
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::block::backend::{Disk, DiskError};
 use crate::machine::state::MachineState;
-use crate::machine::{Machine, MachineError, Paused, Running};
+use crate::machine::{
+    Connections, Machine, MachineError, Paused, Running, open_taps, open_vsock, scratch_folder,
+};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::exit;
 use crate::sandbox::sigbus;
-use crate::spec::MachineSpec;
+use crate::spec::{DeviceSpec, DiskAccess, MachineSpec};
 
 /// Why a template could not be made.
 #[derive(Debug, Error)]
@@ -49,6 +53,26 @@ pub enum BuildError {
         /// The backend.
         id: String,
     },
+    /// The image of a disk.
+    #[error("cannot give the template VM its disk {id:?}")]
+    Disk {
+        /// The disk.
+        id: String,
+        /// Why not.
+        #[source]
+        source: DiskError,
+    },
+    /// Its guest was told of writes that failed.
+    #[error(
+        "{failed} writes of the template VM to its disk {id:?} failed, and its guest knows: a template of it is of \
+         no use; is the file system of the template full? the log says what failed"
+    )]
+    LostWrites {
+        /// The disk.
+        id: String,
+        /// How many.
+        failed: u64,
+    },
     /// The guest's console.
     #[error("the template VM did not become ready")]
     NotReady(#[from] ConsoleError),
@@ -69,6 +93,10 @@ pub struct TemplateVm {
     staging: Staging,
     spec: MachineSpec,
     ram: Vec<File>,
+    /// Images of disks, by the ids of their devices.
+    disks: Vec<(String, File)>,
+    /// The same as its devices have them.
+    written: Vec<(String, Disk)>,
     machine: Machine<Running>,
     /// Its COM1.
     pub console: GuestConsole,
@@ -103,11 +131,23 @@ impl TemplateVm {
         }
         let guest_ram = GuestRam::new(spec.layout(), backings)?;
         let (console, serial) = GuestConsole::pair()?;
-        let machine = Machine::boot(spec, guest_ram, boot, SerialTarget::Fd(serial))?.resume()?;
+        let disks = copy_disks(spec, &staging)?;
+        let written = connect_disks(spec, &disks)?;
+        let connections = Connections {
+            serial: SerialTarget::Fd(serial),
+            disks: written.clone(),
+            vsock: open_vsock(spec)?,
+            nets: open_taps(spec)?,
+            plugged: Vec::new(),
+            generation_id: None,
+        };
+        let machine = Machine::boot(spec, guest_ram, boot, connections)?.resume()?;
         Ok(Self {
             staging,
             spec: spec.clone(),
             ram,
+            disks,
+            written,
             machine,
             console,
         })
@@ -130,11 +170,113 @@ impl TemplateVm {
     /// `progress` gets the backend and the offset reached in its RAM file.
     pub fn freeze(self, progress: &mut dyn FnMut(usize, u64)) -> Result<Template, BuildError> {
         let paused: Machine<Paused> = self.machine.pause()?;
+        // What its guest has taken out is not there any more.
+        let present = paused.handle().devices()?;
+        let gone = self.spec.devices().iter();
+        let gone = gone.filter(|device| present.iter().all(|id| id != device.id()));
+        let spec = gone.fold(self.spec.clone(), |spec, gone| {
+            spec.without_device(gone.id())
+        });
         let state = paused.save()?;
         // The mapping goes before the files are read: nothing can write them from here on.
         drop(paused);
-        write_template(self.staging, &self.spec, &self.ram, &state, progress)
+        for (id, disk) in self.written {
+            let failed = disk.failed_writes();
+            if failed > 0 {
+                return Err(BuildError::LostWrites { id, failed });
+            }
+        }
+        let files = Files {
+            ram: &self.ram,
+            disks: &self.disks,
+        };
+        write_template(self.staging, &spec, &files, &state, progress)
     }
+}
+
+/// Copies the image of every disk: the template VM writes its own.
+fn copy_disks(spec: &MachineSpec, staging: &Staging) -> Result<Vec<(String, File)>, BuildError> {
+    let mut copies = Vec::new();
+    for device in spec.devices() {
+        let Some(parts) = device.disk() else {
+            continue;
+        };
+        let id = device.id().to_owned();
+        let wrong = |source| BuildError::Disk {
+            id: id.clone(),
+            source,
+        };
+        // Held while it is copied: nobody writes it meanwhile.
+        let path = &parts.path;
+        let image = Disk::open(path, DiskAccess::Read, &scratch_folder()).map_err(wrong)?;
+        let copy = staging.file()?;
+        disk::copy(path, image.bytes(), &copy)?;
+        copies.push((id, copy));
+    }
+    Ok(copies)
+}
+
+/// The copies as disks.
+fn connect_disks(
+    spec: &MachineSpec,
+    copies: &[(String, File)],
+) -> Result<Vec<(String, Disk)>, BuildError> {
+    let parts = spec.devices().iter().filter_map(DeviceSpec::disk);
+    let disks = parts.zip(copies).map(|(parts, (id, copy))| {
+        let path = &parts.path;
+        let file = copy
+            .try_clone()
+            .map_err(TemplateError::io("open again", path))?;
+        let access = match parts.access {
+            DiskAccess::Read => DiskAccess::Read,
+            DiskAccess::Write | DiskAccess::Snapshot => DiskAccess::Write,
+        };
+        let disk = Disk::from_file(file, path, access, &scratch_folder());
+        let disk = disk.map_err(|source| BuildError::Disk {
+            id: id.clone(),
+            source,
+        })?;
+        Ok((id.clone(), disk))
+    });
+    disks.collect()
+}
+
+/// What the machine has written.
+struct Files<'a> {
+    ram: &'a [File],
+    disks: &'a [(String, File)],
+}
+
+/// The entries of all devices; disks are read for their digests.
+fn device_entries(
+    spec: &MachineSpec,
+    out: &Path,
+    disks: &[(String, File)],
+) -> Result<Vec<DeviceEntry>, TemplateError> {
+    let entries = spec.devices().iter().map(|device| {
+        let copy = disks.iter().find(|(id, _)| id == device.id());
+        let Some((parts, (id, copy))) = device.disk().zip(copy) else {
+            return Ok(DeviceEntry::of(device, None));
+        };
+        let name = disk_name(id);
+        let path = out.join(&name);
+        let seal = Seal::of(copy, &path)?;
+        let disk = DiskEntry {
+            file: name,
+            bytes: seal.bytes,
+            readonly: parts.access == DiskAccess::Read,
+            serial: parts.serial.clone(),
+            digest: disk::digest(copy, &path, seal.bytes)?,
+            seal,
+        };
+        Ok(DeviceEntry::of(device, Some(disk)))
+    });
+    entries.collect()
+}
+
+/// The file of a disk.
+fn disk_name(id: &str) -> String {
+    format!("{id}.disk")
 }
 
 /// What SIGBUS means while RAM is in files without reserved disk.
@@ -149,7 +291,7 @@ fn disk_full(out: &Path) -> String {
 fn write_template(
     staging: Staging,
     spec: &MachineSpec,
-    ram: &[File],
+    written: &Files<'_>,
     state: &MachineState,
     progress: &mut dyn FnMut(usize, u64),
 ) -> Result<Template, BuildError> {
@@ -161,7 +303,7 @@ fn write_template(
         .collect();
     let mut indexes = Vec::new();
     let mut backends = Vec::new();
-    for (position, (backend, file)) in spec.backends().iter().zip(ram).enumerate() {
+    for (position, (backend, file)) in spec.backends().iter().zip(written.ram).enumerate() {
         let path = out.join(&names[position]);
         let on_offset = &mut |offset| progress(position, offset);
         let (found, _) = scan_ram(file, &path, backend.bytes(), on_offset)?;
@@ -189,10 +331,11 @@ fn write_template(
         })
     };
     let (machine, identity) = (MachineEntry::of(spec), IdentityEntry::of(spec));
+    let devices = device_entries(spec, &out, written.disks)?;
     let manifest = Manifest::seal(
         &out.join(MANIFEST_FILE),
         ManifestFile {
-            format: format_of(&machine, &identity),
+            format: format_of(spec, &machine, &identity),
             tool: concat!("pando ", env!("CARGO_PKG_VERSION")).to_owned(),
             created_unix_s: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
@@ -200,6 +343,9 @@ fn write_template(
             cpus: spec.cpus().get(),
             machine,
             identity,
+            pci: spec.has_pci() && devices.is_empty(),
+            devices,
+            generation_id: spec.has_generation_id(),
             backends,
             state: entry(STATE_FILE, &state_handle, &state_bytes)?,
             index: entry(INDEX_FILE, &index, &index_bytes)?,
@@ -208,7 +354,11 @@ fn write_template(
         },
     )?;
     let manifest = staging.file_with(&manifest.to_json())?;
-    let mut files: Vec<(&str, &File)> = names.iter().map(String::as_str).zip(ram).collect();
+    let has = |id: &str| spec.devices().iter().any(|device| device.id() == id);
+    let disks = written.disks.iter().filter(|(id, _)| has(id));
+    let disks: Vec<_> = disks.map(|(id, file)| (disk_name(id), file)).collect();
+    let mut files: Vec<(&str, &File)> = names.iter().map(String::as_str).zip(written.ram).collect();
+    files.extend(disks.iter().map(|(name, file)| (name.as_str(), *file)));
     files.extend([
         (STATE_FILE, &state_handle),
         (INDEX_FILE, &index),

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use pando_pager::image::ImageError;
 use thiserror::Error;
 
+use crate::device::virtio::block::backend::DiskError;
 use crate::report::exit;
 
 /// Why a template could not be made, opened or used.
@@ -96,6 +97,9 @@ pub enum TemplateError {
         /// The features by name.
         missing: Vec<String>,
     },
+    /// A clone's disk cannot be made.
+    #[error("cannot give a clone its disk")]
+    Disk(#[source] DiskError),
     /// The output of a create exists.
     #[error("{} exists already: choose another name, or remove it first", dir.display())]
     Exists {
@@ -151,9 +155,11 @@ impl TemplateError {
     /// a system that did not do what was asked.
     pub fn exit_code(&self) -> u8 {
         match self {
-            Self::Io { .. } | Self::Exists { .. } | Self::Output { .. } | Self::DiskFull { .. } => {
-                exit::FAILED
-            }
+            Self::Io { .. }
+            | Self::Disk(_)
+            | Self::Exists { .. }
+            | Self::Output { .. }
+            | Self::DiskFull { .. } => exit::FAILED,
             Self::NotATemplate { .. }
             | Self::NewerFormat { .. }
             | Self::Damaged { .. }

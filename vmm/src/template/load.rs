@@ -7,11 +7,15 @@ use std::path::{Path, PathBuf};
 use pando_pager::image::{BackendIndex, Image, Index};
 
 use super::digest::{self, SparseDigest};
+use super::disk::{self, TemplateDisk};
 use super::error::TemplateError;
 use super::manifest::{FileEntry, Manifest, ManifestFile};
 use super::seal::Seal;
 use super::{MANIFEST_FILE, files, staging, state_file};
+use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::block::backend::Disk;
 use crate::machine::state::MachineState;
+use crate::machine::{Connections, scratch_folder};
 use crate::spec::MachineSpec;
 
 /// More than any manifest needs; a bound on what is read into memory.
@@ -29,6 +33,7 @@ pub struct Template {
     ram: Vec<File>,
     index: Index,
     state: MachineState,
+    disks: Vec<TemplateDisk>,
 }
 
 impl Template {
@@ -48,11 +53,17 @@ impl Template {
         check_cpus(&state_path, &manifest, &state)?;
         Ok(Self {
             dir: dir.to_owned(),
+            disks: disk::open_all(dir, &manifest)?,
             manifest,
             ram,
             index,
             state,
         })
+    }
+
+    /// How much RAM the guest of the template in `dir` has, modules included; nothing else is read.
+    pub fn ram_bytes_in(dir: &Path) -> Result<u64, TemplateError> {
+        Ok(read_manifest(dir)?.spec().layout().total_bytes())
     }
 
     /// Where it is.
@@ -122,6 +133,27 @@ impl Template {
             .collect()
     }
 
+    /// What a clone's devices are connected to: COM1 as it is told, and disks whose images it shares
+    /// with all others and never writes.
+    pub fn connections(&self, serial: SerialTarget) -> Result<Connections, TemplateError> {
+        let disks = self.spec().devices().iter();
+        let disks = disks.filter_map(|device| Some((device.id(), device.disk()?.access)));
+        let disks = disks.zip(&self.disks).map(|((id, access), disk)| {
+            let file = disk.file.try_clone();
+            let file = file.map_err(TemplateError::io("open again", &disk.path))?;
+            let made = Disk::from_file(file, &disk.path, access, &scratch_folder());
+            Ok((id.to_owned(), made.map_err(TemplateError::Disk)?))
+        });
+        Ok(Connections {
+            serial,
+            disks: disks.collect::<Result<_, TemplateError>>()?,
+            vsock: None,
+            nets: Vec::new(),
+            plugged: Vec::new(),
+            generation_id: None,
+        })
+    }
+
     /// The digests of the RAM files as they are now, in the machine's order: reads all data.
     pub fn ram_digests(&self) -> Result<Vec<String>, TemplateError> {
         (0..self.ram.len())
@@ -135,6 +167,7 @@ impl Template {
         let index = &self.manifest.file().index;
         let bytes = read_sealed(&self.dir, index, MAX_INDEX_BYTES)?;
         check_digest(&self.dir.join(&index.file), index, &bytes)?;
+        disk::verify_all(&self.disks, &self.manifest)?;
         for (backend, entry) in self.manifest.file().backends.iter().enumerate() {
             let path = self.ram_path(backend);
             let (found, digest) = self.scan(backend, &mut |offset| progress(backend, offset))?;
@@ -198,6 +231,9 @@ pub fn reseal(dir: &Path, progress: &mut dyn FnMut(usize, u64)) -> Result<(), Te
         let path = dir.join(&entry.file);
         entry.seal = Seal::of(&files::open(&path)?, &path)?;
     }
+    for disk in file.devices.iter_mut().filter_map(|d| d.disk.as_mut()) {
+        disk.seal = disk::seal_now(dir, &disk.file)?;
+    }
     let state = read_and_seal(dir, &mut file.state, state_file::MAX_FILE_BYTES)?;
     let index = read_and_seal(dir, &mut file.index, MAX_INDEX_BYTES)?;
     let path = dir.join(MANIFEST_FILE);
@@ -209,6 +245,7 @@ pub fn reseal(dir: &Path, progress: &mut dyn FnMut(usize, u64)) -> Result<(), Te
         ram: open_ram(dir, &manifest)?,
         index: decode_index(&index_path, &index, &manifest)?,
         state: state_file::decode(&state_path, &state)?,
+        disks: disk::open_all(dir, &manifest)?,
         manifest,
     };
     check_cpus(&state_path, &template.manifest, &template.state)?;

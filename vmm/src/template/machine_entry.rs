@@ -130,6 +130,9 @@ impl MachineEntry {
                     guest_address: Some(dimm.guest_address),
                 })
                 .collect(),
+            pci: false,
+            devices: Vec::new(),
+            generation_id: false,
             identity: Identity::default(),
         }
     }

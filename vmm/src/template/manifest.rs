@@ -9,6 +9,7 @@ use std::path::{Component, Path};
 use serde::{Deserialize, Serialize};
 
 use super::WORKING_SET_FILE;
+use super::device_entry::{self, DeviceEntry};
 use super::digest;
 use super::error::TemplateError;
 use super::identity_entry::{self, IdentityEntry};
@@ -19,7 +20,7 @@ use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
 /// The newest format that this version reads. It writes the oldest one that can say what there is.
-pub const FORMAT: u32 = 3;
+pub const FORMAT: u32 = 4;
 
 /// The JSON document, field by field, unproven.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +40,15 @@ pub struct ManifestFile {
     /// Who the machine is, where it says so: formats from 3 on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub identity: Option<IdentityEntry>,
+    /// Whether the machine has a PCI bus although no device is on it: formats from 4 on.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub pci: bool,
+    /// Devices on the PCI bus, where the machine has any: formats from 4 on.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceEntry>,
+    /// Whether the machine has a VM generation ID: formats from 4 on.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub generation_id: bool,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendEntry>,
     /// `state.bin`.
@@ -146,7 +156,12 @@ impl Manifest {
 
     fn prove(path: &Path, file: ManifestFile) -> Result<Self, TemplateError> {
         let damaged = |reason: String| TemplateError::damaged(path, reason);
+        let disks = file
+            .devices
+            .iter()
+            .filter_map(|device| device.disk.as_ref());
         let names = file.backends.iter().map(|backend| &backend.file);
+        let names = names.chain(disks.map(|disk| &disk.file));
         for name in names.chain([&file.state.file, &file.index.file]) {
             if !is_plain_name(name) {
                 return Err(damaged(format!("{name:?} is not a plain file name")));
@@ -172,10 +187,23 @@ impl Manifest {
         }
         let identity = file.identity.as_ref().map(IdentityEntry::identity);
         let identity = identity.transpose().map_err(damaged)?.unwrap_or_default();
+        if !file.devices.is_empty() && format < device_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no devices")));
+        }
+        if file.pci && format < device_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no PCI bus")));
+        }
+        if file.generation_id && format < device_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no generation id")));
+        }
+        let devices = file.devices.iter().map(DeviceEntry::parts);
+        let devices = devices.collect::<Result<Vec<_>, _>>().map_err(damaged)?;
         let spec = match &file.machine {
             None => MachineSpec::new(cpus, backends),
             Some(machine) => MachineSpec::from_parts(machine.parts(cpus, backends)),
         }
+        .and_then(|spec| spec.with_pci(file.pci).with_devices(devices))
+        .map(|spec| spec.with_generation_id(file.generation_id))
         .and_then(|spec| spec.with_identity(identity))
         .map_err(|error| damaged(one_line(&error)))?;
         let order = spec.backends().iter().map(BackendSpec::id);
@@ -245,12 +273,27 @@ impl Manifest {
 }
 
 /// The oldest format that can say what there is.
-pub fn format_of(machine: &Option<MachineEntry>, identity: &Option<IdentityEntry>) -> u32 {
+pub fn format_of(
+    spec: &MachineSpec,
+    machine: &Option<MachineEntry>,
+    identity: &Option<IdentityEntry>,
+) -> u32 {
+    if spec.has_pci() || spec.has_generation_id() {
+        return device_entry::FIRST_FORMAT;
+    }
     match (machine, identity) {
         (_, Some(_)) => identity_entry::FIRST_FORMAT,
         (Some(_), None) => machine_entry::FIRST_FORMAT,
         (None, None) => 1,
     }
+}
+
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde passes what it asks about by reference"
+)]
+fn is_false(value: &bool) -> bool {
+    !value
 }
 
 fn is_plain_name(name: &str) -> bool {

@@ -9,7 +9,9 @@
 
 pub mod build;
 pub mod compat;
+pub mod device_entry;
 pub mod digest;
+mod disk;
 pub mod error;
 mod files;
 pub mod identity_entry;

@@ -35,8 +35,36 @@ pub struct Summary {
     pub index_bytes: u64,
     /// Memory backends in the machine's order.
     pub backends: Vec<BackendSummary>,
+    /// Devices on the PCI bus.
+    pub devices: Vec<DeviceSummary>,
     /// What clones were seen to touch.
     pub working_set: WorkingSetSummary,
+}
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DeviceSummary {
+    /// Its name.
+    pub id: String,
+    /// What it is.
+    pub kind: String,
+    /// Its device number on the bus.
+    pub slot: u8,
+    /// The image of a disk.
+    pub disk: Option<DiskSummary>,
+}
+
+/// The image of a disk.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DiskSummary {
+    /// Its file.
+    pub file: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Whether clones cannot write it.
+    pub readonly: bool,
+    /// Digest of the file.
+    pub digest: String,
 }
 
 /// One memory backend.
@@ -93,9 +121,26 @@ impl Summary {
             state_bytes: file.state.seal.bytes,
             index_bytes: file.index.seal.bytes,
             backends,
+            devices: devices(template),
             working_set: WorkingSetSummary::of(found, template.index()),
         }
     }
+}
+
+fn devices(template: &Template) -> Vec<DeviceSummary> {
+    let entries = template.manifest().file().devices.iter();
+    let summary = entries.map(|device| DeviceSummary {
+        id: device.id.clone(),
+        kind: device.kind.clone(),
+        slot: device.slot,
+        disk: device.disk.as_ref().map(|disk| DiskSummary {
+            file: template.dir().join(&disk.file).display().to_string(),
+            bytes: disk.bytes,
+            readonly: disk.readonly,
+            digest: disk.digest.clone(),
+        }),
+    });
+    summary.collect()
 }
 
 /// The image of each backend as a map of at most `columns` times `rows` cells.

@@ -75,6 +75,9 @@ pub(crate) fn machine(args: &[String], dir: &Path) -> Result<MachineSpec, Config
         distances: vec![],
         identity: Identity::default(),
         dimms: vec![],
+        pci: false,
+        devices: vec![],
+        generation_id: false,
     };
     for pair in args.chunks(2) {
         let value = pair[1].replace("$D", dir.to_str().unwrap());

@@ -1,9 +1,13 @@
 //! Whole machines on real KVM, with a guest of a few hundred bytes ([`program`]).
 
 #[cfg(test)]
+mod hotplug;
+#[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
 mod memory_error;
+#[cfg(test)]
+mod pci;
 #[cfg(test)]
 mod program;
 #[cfg(test)]
@@ -12,3 +16,5 @@ mod save_restore;
 mod support;
 #[cfg(test)]
 mod timer;
+#[cfg(test)]
+mod vsock;

@@ -17,7 +17,7 @@ use crate::program;
 /// RAM of the test machines.
 pub(crate) const RAM_BYTES: u64 = 64 << 20;
 /// No test waits longer than this for anything.
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A machine of `cpus` vCPUs with [`RAM_BYTES`] of RAM.
 pub(crate) fn spec(cpus: u32) -> MachineSpec {
@@ -89,6 +89,14 @@ impl Wire {
         byte[0]
     }
 
+    /// Sends `bytes`; the four bytes that come back.
+    pub(crate) fn exchange(&mut self, bytes: &[u8]) -> [u8; 4] {
+        self.stream.write_all(bytes).unwrap();
+        let mut answer = [0; 4];
+        self.stream.read_exact(&mut answer).unwrap();
+        answer
+    }
+
     /// Reads exactly `text`.
     pub(crate) fn expect(&mut self, text: &str) {
         let mut got = vec![0; text.len()];
@@ -97,6 +105,14 @@ impl Wire {
             Err(e) if e.kind() == ErrorKind::WouldBlock => panic!("the guest never said {text:?}"),
             Err(e) => panic!("waiting for {text:?}: {e}"),
         }
+    }
+
+    /// A command, and so many bytes of the answer to it.
+    pub(crate) fn answer(&mut self, command: u8, bytes: usize) -> String {
+        self.send(command);
+        let mut got = vec![0; bytes];
+        self.stream.read_exact(&mut got).unwrap();
+        String::from_utf8_lossy(&got).into_owned()
     }
 
     /// A command and the answer to it.

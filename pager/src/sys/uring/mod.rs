@@ -21,7 +21,7 @@ use userfaultfd::Uffd;
 
 use super::buffers::{BufferPool, Lease};
 use crate::fault::MESSAGE_BYTES;
-use crate::port::WaitLimits;
+use crate::port::{WaitLimits, make_nonblocking};
 use crate::token::{ClientSlot, ReadSlot, Token};
 use build::{Entries, build};
 use watch::{Watch, Watched};
@@ -411,6 +411,10 @@ impl Ring {
 
     fn messages(&self, slot: ClientSlot, result: i32) -> Completion<'_> {
         if self.wait == UffdWait::Poll {
+            let is_error = result > 0 && result & i32::from(libc::POLLERR) != 0;
+            if let Some(watched) = self.watch.get(slot).filter(|_| is_error) {
+                make_nonblocking(&watched.uffd);
+            }
             return Completion::MessagesReady(slot);
         }
         let length = usize::try_from(result).unwrap_or(0);

@@ -6,7 +6,7 @@
 //! routes everything through the I/O APIC and takes its timer from the local APICs. What it must
 //! be told: each CPU and its local APIC, the I/O APIC, COM1 with its interrupt, and three one-byte
 //! registers for power-off and reset. There is no RTC, no VGA, no PS/2 controller to probe (its
-//! reset command works all the same), and no PCI.
+//! reset command works all the same). There is a PCI bus where the machine has one.
 //!
 //! Such a guest never programs the legacy interrupt controller (8259), so it must start with every
 //! line masked, as firmware leaves it: KVM's begins unmasked and would deliver COM1's interrupt a
@@ -17,8 +17,11 @@
 //!
 //! Where a machine has nodes or memory modules, their tables come on top.
 
+mod generation;
+mod hotplug;
 mod module;
 mod numa;
+mod pci;
 mod power_button;
 
 use acpi_tables::aml::{
@@ -76,6 +79,9 @@ pub fn tables(address: u64, spec: &MachineSpec) -> Vec<u8> {
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
+    if spec.has_pci() {
+        xsdt.add_entry(image.append(&pci::mcfg()));
+    }
     let nodes = spec.numa().nodes().len();
     if nodes > 0 {
         xsdt.add_entry(image.append(&numa::srat(spec)));
@@ -187,11 +193,17 @@ fn dsdt(spec: &MachineSpec) -> Vec<u8> {
     )
     .to_aml_bytes(&mut dsdt);
     com1(&mut dsdt);
-    power_button::append(&mut dsdt);
+    power_button::append(&mut dsdt, spec);
+    if spec.has_generation_id() {
+        generation::append(&mut dsdt);
+    }
     for cpu in 0..spec.cpus().get() {
         processor(&mut dsdt, cpu);
     }
     module::append(&mut dsdt, spec);
+    if spec.has_pci() {
+        pci::append(&mut dsdt);
+    }
     dsdt.update_checksum();
     dsdt.as_slice().to_vec()
 }

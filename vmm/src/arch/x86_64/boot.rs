@@ -16,6 +16,7 @@ mod tables;
 
 use std::fs::{self, File};
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 pub use error::BootError;
@@ -27,6 +28,7 @@ use super::layout::{ACPI_ADDRESS, BOOT_PARAMS_ADDRESS, COMMAND_LINE_ADDRESS};
 use super::regs::InitialRegisters;
 use super::smbios;
 use crate::memory::guest::{GuestMemoryError, GuestRam};
+use crate::memory::layout::PCI_CONFIG_MEMORY;
 use crate::spec::{BackendSpec, MachineSpec};
 
 /// Where the kernel comes from.
@@ -84,11 +86,16 @@ pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<Boo
     ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, spec))?;
     smbios::write(ram, spec.identity())?;
     reset::write_reset_vector(ram)?;
-    let map = memory_map(ram.layout(), &|backend| {
-        spec.backends()
-            .get(backend)
-            .is_some_and(BackendSpec::is_rom)
-    });
+    let is_rom = |backend: usize| {
+        let backend = spec.backends().get(backend);
+        backend.is_some_and(BackendSpec::is_rom)
+    };
+    let reserved: &[Range<u64>] = if spec.devices().is_empty() {
+        &[]
+    } else {
+        &[PCI_CONFIG_MEMORY]
+    };
+    let map = memory_map(ram.layout(), &is_rom, reserved);
     let handover = Handover {
         map: &map,
         initrd,

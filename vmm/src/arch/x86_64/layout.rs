@@ -24,7 +24,9 @@ pub const COMMAND_LINE_ROOM_BYTES: u64 = 0x1_0000;
 pub const LOW_RAM_USABLE_END: u64 = 0x9_fc00;
 /// The ACPI tables; the root pointer comes first, where a guest that is not told also looks.
 pub const ACPI_ADDRESS: u64 = 0xe_0000;
-/// End of what is reserved for the ACPI tables.
+/// The VM generation ID, in a page of its own: clones that write it copy nothing else.
+pub const GENERATION_ID_ADDRESS: u64 = 0xe_f000;
+/// End of what is reserved for the ACPI tables and what they point to.
 pub const ACPI_END: u64 = 0xf_0000;
 /// The SMBIOS tables, where a guest without EFI looks for them.
 pub const SMBIOS_ADDRESS: u64 = 0xf_0000;

@@ -9,6 +9,11 @@ pub const COM1_PORTS: Range<u16> = 0x3f8..0x400;
 pub const COM1_GSI: u32 = 4;
 /// The power button's interrupt line (GSI), edge triggered, active high.
 pub const POWER_BUTTON_GSI: u32 = 5;
+/// The interrupt line (GSI) that tells of a new VM generation, edge triggered, active high.
+pub const GENERATION_ID_GSI: u32 = 10;
+/// The interrupt line (GSI) that tells of devices that come and go on the PCI bus, level triggered, active
+/// high.
+pub const PCI_HOTPLUG_GSI: u32 = 9;
 /// The keyboard controller's data.
 pub const I8042_DATA_PORTS: Range<u16> = 0x60..0x61;
 /// The keyboard controller's command and status. Only its reset command exists.
@@ -17,6 +22,10 @@ pub const I8042_COMMAND_PORTS: Range<u16> = 0x64..0x65;
 pub const TIMER_PORTS: Range<u16> = 0x40..0x44;
 /// The timer's gate and output, and the speaker.
 pub const SPEAKER_PORTS: Range<u16> = 0x61..0x62;
+/// Registers of PCI functions: an address register and a data register, four bytes each.
+pub const PCI_CONFIG_PORTS: Range<u16> = 0xcf8..0xd00;
+/// What devices come and go on the PCI bus: four registers of four bytes each.
+pub const PCI_HOTPLUG_PORTS: Range<u16> = 0x610..0x620;
 /// ACPI sleep control, sleep status and reset registers, one byte each, in this order.
 pub const POWER_PORTS: Range<u16> = 0x600..0x603;
 /// Port of the ACPI sleep control register.

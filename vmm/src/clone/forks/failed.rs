@@ -26,6 +26,10 @@ impl Supervisor {
     pub(super) fn fail_clone(&mut self, number: usize, code: u8, message: &str) {
         metrics::count_failure(&self.options.name);
         self.forks.refill.has_started(number);
+        let process = self.clones.get(number).and_then(|c| c.process.as_ref());
+        if let Some(process) = process {
+            self.unwatch(process.pidfd());
+        }
         if let Some(clone) = self.clones.get_mut(number) {
             if clone.process.take().is_some() {
                 self.usage.unmade();

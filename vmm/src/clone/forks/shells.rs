@@ -17,6 +17,11 @@ impl Forks {
         self.shell(id).map(|shell| shell.process.as_fd())
     }
 
+    /// The number of the shell's process.
+    pub(in crate::clone) fn shell_pid(&self, id: u64) -> Option<u32> {
+        self.shell(id).map(|shell| shell.process.pid())
+    }
+
     /// Ends a shell; it is taken leave of when its end is heard of.
     pub(in crate::clone) fn kill_shell(&self, id: u64) {
         if let Some(shell) = self.shell(id) {

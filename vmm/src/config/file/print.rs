@@ -2,8 +2,8 @@
 //! A machine that was checked, as the file that would make it again.
 
 use super::{
-    BackendTable, Bytes, DimmTable, DistanceTable, KindWord, MachineFile, MemoryTable, NodeTable,
-    RomWord, UuidWord,
+    BackendTable, Bytes, DeviceTable, DimmTable, DistanceTable, KindWord, MachineFile, MemoryTable,
+    NodeTable, RomWord, UuidWord,
 };
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::EMBEDDED_KERNEL;
@@ -25,6 +25,9 @@ impl MachineFile {
             name: parts.identity.name,
             uuid: parts.identity.uuid.map(UuidWord),
             system: parts.identity.system.map(Into::into),
+            vmgenid: spec.has_generation_id().then_some(true),
+            // A device says so too.
+            pci: parts.pci && parts.devices.is_empty(),
             memory: MemoryTable {
                 size: parts.memory.bytes.map(Bytes),
                 backend: parts.ram_backend,
@@ -61,6 +64,7 @@ impl MachineFile {
                     address: dimm.guest_address,
                 })
                 .collect(),
+            device: spec.devices().iter().map(DeviceTable::from).collect(),
         }
     }
 }

@@ -182,3 +182,22 @@ fn the_schema_in_the_documents_is_that_of_this_program() {
         "docs/machine.schema.json is not current: run this test with PANDO_WRITE_SCHEMA=1"
     );
 }
+
+#[test]
+fn devices_are_read_and_printed_again() {
+    let text = "kernel = 'k'\n\
+        [[device]]\nkind = 'virtio-blk'\npath = 'a.img'\nreadonly = true\nserial = 's'\n\
+        [[device]]\nkind = 'virtio-rng'\nslot = 7\n\
+        [[device]]\nkind = 'virtio-blk'\nid = 'data'\npath = 'b.img'\nsnapshot = true\n";
+    let file = MachineFile::from_toml(text).unwrap();
+    let (spec, boot) = crate::config::resolve_file(&file).unwrap();
+    let slots: Vec<_> = spec.devices().iter().map(|d| (d.id(), d.slot())).collect();
+    assert_eq!(slots, [("disk0", 1), ("rng0", 7), ("data", 2)]);
+    let printed = MachineFile::of(&spec, Some(&boot), None);
+    let again = MachineFile::from_toml(&printed.to_toml().unwrap()).unwrap();
+    assert_eq!(crate::config::resolve_file(&again).unwrap().0, spec);
+    let wrong = |text: &str| MachineFile::from_toml(&format!("[[device]]\n{text}")).unwrap_err();
+    assert!(wrong("kind = 'virtio-rng'\npath = 'x'").contains("unknown field `path`"));
+    assert!(wrong("kind = 'virtio-blk'").contains("missing field `path`"));
+    assert!(wrong("kind = 'floppy'").contains("unknown variant `floppy`"));
+}

@@ -11,7 +11,6 @@ mod error;
 mod escape;
 mod feed;
 mod output;
-mod socket;
 mod target;
 mod terminal;
 

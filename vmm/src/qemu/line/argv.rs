@@ -75,8 +75,9 @@ fn argument<'a>(
     rest: &mut impl Iterator<Item = &'a String>,
 ) -> Result<Argument, OptionError> {
     let Some(name) = word.strip_prefix('-') else {
-        let text =
-            format!("{word}: Pando has no block device: put the root file system into -initrd");
+        let text = format!(
+            "{word}: an image needs its option: say -drive file={word},if=virtio,format=raw"
+        );
         return Err(OptionError::new(text));
     };
     // QEMU takes two dashes like one.
@@ -164,9 +165,9 @@ mod tests {
     fn what_cannot_be_had_is_refused_by_name() {
         assert_eq!(message(&["-frob"]), "-frob: invalid option");
         assert_eq!(message(&["-m"]), "-m: requires an argument");
-        assert!(message(&["disk.img"]).starts_with("disk.img: Pando has no block device"));
+        assert!(message(&["disk.img"]).contains("-drive file=disk.img,if=virtio"));
         assert!(message(&["-mem-path", "/t"]).contains("cannot be used for VM templating"));
-        assert!(message(&["-drive", "file=x"]).starts_with("-drive: Pando does not have it"));
+        assert!(message(&["-hda", "x"]).starts_with("-hda: Pando does not have it"));
         assert_eq!(
             message(&["-readconfig", "none"]),
             "-readconfig none: No such file or directory"

@@ -52,7 +52,17 @@ pub fn of(argument: &Argument) -> Option<String> {
         ),
         "cpu" => ("Available CPUs:", &["host", "max"]),
         "accel" => ("Accelerators supported:", &["kvm"]),
-        "device" => ("Devices:", &["pc-dimm"]),
+        "device" => (
+            "Devices:",
+            &[
+                "pc-dimm",
+                "virtio-blk-pci",
+                "virtio-net-pci",
+                "virtio-rng-pci",
+                "vhost-vsock-pci",
+                "vmgenid",
+            ],
+        ),
         "object" => (
             "List of user creatable objects:",
             &[
@@ -60,6 +70,8 @@ pub fn of(argument: &Argument) -> Option<String> {
                 "memory-backend-memfd",
                 "memory-backend-ram",
                 "memory-backend-shm",
+                "rng-builtin",
+                "rng-random",
             ],
         ),
         "chardev" => (

@@ -1,22 +1,16 @@
 #![forbid(unsafe_code)]
-//! `-device`: the memory module, and what is refused.
+//! `-device`: the memory module, and what is refused. Devices on the PCI bus are [`super::pci`]'s.
 
 use super::refused;
 use crate::qemu::error::{OptionError, expects, missing, no_identifier};
 use crate::qemu::line::memory::is_identifier;
-use crate::qemu::words::{Form, Props};
+use crate::qemu::words::Props;
 use crate::spec::DimmParts;
 
 /// What a module can be told.
 const PROPERTIES: [&str; 4] = ["memdev", "node", "slot", "addr"];
 
-/// Reads `-device`. `anonymous` numbers modules without an id.
-pub fn device(text: &str, anonymous: usize) -> Result<DimmParts, OptionError> {
-    let props = Props::parse(text, Some("driver"), Form::SwitchesOrJson)?;
-    dimm(props, anonymous)
-}
-
-/// A memory module from its properties.
+/// A memory module from its properties. `anonymous` numbers modules without an id.
 pub fn dimm(mut props: Props, anonymous: usize) -> Result<DimmParts, OptionError> {
     let driver = props.text("driver")?.ok_or_else(|| missing("driver"))?;
     if driver != "pc-dimm" {
@@ -58,6 +52,14 @@ pub fn dimm(mut props: Props, anonymous: usize) -> Result<DimmParts, OptionError
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::qemu::words::Form;
+
+    fn device(text: &str, anonymous: usize) -> Result<DimmParts, OptionError> {
+        dimm(
+            Props::parse(text, Some("driver"), Form::SwitchesOrJson)?,
+            anonymous,
+        )
+    }
 
     #[test]
     fn a_dimm_is_read_and_nothing_else() {
@@ -70,7 +72,7 @@ mod tests {
             message("pc-dimm,memdev=m,x=1"),
             "Property 'pc-dimm.x' not found"
         );
-        assert!(message("virtio-net-pci,netdev=n").contains("no network device"));
+        assert!(message("e1000,netdev=n").contains("network devices are virtio-net-pci"));
         assert!(message("nope").starts_with("'nope' is not a valid device model name"));
     }
 }

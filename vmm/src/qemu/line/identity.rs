@@ -1,22 +1,61 @@
 #![forbid(unsafe_code)]
-//! Who the machine is: `-name`, `-uuid`, `-smbios type=1`.
+//! Who the machine is: `-name`, `-uuid`, `-smbios type=1`, `-device vmgenid`.
 
 use crate::qemu::error::OptionError;
 use crate::qemu::words::{Form, Props, again};
-use crate::spec::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts};
+use crate::spec::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
 
 /// Who the machine is, as far as options were read.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct IdentityOptions {
     /// What they say.
     pub said: Identity,
+    /// `-device vmgenid`, when it is there.
+    pub generation: Option<Generation>,
     /// All that `-name` said: several are one.
     name_words: String,
     /// All that `-smbios type=1` said.
     system_words: String,
 }
 
+/// A VM generation ID.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generation {
+    /// What the device is called.
+    pub id: Option<String>,
+    /// What it shows; `None` for a new one in each process.
+    pub guid: Option<Uuid>,
+}
+
 impl IdentityOptions {
+    /// Takes `-device vmgenid`; gives the properties of any other device back.
+    pub fn device(&mut self, mut props: Props) -> Result<Option<Props>, OptionError> {
+        let driver = props.required("driver")?;
+        if driver != "vmgenid" {
+            props.add("driver", &driver);
+            return Ok(Some(props));
+        }
+        let id = props.text("id")?;
+        let guid = match props.text("guid")?.as_deref() {
+            None | Some("auto") => None,
+            Some(text) => Some(text.parse().map_err(|()| {
+                OptionError::new(format!(
+                    "Property 'vmgenid.guid' doesn't take value '{text}'"
+                ))
+            })?),
+        };
+        if let Some(name) = props.names().next() {
+            return Err(OptionError::new(format!(
+                "Property 'vmgenid.{name}' not found"
+            )));
+        }
+        if self.generation.is_some() {
+            return Err(OptionError::new("at most one vmgenid device is permitted"));
+        }
+        self.generation = Some(Generation { id, guid });
+        Ok(None)
+    }
+
     /// Reads `-name`.
     pub fn name(&mut self, text: &str) -> Result<(), OptionError> {
         let words = again(&self.name_words, text, "guest");

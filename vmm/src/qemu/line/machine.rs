@@ -55,6 +55,11 @@ impl Default for MachineOption {
 }
 
 impl MachineOption {
+    /// Whether such a machine has a PCI bus even if no device is on it: with QEMU's microvm there is none.
+    pub fn has_pci(&self) -> bool {
+        self.kind != "microvm"
+    }
+
     /// Reads `-machine`; several are one.
     pub fn read(&mut self, text: &str) -> Result<(), OptionError> {
         let mut props = Props::parse(text, Some("type"), Form::KeyValue)?;

@@ -11,12 +11,15 @@ pub mod hub;
 pub mod identity;
 pub mod machine;
 pub mod memory;
+pub mod netdev;
 pub mod numa;
 pub mod options;
+pub mod pci;
 mod ports;
 pub mod refused;
 pub mod said;
 pub mod smp;
+pub mod vsock;
 pub mod wanted;
 
 pub use argv::{Argument, arguments};

@@ -82,8 +82,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "object",
-        "memory-backend-file|-ram|-memfd,id=ID,size=SIZE[,...]",
-        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data",
+        "memory-backend-file|-ram|-memfd,id=ID,size=SIZE[,...] | rng-random|rng-builtin,id=ID",
+        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data; or the kernel's entropy",
     ),
     with(
         "numa",
@@ -92,8 +92,23 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "device",
-        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=]",
-        "a memory module",
+        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-net-pci[,netdev=ID,mac=,id=,addr=] | virtio-rng-pci[,rng=ID,id=,addr=] | vhost-vsock-pci,guest-cid=N[,id=,addr=,x-uds-path=PATH] | vmgenid[,guid=UUID|auto,id=]",
+        "a memory module, a disk, a network device, entropy from the host, connections to the host (Unix sockets), or a VM generation ID",
+    ),
+    with(
+        "drive",
+        "file=FILE,if=virtio|none[,id=,format=raw,readonly=,snapshot=]",
+        "a raw image; a disk of its own with if=virtio; with snapshot=on what the guest writes ends with the process",
+    ),
+    with(
+        "blockdev",
+        "file,node-name=ID,filename=FILE[,read-only=] | raw,node-name=ID,file=ID",
+        "a raw image for -device virtio-blk-pci,drive=ID",
+    ),
+    with(
+        "netdev",
+        "tap,id=ID,ifname=NAME,script=no,downscript=no[,vhost=off]",
+        "a tap, which must exist, for -device virtio-net-pci,netdev=ID",
     ),
     with(
         "mem-prealloc",
@@ -204,8 +219,16 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     as_it_is("sandbox", Some("off"), "there is no filter of system calls"),
     as_it_is("vga", Some("none"), "there is no graphics card"),
-    as_it_is("net", Some("none"), "there is no network device"),
-    as_it_is("nic", Some("none"), "there is no network device"),
+    as_it_is(
+        "net",
+        Some("none"),
+        "there is no network device but by -device",
+    ),
+    as_it_is(
+        "nic",
+        Some("none"),
+        "there is no network device but by -device",
+    ),
     as_it_is("parallel", Some("none"), "there is no parallel port"),
 ];
 

@@ -12,8 +12,9 @@ pub struct Refused {
     pub instead: &'static str,
 }
 
-const NO_BLOCK: &str = "there is no block device: put the root file system into -initrd";
-const NO_NET: &str = "there is no network device: leave the option out, or say -net none";
+const NO_BLOCK: &str =
+    "disks are virtio with raw images: say -drive file=FILE,if=virtio,format=raw";
+const NO_SHARE: &str = "there is no shared directory: give the guest a disk (-drive)";
 const NO_DISPLAY: &str =
     "there is no graphics or input: use -nographic or -display none, and -serial";
 const NO_FIRMWARE: &str = "there is no firmware: give the kernel with -kernel";
@@ -37,21 +38,20 @@ pub const REFUSED: &[Refused] = &[
     },
     Refused {
         names: &[
-            "drive", "blockdev", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd",
-            "mtdblock", "fsdev", "virtfs", "iscsi",
+            "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "mtdblock", "iscsi",
         ],
         argument: true,
         instead: NO_BLOCK,
     },
     Refused {
-        names: &["snapshot"],
-        argument: false,
-        instead: NO_BLOCK,
+        names: &["fsdev", "virtfs"],
+        argument: true,
+        instead: NO_SHARE,
     },
     Refused {
-        names: &["netdev"],
-        argument: true,
-        instead: NO_NET,
+        names: &["snapshot"],
+        argument: false,
+        instead: "say snapshot=on of each -drive",
     },
     Refused {
         names: &["vnc", "spice", "k", "g", "rotate"],
@@ -184,26 +184,16 @@ const DEVICES: &[(&str, &str)] = &[
         "virtio-mem",
         "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
     ),
-    (
-        "virtio-net",
-        "Pando has no network device yet: leave it out",
-    ),
-    ("e1000", "Pando has no network device yet: leave it out"),
-    ("rtl8139", "Pando has no network device yet: leave it out"),
-    (
-        "virtio-blk",
-        "Pando has no block device yet: put the root file system into -initrd",
-    ),
-    (
-        "vmgenid",
-        "Pando has no VM generation ID device yet: leave it out, and give each clone its own -uuid",
-    ),
+    ("virtio-net", "network devices are virtio-net-pci"),
+    ("e1000", "network devices are virtio-net-pci"),
+    ("rtl8139", "network devices are virtio-net-pci"),
+    ("virtio-blk", "disks are virtio-blk-pci"),
     (
         "isa-serial",
         "COM1 is there anyway: say with -serial where it goes",
     ),
     ("nvdimm", "Pando has no NVDIMM: use pc-dimm"),
-    ("pcie-root-port", "Pando has no PCI bus: leave it out"),
+    ("pcie-root-port", "there is one PCI bus: leave it out"),
 ];
 
 /// What to say of a device that Pando has not.
@@ -215,8 +205,8 @@ pub fn device(driver: &str) -> String {
     match instead {
         Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
         None => format!(
-            "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm is the \
-             only device to add"
+            "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
+             virtio-blk-pci, virtio-net-pci, virtio-rng-pci, vhost-vsock-pci and vmgenid are the devices to add"
         ),
     }
 }

@@ -11,6 +11,7 @@ use super::identity::IdentityOptions;
 use super::machine::{self, MachineOption};
 use super::memory::{self, DEFAULT_RAM_BYTES, DEFAULT_RAM_ID, Defaults};
 use super::numa::NumaOptions;
+use super::pci::PciDevices;
 use super::ports::Pending;
 use super::smp::{self, Smp};
 use super::{device, global, said};
@@ -70,6 +71,8 @@ pub struct WantedMemory {
     pub numa: NumaOptions,
     /// `-device pc-dimm`, each with how messages quote it.
     pub dimms: Vec<(DimmParts, String)>,
+    /// Devices on the PCI bus, and what they name.
+    pub pci: PciDevices,
 }
 
 /// What the program does around the machine.
@@ -211,6 +214,7 @@ impl Wanted {
                 memory.cpu_words = again(&memory.cpu_words, value, "cpus");
                 memory.cpus = Some(smp::smp(&memory.cpu_words)?);
             }
+            "object" if memory.pci.object(value)? => (),
             "object" => {
                 let new = memory::object(value, defaults)?;
                 if memory.backends.iter().any(|old| old.id() == new.id()) {
@@ -223,16 +227,21 @@ impl Wanted {
             }
             "numa" => memory.numa.read(value)?,
             "device" => {
-                let dimm = device::device(value, memory.dimms.len())?;
-                if memory.dimms.iter().any(|(old, _)| old.id == dimm.id) {
-                    return Err(OptionError::new(format!(
-                        "Duplicate ID '{}' for device",
-                        dimm.id
-                    )));
+                let props = Props::parse(value, Some("driver"), Form::SwitchesOrJson)?;
+                if let Some(props) = self.identity.device(props)?
+                    && let Some(props) = memory.pci.device(props, &argument.typed)?
+                {
+                    let dimm = device::dimm(props, memory.dimms.len())?;
+                    if memory.dimms.iter().any(|(old, _)| old.id == dimm.id) {
+                        return Err(OptionError::new(format!(
+                            "Duplicate ID '{}' for device",
+                            dimm.id
+                        )));
+                    }
+                    memory.dimms.push((dimm, argument.typed.clone()));
                 }
-                memory.dimms.push((dimm, argument.typed.clone()));
             }
-            _ => return Ok(false),
+            name => return memory.pci.option(name, value, &argument.typed),
         }
         Ok(true)
     }
@@ -283,6 +292,9 @@ impl Wanted {
             nodes: memory.numa.nodes.clone(),
             distances: memory.numa.distances.clone(),
             dimms: memory.dimms.iter().map(|(dimm, _)| dimm.clone()).collect(),
+            pci: self.machine.has_pci(),
+            devices: memory.pci.parts()?,
+            generation_id: self.identity.generation.is_some(),
             identity: self.identity.said.clone(),
         };
         if let Some(id) = &parts.ram_backend

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::arguments::{Arg, Arguments, Kind, may, must};
 use super::message::{self, Class, QmpError};
-use super::{migration, objects, parameters, schema};
+use super::{devices, migration, objects, parameters, schema};
 use crate::qemu::hmp;
 use crate::qemu::vm::{MAX_FDS, Vm};
 
@@ -108,8 +108,8 @@ pub const COMMANDS: &[Command] = &[
     ),
     query(
         "query-vm-generation-id",
-        "an error: there is no such device",
-        |_, _| Err(QmpError::generic("VM Generation ID device not found")),
+        "what `-device vmgenid` shows, else an error",
+        |vm, _| vm.query_generation_id(),
     ),
     query("stop", "stop the guest", |vm, _| done(vm.stop())),
     query("cont", "let the guest run", |vm, _| done(vm.cont())),
@@ -136,6 +136,64 @@ pub const COMMANDS: &[Command] = &[
         "take away one that was added",
         objects::delete,
     ),
+    Command {
+        open: true,
+        ..command(
+            "device_add",
+            &[
+                must("driver", Kind::Str),
+                may("bus", Kind::Str),
+                may("id", Kind::Str),
+            ],
+            "plug a device on the PCI bus: `virtio-blk-pci` with its `drive`, `virtio-net-pci` with its `netdev`, `virtio-rng-pci`, `vhost-vsock-pci` with its `guest-cid`",
+            devices::add,
+        )
+    },
+    command(
+        "device_del",
+        &[must("id", Kind::Str)],
+        "ask the guest to let go of one; `DEVICE_DELETED` comes when it has",
+        devices::delete,
+    ),
+    query("query-pci", "the bus and what is on it", devices::pci),
+    Command {
+        open: true,
+        ..command(
+            "blockdev-add",
+            &[must("driver", Kind::Str)],
+            "an image for a device: `file`, or `raw` with its `file`",
+            devices::blockdev_add,
+        )
+    },
+    command(
+        "blockdev-del",
+        &[must("node-name", Kind::Str)],
+        "take away one that no device has",
+        devices::blockdev_del,
+    ),
+    Command {
+        open: true,
+        ..command(
+            "netdev_add",
+            &[must("type", Kind::Str), must("id", Kind::Str)],
+            "the end of a cable for a device: `tap` with its `ifname`, `script` and `downscript` no",
+            devices::netdev_add,
+        )
+    },
+    command(
+        "netdev_del",
+        &[must("id", Kind::Str)],
+        "take away one that no device has",
+        devices::netdev_del,
+    ),
+    query(
+        "query-block",
+        "images that devices have, and drives",
+        |vm, _| Ok(vm.query_block()),
+    ),
+    query("query-named-block-nodes", "all images", |vm, _| {
+        Ok(vm.query_named_block_nodes())
+    }),
     command(
         "qom-list",
         &[must("path", Kind::Str)],
@@ -241,16 +299,6 @@ pub const COMMANDS: &[Command] = &[
 
 /// Commands of QEMU that Pando does not have, with what to say of them.
 const REFUSED: &[(&str, &str)] = &[
-    (
-        "device_add",
-        "no device can be added to a machine that exists: give -device pc-dimm at the start",
-    ),
-    (
-        "device_del",
-        "no device can be taken out of a machine that exists",
-    ),
-    ("netdev_add", "there is no network device"),
-    ("blockdev-add", "there is no block device"),
     (
         "snapshot-save",
         "states are files of their own: use migrate file:PATH",

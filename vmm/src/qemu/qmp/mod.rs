@@ -3,6 +3,8 @@
 
 pub mod arguments;
 pub mod commands;
+mod device_types;
+pub mod devices;
 pub mod json;
 pub mod message;
 pub mod migration;

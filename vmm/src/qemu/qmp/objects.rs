@@ -110,6 +110,13 @@ pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
 pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
     let name = args.text("property");
     let value = args.any("value").cloned().unwrap_or_default();
+    if let Some(id) = args.text("path").strip_prefix("/machine/peripheral/")
+        && vm.is_generation_device(id)
+    {
+        return Err(QmpError::generic(format!(
+            "Attempt to set property '{name}' on device '{id}' (type 'vmgenid') after it was realized"
+        )));
+    }
     let (id, kind) = match find(vm, args.text("path"))? {
         Place::Backend(backend) => (backend.id().to_owned(), backend.kind()),
         Place::Machine if name != "memory-backend" => {

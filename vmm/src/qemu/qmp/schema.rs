@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::arguments::{Arg, Kind, may};
 use super::commands::COMMANDS;
+use super::device_types::DEVICE_TYPES;
 use super::types::{ARGUMENTS, EVENTS, LISTS, Members, RETURNS, Shape, TYPES, WORDS};
 use crate::qemu::migration::capability::NAMES;
 
@@ -32,7 +33,8 @@ pub fn schema() -> Value {
         let arg_type = if arg_type.is_empty() { EMPTY } else { arg_type };
         entities.push(json!({"name": name, "meta-type": "event", "arg-type": arg_type}));
     }
-    entities.extend(TYPES.iter().map(|(name, shape)| entity(name, shape)));
+    let types = TYPES.iter().chain(DEVICE_TYPES);
+    entities.extend(types.map(|(name, shape)| entity(name, shape)));
     let capabilities: Vec<&str> = NAMES.iter().map(|(name, _)| *name).collect();
     entities.push(words("MigrationCapability", &capabilities));
     let lists: BTreeSet<String> = entities.iter().flat_map(lists_of).collect();

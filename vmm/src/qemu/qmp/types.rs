@@ -22,7 +22,7 @@ pub enum Shape {
 /// Names with something else.
 pub type Members = &'static [(&'static str, &'static str)];
 
-const fn object(members: Members) -> Shape {
+pub(super) const fn object(members: Members) -> Shape {
     Shape::Object {
         members,
         tag: None,
@@ -49,6 +49,9 @@ pub const RETURNS: Members = &[
     ("query-memory-size-summary", "MemoryInfo"),
     ("query-balloon", "BalloonInfo"),
     ("query-vm-generation-id", "GuidInfo"),
+    ("query-pci", "[PciInfo]"),
+    ("query-block", "[BlockInfo]"),
+    ("query-named-block-nodes", "[BlockDeviceInfo]"),
     ("qom-list", "[ObjectPropertyInfo]"),
     ("qom-get", "any"),
     ("query-migrate", "MigrationInfo"),
@@ -87,6 +90,8 @@ pub const EVENTS: Members = &[
     ("POWERDOWN", ""),
     ("MIGRATION", "MigrationEvent"),
     ("MIGRATION_PASS", "MigrationPassEvent"),
+    ("DEVICE_DELETED", "DeviceDeletedEvent"),
+    ("DEVICE_UNPLUG_GUEST_ERROR", "DeviceAndPath"),
 ];
 
 const BACKEND: Members = &[

@@ -9,7 +9,7 @@ use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
 use crate::arch::x86_64::boot;
 use crate::arch::x86_64::regs::InitialRegisters;
-use crate::machine::{Failure, Machine, MachineError, Outcome};
+use crate::machine::{self, Connections, Failure, Machine, MachineError, Outcome};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
 use crate::qemu::link::reason;
@@ -32,15 +32,12 @@ impl Vm {
     /// Makes the machine anew, from its beginning. What was there must have ended.
     pub(super) fn make_machine(&mut self, begin: Begin<'_>) -> Result<(), OptionError> {
         let Made { ram, pager } = self.memory.make(begin)?;
-        let target = self
-            .serial
-            .target()
-            .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
+        let connections = self.connections()?;
         let spec = &self.plan.spec;
         let machine = match &self.plan.boot {
-            Some(boot) => Machine::boot(spec, ram, boot, target),
+            Some(boot) => Machine::boot(spec, ram, boot, connections),
             // It never runs: `cont` refuses.
-            None => Machine::boot_at(spec, ram, &InitialRegisters::linux64(0), target),
+            None => Machine::boot_at(spec, ram, &InitialRegisters::linux64(0), connections),
         };
         let machine = machine.map_err(|error| OptionError::new(one_line(&error)))?;
         self.replace(Held::Fresh(machine), pager);
@@ -52,14 +49,31 @@ impl Vm {
         // A template's file keeps what it holds, as the memory of a PC does over a reset.
         let Made { ram, pager } = self.memory.make(Begin::Files)?;
         let registers = boot::idle(&ram).map_err(|error| OptionError::new(one_line(&error)))?;
-        let target = self
-            .serial
-            .target()
-            .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
-        let machine = Machine::boot_at(&self.plan.spec, ram, &registers, target)
+        let connections = self.connections()?;
+        let machine = Machine::boot_at(&self.plan.spec, ram, &registers, connections)
             .map_err(|error| OptionError::new(one_line(&error)))?;
         self.replace(Held::Fresh(machine), pager);
         Ok(())
+    }
+
+    /// What the next machine is connected to: of disks the same as the one before.
+    pub(super) fn connections(&mut self) -> Result<Connections, OptionError> {
+        let serial = self
+            .serial
+            .target()
+            .map_err(|error| OptionError::new(format!("serial port: {}", reason(&error))))?;
+        let spec = &self.plan.spec;
+        let wrong = |error| OptionError::new(one_line(&error));
+        let disks = machine::open_disks(spec, &self.disks).map_err(wrong)?;
+        self.disks.clone_from(&disks);
+        Ok(Connections {
+            serial,
+            disks,
+            vsock: machine::open_vsock(spec).map_err(wrong)?,
+            nets: machine::open_taps(spec).map_err(wrong)?,
+            plugged: Vec::new(),
+            generation_id: self.plan.generation_id,
+        })
     }
 
     /// Takes a machine in place of the one before.
@@ -71,6 +85,7 @@ impl Vm {
         self.number += 1;
         self.held = held;
         self.pager = pager;
+        self.watch_devices();
     }
 
     /// Lets the guest run.
@@ -194,6 +209,8 @@ impl Vm {
     fn reset(&mut self, status: RunStatus) -> Result<(), OptionError> {
         self.held.end();
         self.pager = None;
+        self.take_news();
+        self.end_unplugging();
         match self.plan.boot {
             Some(_) => self.make_machine(Begin::Zero)?,
             None => self.stand_still()?,

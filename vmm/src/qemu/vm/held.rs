@@ -75,6 +75,15 @@ impl Held {
         }
     }
 
+    /// A way to the machine; `None` where there is none.
+    pub fn handle(&self) -> Option<MachineHandle> {
+        match self {
+            Self::Nothing => None,
+            Self::Fresh(machine) => Some(machine.handle()),
+            Self::Started(started) => Some(started.handle.clone()),
+        }
+    }
+
     /// Presses the power button.
     pub fn press_power_button(&self) {
         match self {

@@ -305,11 +305,11 @@ impl Vm {
 
     fn restore(&mut self, load: &Load, made: Made) -> Result<(), LoadError> {
         let state = self.decode(load)?;
-        let target = self
-            .serial
-            .target()
-            .map_err(|error| LoadError::invalid(format!("serial port: {error}")))?;
-        let machine = Machine::restore(&self.plan.spec, made.ram, &state, target, HostCheck::Due)
+        let connections = self
+            .connections()
+            .map_err(|error| LoadError::invalid(error.to_string()))?;
+        let spec = &self.plan.spec;
+        let machine = Machine::restore(spec, made.ram, &state, connections, HostCheck::Due)
             .map_err(|error| LoadError::invalid(one_line(&error)))?;
         self.replace(Held::Fresh(machine), made.pager);
         Ok(())

@@ -2,12 +2,16 @@
 //! The machine as its monitors see it. One thread, [`Vm::run`], owns everything; monitors, signals
 //! and the machine's own end reach it through two queues.
 
+mod blocks;
 mod compare;
 mod control;
+mod devices;
+mod functions;
 mod held;
 mod hubs;
 mod incoming;
 mod memory;
+mod nets;
 mod objects;
 mod order;
 mod outgoing;
@@ -18,24 +22,28 @@ mod status;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
+use std::time::Instant;
 
 use crossbeam::channel::{Receiver, Sender, bounded, select};
 use pando_pager::{Pager, Serving};
 
+pub(super) use functions::{pci_text, query_pci};
 pub use held::Held;
 pub use incoming::{Came, IncomingState};
 pub use outgoing::{MigrationStatus, Saved};
 pub use plan::Plan;
 pub use status::RunStatus;
 
+use self::blocks::Images;
 use self::memory::Memory;
+use self::nets::Netdevs;
 use self::outgoing::Migration;
 use self::serial::SerialPort;
 use super::error::OptionError;
 use super::line::wanted::Incoming;
 use super::qmp::port::{Ask, Bus, MAX_REQUESTS, Reply};
 use super::{hmp, qmp};
-use crate::machine::Outcome;
+use crate::machine::{DeviceNews, Disks, Outcome};
 use crate::memory::provide::Begin;
 
 /// Most ends of machines that wait: there is one machine at a time.
@@ -113,7 +121,17 @@ pub struct Vm {
     pub(super) changed: BTreeMap<(String, String), bool>,
     /// Backends that monitors added.
     added: Vec<objects::Added>,
+    /// Images that devices have or may get.
+    images: Images,
+    /// Ends of cables that devices have or may get.
+    netdevs: Netdevs,
+    /// Devices that the guest was asked to let go of, and has not; when that was, if it was asked here.
+    unplugging: BTreeMap<String, Option<Instant>>,
+    /// What becomes of the machine's devices.
+    news: Receiver<DeviceNews>,
     serial: SerialPort,
+    /// Disks of the machines of this process, the next one too.
+    disks: Disks,
     hubs: Vec<hubs::OpenHub>,
     sender: Sender<Message>,
     inbox: Receiver<Message>,
@@ -140,6 +158,8 @@ impl Vm {
         let hubs = hubs::open(plan.wanted.hubs.all(), &sender, &mut *tell)?;
         let serial = SerialPort::open(plan.wanted.serial.as_ref(), &hubs, &mut *tell)?;
         let (ends_sender, ends) = bounded(MAX_ENDS);
+        let images = Images::open(&plan.wanted.memory.pci, plan.spec.devices())?;
+        let netdevs = Netdevs::open(&plan.wanted.memory.pci, plan.spec.devices())?;
         let waits = plan.wanted.incoming.is_some();
         let mut vm = Self {
             has_program: plan.boot.is_some(),
@@ -161,7 +181,12 @@ impl Vm {
             after: After::Nothing,
             changed: BTreeMap::new(),
             added: Vec::new(),
+            images,
+            netdevs,
+            unplugging: BTreeMap::new(),
+            news: crossbeam::channel::never(),
             serial,
+            disks: Disks::new(),
             hubs,
             sender,
             inbox,
@@ -210,9 +235,15 @@ impl Vm {
     /// Waits for what happens next and sees to it; the exit code, if that is the end.
     fn step(&mut self) -> Option<u8> {
         let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
+        let news = self.news.clone();
         select! {
             recv(ends) -> end => if let Ok(end) = end {
                 self.ended(end);
+            },
+            recv(news) -> news => match news {
+                Ok(news) => self.device_news(news),
+                // The machine has ended.
+                Err(_) => self.news = crossbeam::channel::never(),
             },
             recv(inbox) -> message => if let Ok(message) = message {
                 self.take(message);

@@ -2,6 +2,7 @@
 //! Saving: `migrate`. The machine stops, what is not RAM is read, and a thread writes the file, so
 //! that monitors go on being answered.
 
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
@@ -125,6 +126,7 @@ impl Vm {
         if let Some(why) = self.status.save_refusal() {
             return Err(QmpError::generic(why));
         }
+        self.refuse_layers().map_err(QmpError::generic)?;
         let opened = file::create(address, &mut |name| self.fds.remove(name));
         let opened = opened.and_then(|target| self.refuse_memory(target));
         let target = match opened {
@@ -147,10 +149,23 @@ impl Vm {
         Ok(())
     }
 
+    /// Refuses a machine with a disk of which a state says nothing and that ends with this process.
+    fn refuse_layers(&self) -> Result<(), String> {
+        let mut disks = self.disks.iter();
+        match disks.find(|(_, disk)| disk.has_own_layer()) {
+            None => Ok(()),
+            Some((id, _)) => Err(format!(
+                "disk '{id}' has snapshot=on, and what its guest has written ends with this process: \
+                 a state of its memory would be loaded over the image without it"
+            )),
+        }
+    }
+
     /// Refuses a descriptor of what is memory; of a path its lock has told.
     fn refuse_memory(&self, target: StateFile) -> Result<StateFile, String> {
         let name = target.path.display();
-        if let Some(id) = self.backend_of(&target.file) {
+        let facts = target.file.metadata().ok();
+        if let Some(id) = facts.and_then(|facts| self.backend_of(&facts)) {
             return Err(format!(
                 "{name} is the file of memory backend {id}, which nothing else may write: name another file"
             ));
@@ -166,14 +181,14 @@ impl Vm {
     }
 
     /// The memory backend whose file this is.
-    fn backend_of(&self, file: &std::fs::File) -> Option<&str> {
-        let place = |file: &std::fs::File| {
-            let facts = file.metadata().ok()?;
-            Some((facts.dev(), facts.ino()))
+    pub(super) fn backend_of(&self, facts: &Metadata) -> Option<&str> {
+        let place = |facts: &Metadata| (facts.dev(), facts.ino());
+        let is_same = |position| {
+            let file = self.memory.file(position);
+            let of_backend = file.and_then(|file| file.metadata().ok());
+            of_backend.is_some_and(|of_backend| place(&of_backend) == place(facts))
         };
-        let wanted = place(file)?;
         let mut backends = self.plan.spec.backends().iter().enumerate();
-        let is_same = |position| self.memory.file(position).and_then(place) == Some(wanted);
         backends.find_map(|(position, backend)| is_same(position).then(|| backend.id()))
     }
 
@@ -226,6 +241,8 @@ impl Vm {
     }
 
     fn job(&self, target: StateFile) -> Result<Job, String> {
+        // The guest ran until now, and its last requests are done.
+        self.refuse_layers()?;
         let state = self.held.save().map_err(|error| one_line(&error))?;
         let machine = state_file::encode(&target.path, &state).map_err(|error| one_line(&error))?;
         let ram = self.held.ram().ok_or("the machine has ended")?;

@@ -2,10 +2,11 @@
 //! What a machine is made from, proven: every machine of this process is made from it.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::{EMBEDDED_KERNEL, embedded_kernel};
+use crate::machine::GenerationId;
 use crate::memory::open::fault_of_read_only;
 use crate::observe::memory::total_bytes;
 use crate::qemu::error::OptionError;
@@ -13,7 +14,7 @@ use crate::qemu::line::Wanted;
 use crate::qemu::link::reason;
 use crate::qemu::outputs;
 use crate::report::one_line;
-use crate::spec::{MachineSpec, SpecError};
+use crate::spec::{DeviceKind, DeviceParts, MachineSpec, SpecError};
 
 /// What a machine is made from.
 #[derive(Debug)]
@@ -24,13 +25,16 @@ pub struct Plan {
     pub boot: Option<BootSource>,
     /// Everything else that was wanted.
     pub wanted: Wanted,
+    /// The VM generation ID of every machine of this process, where they have one.
+    pub generation_id: Option<GenerationId>,
 }
 
 impl Plan {
     /// Checks a command line against what machines and this host can be.
     pub fn new(wanted: Wanted) -> Result<Self, OptionError> {
-        let spec =
-            MachineSpec::from_parts(wanted.parts()?).map_err(|error| refused(&wanted, &error))?;
+        let mut parts = wanted.parts()?;
+        parts.devices.iter_mut().for_each(place_socket);
+        let spec = MachineSpec::from_parts(parts).map_err(|error| refused(&wanted, &error))?;
         let bytes = spec.layout().total_bytes();
         if let Some(host_bytes) = total_bytes()
             && bytes > host_bytes
@@ -39,7 +43,13 @@ impl Plan {
         }
         outputs::check(&wanted, &spec)?;
         let boot = boot(&wanted)?;
-        Ok(Self { spec, boot, wanted })
+        let generation_id = generation_id(&wanted)?;
+        Ok(Self {
+            spec,
+            boot,
+            wanted,
+            generation_id,
+        })
     }
 }
 
@@ -60,6 +70,31 @@ fn too_much(spec: &MachineSpec, bytes: u64, host_bytes: u64) -> OptionError {
     OptionError::new(format!(
         "{what}: Cannot allocate memory: {bytes} bytes are more than this host's {host_bytes}: ask for less"
     ))
+}
+
+/// Gives a vsock device a socket where it was not told of one: in `XDG_RUNTIME_DIR`, else `/run`. Both belong
+/// to whoever runs the machine, so that nobody else can be there first.
+pub(super) fn place_socket(device: &mut DeviceParts) {
+    let DeviceKind::Vsock(vsock) = &mut device.kind else {
+        return;
+    };
+    let cid = vsock.cid;
+    vsock.path.get_or_insert_with(|| {
+        let asked = std::env::var_os("XDG_RUNTIME_DIR").filter(|folder| !folder.is_empty());
+        let folder = asked.map_or_else(|| PathBuf::from("/run"), PathBuf::from);
+        folder.join(format!("pando-vsock-{cid}.sock"))
+    });
+}
+
+fn generation_id(wanted: &Wanted) -> Result<Option<GenerationId>, OptionError> {
+    let Some(generation) = &wanted.identity.generation else {
+        return Ok(None);
+    };
+    let given = generation.guid.map(|guid| GenerationId(guid.0));
+    given
+        .map_or_else(GenerationId::random, Ok)
+        .map(Some)
+        .map_err(|error| OptionError::new(format!("no random generation id: {error}")))
 }
 
 fn refused(wanted: &Wanted, error: &SpecError) -> OptionError {

@@ -32,6 +32,21 @@ impl Vm {
         self.plan.spec.identity().uuid.unwrap_or_default()
     }
 
+    /// `query-vm-generation-id`
+    pub(in crate::qemu) fn query_generation_id(&self) -> Result<Value, QmpError> {
+        match self.plan.generation_id {
+            Some(id) => Ok(json!({"guid": id.to_string()})),
+            None => Err(QmpError::generic("VM Generation ID device not found")),
+        }
+    }
+
+    /// Whether `id` is that of `-device vmgenid`.
+    pub(in crate::qemu) fn is_generation_device(&self, id: &str) -> bool {
+        let generation = &self.plan.wanted.identity.generation;
+        let own = generation.as_ref().and_then(|device| device.id.as_deref());
+        own == Some(id)
+    }
+
     /// The path of the object that is all RAM.
     pub(in crate::qemu) fn ram_object(&self) -> String {
         let parts = self.plan.spec.to_parts();

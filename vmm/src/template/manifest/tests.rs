@@ -1,5 +1,6 @@
 #![forbid(unsafe_code)]
 use super::*;
+use crate::template::device_entry::DiskEntry;
 use crate::template::machine_entry::{DimmEntry, NodeEntry};
 use proptest::prelude::*;
 
@@ -22,6 +23,9 @@ fn example() -> ManifestFile {
         cpus: 2,
         machine: None,
         identity: None,
+        generation_id: false,
+        pci: false,
+        devices: vec![],
         backends: vec![BackendEntry {
             id: "ram0".into(),
             file: "ram0.mem".into(),
@@ -60,7 +64,7 @@ fn a_newer_format_is_named_even_with_fields_unknown_here() {
     assert!(
         error
             .to_string()
-            .contains("has format 9, and this pando reads formats up to 3")
+            .contains("has format 9, and this pando reads formats up to 4")
     );
 }
 
@@ -230,4 +234,81 @@ proptest! {
             prop_assert_eq!(read, manifest);
         }
     }
+}
+
+fn with_devices() -> ManifestFile {
+    let mut file = example();
+    let seal = file.backends[0].seal;
+    let device = |id: &str, slot, kind: &str, disk, cid| DeviceEntry {
+        id: id.into(),
+        slot,
+        kind: kind.into(),
+        disk,
+        cid,
+        mac: None,
+    };
+    let disk = DiskEntry {
+        file: "root.disk".into(),
+        bytes: 4096,
+        readonly: true,
+        serial: Some("aspen".into()),
+        digest: "sha256-sparse:00".into(),
+        seal: Seal {
+            bytes: 4096,
+            ..seal
+        },
+    };
+    file.format = 4;
+    file.devices = vec![
+        device("rng0", 1, "virtio-rng", None, None),
+        device("root", 4, "virtio-blk", Some(disk), None),
+        device("vsock0", 5, "virtio-vsock", None, Some(77)),
+    ];
+    file
+}
+
+#[test]
+fn devices_are_those_of_the_machine() {
+    let manifest = Manifest::seal(path(), with_devices()).unwrap();
+    let read = Manifest::parse(path(), &manifest.to_json()).unwrap();
+    assert_eq!(read, manifest);
+    let devices = read.spec().devices();
+    assert_eq!((devices[1].id(), devices[1].slot()), ("root", 4));
+    let vsock = devices[2].vsock().unwrap();
+    assert_eq!((vsock.cid, &vsock.path), (77, &None));
+    let disk = devices[1].disk().unwrap();
+    assert_eq!(disk.serial.as_deref(), Some("aspen"));
+    let refused = |change: fn(&mut ManifestFile)| {
+        let mut file = with_devices();
+        change(&mut file);
+        Manifest::seal(path(), file).unwrap_err().to_string()
+    };
+    let disk = |file: &mut ManifestFile| file.devices[1].disk.clone().unwrap();
+    assert!(refused(|file| file.format = 3).contains("format 3 has no devices"));
+    assert!(refused(|file| file.devices[1].slot = 1).contains("PCI slot 1 is taken"));
+    assert!(refused(|file| file.devices[1].disk = None).contains("\"virtio-blk\" without a disk"));
+    assert!(refused(|file| file.devices[0].kind = "tape".into()).contains("\"tape\" without"));
+    assert!(refused(|file| file.devices[2].cid = None).contains("without a context id and"));
+    assert!(refused(|file| file.devices[0].cid = Some(9)).contains("with a context id and"));
+    assert!(refused(|file| file.devices[2].cid = Some(2)).contains("context id 2 is no guest's"));
+    for (name, text) in [
+        ("../x", "not a plain file name"),
+        ("working-set", "another file"),
+    ] {
+        let mut file = with_devices();
+        let mut named = disk(&mut file);
+        named.file = name.into();
+        file.devices[1].disk = Some(named);
+        let error = Manifest::seal(path(), file).unwrap_err().to_string();
+        assert!(error.contains(text), "{error}");
+    }
+    let mut file = with_devices();
+    let mut short = disk(&mut file);
+    short.bytes = 512;
+    file.devices[1].disk = Some(short);
+    let error = Manifest::seal(path(), file).unwrap_err().to_string();
+    assert!(
+        error.contains("disk root has 512 bytes, its sealed file has 4096"),
+        "{error}"
+    );
 }

@@ -6,6 +6,8 @@ use crate::spec::{
     MemoryParts, NodeParts,
 };
 
+mod hotplug;
+
 const MIB: u64 = 1 << 20;
 
 fn plain(cpus: u32) -> MachineSpec {
@@ -65,6 +67,9 @@ fn two_nodes() -> MachineSpec {
         ],
         identity: crate::spec::Identity::default(),
         dimms: vec![dimm("d0", 1, 2), dimm("rom", 0, 0)],
+        pci: false,
+        devices: vec![],
+        generation_id: false,
     })
     .unwrap()
 }
@@ -115,7 +120,8 @@ fn walk(image: &[u8]) -> [&[u8]; 3] {
 
 #[test]
 fn every_table_is_found_with_a_valid_length_and_checksum() {
-    for spec in [plain(1), plain(2), plain(8), two_nodes()] {
+    let with_pci = || plain(1).with_pci(true);
+    for spec in [plain(1), plain(2), plain(8), two_nodes(), with_pci()] {
         let image = tables(ACPI_ADDRESS, &spec);
         let [fadt, madt, dsdt] = walk(&image);
         assert_eq!(&fadt[..4], b"FACP");

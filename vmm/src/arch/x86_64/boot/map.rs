@@ -1,6 +1,8 @@
 #![forbid(unsafe_code)]
 //! The map of physical memory that a guest is told (e820, PVH memory map).
 
+use std::ops::Range;
+
 use crate::arch::x86_64::layout::{HIGH_MEMORY_ADDRESS, LOW_RAM_USABLE_END};
 use crate::memory::layout::{
     HIGH_RAM_START, KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS, PAGE_BYTES, RamLayout,
@@ -41,10 +43,14 @@ pub struct MapEntry {
 }
 
 /// The map of a machine with this memory, lowest address first: conventional memory, what a PC's
-/// firmware keeps (the ACPI tables), RAM up to the gap, KVM's own pages, RAM above 4 GiB, and modules,
+/// firmware keeps (the ACPI tables), RAM up to the gap, what is `reserved` in it, KVM's own pages, RAM above 4 GiB, and modules,
 /// which are RAM too unless `is_rom` says of their backend that it cannot be written.
 #[must_use]
-pub fn memory_map(layout: &RamLayout, is_rom: &dyn Fn(usize) -> bool) -> Vec<MapEntry> {
+pub fn memory_map(
+    layout: &RamLayout,
+    is_rom: &dyn Fn(usize) -> bool,
+    reserved: &[Range<u64>],
+) -> Vec<MapEntry> {
     let low_end = layout.low_ram_end();
     let mut map = Vec::new();
     let mut add = |start: u64, end: u64, kind| {
@@ -59,6 +65,9 @@ pub fn memory_map(layout: &RamLayout, is_rom: &dyn Fn(usize) -> bool) -> Vec<Map
     add(0, low_end.min(LOW_RAM_USABLE_END), MapKind::Ram);
     add(LOW_RAM_USABLE_END, HIGH_MEMORY_ADDRESS, MapKind::Reserved);
     add(HIGH_MEMORY_ADDRESS, low_end, MapKind::Ram);
+    for range in reserved {
+        add(range.start, range.end, MapKind::Reserved);
+    }
     add(
         KVM_IDENTITY_MAP_ADDRESS,
         KVM_TSS_ADDRESS + KVM_TSS_PAGES * PAGE_BYTES,
@@ -82,7 +91,7 @@ pub fn memory_map(layout: &RamLayout, is_rom: &dyn Fn(usize) -> bool) -> Vec<Map
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::layout::{MMIO_GAP_START, Placed};
+    use crate::memory::layout::{MMIO_GAP_START, PCI_CONFIG_MEMORY, Placed};
     use proptest::prelude::*;
 
     const MIB: u64 = 1 << 20;
@@ -96,13 +105,13 @@ mod tests {
 
     #[test]
     fn small_machines_have_all_ram_but_the_firmware_area() {
-        let map = memory_map(&RamLayout::new(&[256 * MIB]).unwrap(), &|_| false);
+        let map = memory_map(&RamLayout::new(&[256 * MIB]).unwrap(), &|_| false, &[]);
         assert_eq!(ram(&map), [(0, 0x9_fc00), (MIB, 255 * MIB)]);
     }
 
     #[test]
     fn ram_above_the_gap_is_told() {
-        let map = memory_map(&RamLayout::new(&[5 << 30]).unwrap(), &|_| false);
+        let map = memory_map(&RamLayout::new(&[5 << 30]).unwrap(), &|_| false, &[]);
         assert_eq!(
             ram(&map),
             [
@@ -121,7 +130,7 @@ mod tests {
         };
         let layout = RamLayout::new(&[64 * MIB]).unwrap();
         let layout = layout.with_modules(&[module(4 << 30), module(5 << 30)]);
-        let map = memory_map(&layout.unwrap(), &|backend| backend == 2);
+        let map = memory_map(&layout.unwrap(), &|backend| backend == 2, &[]);
         assert_eq!(ram(&map)[2..], [(4 << 30, MIB)]);
         let last = map.last().unwrap();
         assert_eq!((last.start, last.kind), (5 << 30, MapKind::Reserved));
@@ -130,7 +139,7 @@ mod tests {
     #[test]
     fn several_backends_are_one_range() {
         let layout = RamLayout::new(&[64 * MIB, 64 * MIB, 3 << 30, MIB]).unwrap();
-        let map = memory_map(&layout, &|_| false);
+        let map = memory_map(&layout, &|_| false, &[PCI_CONFIG_MEMORY]);
         assert_eq!(ram(&map).len(), 3);
     }
 
@@ -141,7 +150,7 @@ mod tests {
         ) {
             let bytes: Vec<u64> = pages.iter().map(|p| p * PAGE_BYTES).collect();
             let layout = RamLayout::new(&bytes).unwrap();
-            let map = memory_map(&layout, &|_| false);
+            let map = memory_map(&layout, &|_| false, &[PCI_CONFIG_MEMORY]);
             let mut end = 0;
             for entry in &map {
                 prop_assert!(entry.start >= end && entry.bytes > 0);

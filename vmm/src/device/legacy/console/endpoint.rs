@@ -15,8 +15,8 @@ use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 
 use super::error::ConsoleError;
 use super::output::Sink;
-use super::socket::Socket;
 use super::target::SerialTarget;
+use crate::device::socket::Socket;
 
 /// Where input comes from.
 #[derive(Debug)]

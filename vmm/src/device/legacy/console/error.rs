@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
+use crate::device::socket::SocketError;
+
 /// Why a console cannot be opened or attached.
 #[derive(Debug, Error)]
 pub enum ConsoleError {
@@ -24,30 +26,9 @@ pub enum ConsoleError {
     /// No pseudo-terminal.
     #[error("cannot make a pseudo-terminal for the serial console")]
     Pty(#[source] io::Error),
-    /// Somebody listens on the socket.
-    #[error(
-        "socket path {} is in use: a process listens on it; choose another path or end that process",
-        path.display()
-    )]
-    SocketInUse {
-        /// The socket's path.
-        path: PathBuf,
-    },
-    /// The path is taken by something that is not ours to replace.
-    #[error("{} exists and is no socket: choose another path or remove it", path.display())]
-    NotASocket {
-        /// The path.
-        path: PathBuf,
-    },
-    /// The socket cannot be made.
-    #[error("cannot listen on socket {}", path.display())]
-    Socket {
-        /// The socket's path.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
+    /// Nobody can listen on its socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The descriptor cannot be made non-blocking.
     #[error("cannot use the given descriptor as serial console")]
     Descriptor(#[source] io::Error),

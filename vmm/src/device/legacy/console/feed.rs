@@ -13,9 +13,9 @@ use super::endpoint::Source;
 use super::error::ConsoleError;
 use super::escape::Escape;
 use super::output::ConsoleOutput;
-use super::socket::Socket;
 use super::terminal::{Kind, RawTerminal, kind};
 use crate::device::legacy::serial::Serial;
+use crate::device::socket::Socket;
 
 /// Most that is read at once; no more is read before the guest has taken it.
 const READ_BYTES: usize = 256;
@@ -233,7 +233,7 @@ impl Feed {
 
     /// Takes a client, or turns it away while there is one.
     fn accept(&mut self) {
-        let Some(client) = self.socket.as_ref().and_then(Socket::accept) else {
+        let Some(Ok(client)) = self.socket.as_ref().map(Socket::accept) else {
             return;
         };
         if let Input::Open(current) | Input::HalfClosed(current) = &self.input {
@@ -243,7 +243,7 @@ impl Feed {
             }
             self.end_of_input(true);
         }
-        let client = Arc::new(client);
+        let client = Arc::new(OwnedFd::from(client));
         self.input = Input::Open(Arc::clone(&client));
         self.output.connect(client);
     }

@@ -13,6 +13,7 @@ use rustix::termios::{LocalModes, OutputModes, tcgetattr};
 use super::*;
 use crate::device::bus::PioDevice;
 use crate::device::irq::IrqLine;
+use crate::device::socket::SocketError;
 
 /// Nothing here takes this long unless it hangs.
 const HANG: Duration = Duration::from_secs(20);
@@ -275,7 +276,10 @@ fn of_many_that_find_a_dead_socket_one_wins() {
     });
     assert_eq!(opened.iter().filter(|console| console.is_ok()).count(), 1);
     for error in opened.iter().filter_map(|console| console.as_ref().err()) {
-        assert!(matches!(error, ConsoleError::SocketInUse { .. }), "{error}");
+        assert!(
+            matches!(error, ConsoleError::Socket(SocketError::InUse { .. })),
+            "{error}"
+        );
     }
 }
 

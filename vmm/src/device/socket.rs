@@ -3,24 +3,60 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
-
-use super::error::ConsoleError;
+use thiserror::Error;
 
 /// How often and how long to wait for another process that is making a socket in the directory.
 const LOCK_ATTEMPTS: u32 = 100;
 const LOCK_WAIT: Duration = Duration::from_millis(10);
 
+/// Why nobody can listen.
+#[derive(Debug, Error)]
+pub enum SocketError {
+    /// Somebody listens on the socket.
+    #[error(
+        "socket path {} is in use: a process listens on it; choose another path or end that process",
+        path.display()
+    )]
+    InUse {
+        /// The socket's path.
+        path: PathBuf,
+    },
+    /// The path is taken by something that is not ours to replace.
+    #[error("{} exists and is no socket: choose another path or remove it", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The path is longer than what is made of it can be.
+    #[error("socket path {} is longer than {most} bytes: choose a shorter one", path.display())]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+        /// The longest.
+        most: usize,
+    },
+    /// The socket cannot be made.
+    #[error("cannot listen on socket {}", path.display())]
+    Listen {
+        /// The socket's path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
 /// A listener; its path goes when it is dropped, if it is still the same socket.
 #[derive(Debug)]
-pub(super) struct Socket {
+pub struct Socket {
     listener: UnixListener,
     path: PathBuf,
     /// Device and inode.
@@ -33,8 +69,8 @@ impl Socket {
     ///
     /// The directory is locked meanwhile, so that of two processes that find the same dead socket
     /// one wins and the other is told that it is in use.
-    pub(super) fn listen(path: &Path) -> Result<Self, ConsoleError> {
-        let failed = |source| ConsoleError::Socket {
+    pub fn listen(path: &Path) -> Result<Self, SocketError> {
+        let failed = |source| SocketError::Listen {
             path: path.to_owned(),
             source,
         };
@@ -43,12 +79,12 @@ impl Socket {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(failed(error)),
             Ok(metadata) if !metadata.file_type().is_socket() => {
-                return Err(ConsoleError::NotASocket {
+                return Err(SocketError::NotASocket {
                     path: path.to_owned(),
                 });
             }
             Ok(_) if is_alive(path).map_err(failed)? => {
-                return Err(ConsoleError::SocketInUse {
+                return Err(SocketError::InUse {
                     path: path.to_owned(),
                 });
             }
@@ -64,11 +100,11 @@ impl Socket {
         })
     }
 
-    /// The next client, non-blocking; `None` when there is none.
-    pub(super) fn accept(&self) -> Option<OwnedFd> {
-        let (stream, _) = self.listener.accept().ok()?;
-        stream.set_nonblocking(true).ok()?;
-        Some(stream.into())
+    /// The next client, non-blocking; an error that says so when there is none.
+    pub fn accept(&self) -> io::Result<UnixStream> {
+        let (stream, _) = self.listener.accept()?;
+        stream.set_nonblocking(true)?;
+        Ok(stream)
     }
 }
 

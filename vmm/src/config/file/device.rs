@@ -1,0 +1,201 @@
+#![forbid(unsafe_code)]
+//! Devices of a machine file.
+
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::is_default;
+use crate::spec::{
+    DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts, TapSpec,
+    VsockParts,
+};
+
+/// One device on the PCI bus. There is a bus where there is a device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "kind", deny_unknown_fields)]
+pub enum DeviceTable {
+    /// Entropy from the host.
+    #[serde(rename = "virtio-rng")]
+    Rng {
+        /// What it is called; `rng0`, `rng1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+    },
+    /// A disk.
+    #[serde(rename = "virtio-blk")]
+    Block {
+        /// What it is called; `disk0`, `disk1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The raw image: a multiple of 512 bytes.
+        path: PathBuf,
+        /// Whether nobody can write it.
+        #[serde(default, skip_serializing_if = "is_default")]
+        readonly: bool,
+        /// Whether what the guest writes ends with the machine and the image stays as it is.
+        #[serde(default, skip_serializing_if = "is_default")]
+        snapshot: bool,
+        /// The serial number that the guest is told: at most 20 characters.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        serial: Option<String>,
+    },
+    /// Connections between programs of the guest and of the host.
+    #[serde(rename = "virtio-vsock")]
+    Vsock {
+        /// What it is called; `vsock0` if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The guest's context ID. In a clone it is this and the clone's number, or what `pando clone` is told.
+        #[schemars(range(min = 3))]
+        cid: u32,
+        /// The Unix socket on which programs of the host reach the guest (`CONNECT PORT`); with `_PORT` behind
+        /// it those that the guest reaches. Without it none do. A clone's is what `pando clone` is told.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        uds_path: Option<PathBuf>,
+    },
+    /// A network device.
+    #[serde(rename = "virtio-net")]
+    Net {
+        /// What it is called; `net0`, `net1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The tap at the other end of its cable; no cable if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        tap: Option<String>,
+        /// The network namespace of the tap, as `ip netns` names it; that of this process if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        netns: Option<String>,
+        /// Its hardware address; the first free one from 52:54:00:12:34:56 on if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<String>")]
+        mac: Option<MacAddress>,
+    },
+}
+
+impl DeviceTable {
+    /// What it is called, or what it is.
+    pub fn name(&self) -> &str {
+        let (id, word) = match self {
+            Self::Rng { id, .. } => (id, "virtio-rng"),
+            Self::Block { id, .. } => (id, "virtio-blk"),
+            Self::Net { id, .. } => (id, "virtio-net"),
+            Self::Vsock { id, .. } => (id, "virtio-vsock"),
+        };
+        id.as_deref().unwrap_or(word)
+    }
+}
+
+impl TryFrom<&DeviceTable> for DeviceParts {
+    type Error = String;
+
+    fn try_from(table: &DeviceTable) -> Result<Self, String> {
+        Ok(match table.clone() {
+            DeviceTable::Rng { id, slot } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Rng,
+            },
+            DeviceTable::Vsock {
+                id,
+                slot,
+                cid,
+                uds_path: path,
+            } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Vsock(VsockParts { cid, path }),
+            },
+            DeviceTable::Block {
+                id,
+                slot,
+                path,
+                readonly,
+                snapshot,
+                serial,
+            } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Block(DiskParts {
+                    path,
+                    access: match (readonly, snapshot) {
+                        // Nobody writes it: there is nothing to keep apart.
+                        (true, _) => DiskAccess::Read,
+                        (false, true) => DiskAccess::Snapshot,
+                        (false, false) => DiskAccess::Write,
+                    },
+                    serial,
+                }),
+            },
+            DeviceTable::Net {
+                id,
+                slot,
+                tap,
+                netns,
+                mac,
+            } => {
+                if tap.is_none() && netns.is_some() {
+                    return Err("netns says where a tap is: say tap too".to_owned());
+                }
+                let tap = tap.map(|tap| TapSpec::new(&tap, netns.as_deref()));
+                let tap = tap.transpose()?;
+                Self {
+                    id,
+                    slot,
+                    kind: DeviceKind::Net(NetParts { tap, mac }),
+                }
+            }
+        })
+    }
+}
+
+impl From<&DeviceSpec> for DeviceTable {
+    fn from(device: &DeviceSpec) -> Self {
+        let (id, slot) = (Some(device.id().to_owned()), Some(device.slot()));
+        match device.kind().clone() {
+            DeviceKind::Rng => Self::Rng { id, slot },
+            DeviceKind::Vsock(VsockParts { cid, path }) => Self::Vsock {
+                id,
+                slot,
+                cid,
+                uds_path: path,
+            },
+            DeviceKind::Block(DiskParts {
+                path,
+                access,
+                serial,
+            }) => Self::Block {
+                id,
+                slot,
+                path,
+                readonly: access == DiskAccess::Read,
+                snapshot: access == DiskAccess::Snapshot,
+                serial,
+            },
+            DeviceKind::Net(NetParts { tap, mac }) => Self::Net {
+                id,
+                slot,
+                netns: (tap.as_ref()).and_then(|tap| tap.namespace().map(str::to_owned)),
+                tap: tap.map(|tap| tap.name().to_owned()),
+                mac,
+            },
+        }
+    }
+}

@@ -1,0 +1,57 @@
+#![forbid(unsafe_code)]
+//! What wakes a worker: its thread's own token, or, where it also waits for a descriptor, an event beside
+//! that one.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::OnceLock;
+use std::thread::{self, Thread};
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+
+/// A bell: what is rung before somebody sleeps is not lost.
+#[derive(Debug, Default)]
+pub(super) struct Bell(OnceLock<OwnedFd>);
+
+impl Bell {
+    /// Makes the event. Before the thread is started.
+    pub(super) fn hang(&self) -> io::Result<()> {
+        if self.0.get().is_none() {
+            let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+            // Nobody else makes one.
+            let _ = self.0.set(event);
+        }
+        Ok(())
+    }
+
+    /// Wakes the thread.
+    pub(super) fn ring(&self, thread: &Thread) {
+        match self.0.get() {
+            // A full counter is a bell that was rung.
+            Some(event) => drop(rustix::io::write(event, &1_u64.to_ne_bytes())),
+            None => thread.unpark(),
+        }
+    }
+
+    /// Sleeps until the bell is rung or the source is readable; whether the source is.
+    pub(super) fn sleep(&self, source: Option<&OwnedFd>) -> bool {
+        let Some(event) = self.0.get() else {
+            thread::park();
+            return false;
+        };
+        let mut descriptors = vec![PollFd::new(event, PollFlags::IN)];
+        descriptors.extend(source.map(|source| PollFd::new(source, PollFlags::IN)));
+        // Interrupted, or out of memory: whoever sleeps looks around and sleeps again.
+        let _ = poll(&mut descriptors, None);
+        let is_ready = |at: usize| {
+            descriptors
+                .get(at)
+                .is_some_and(|descriptor| !descriptor.revents().is_empty())
+        };
+        let (has_rung, has_input) = (is_ready(0), is_ready(1));
+        if has_rung {
+            let _ = rustix::io::read(event, &mut [0_u8; 8]);
+        }
+        has_input
+    }
+}

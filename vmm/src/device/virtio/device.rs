@@ -1,0 +1,115 @@
+#![forbid(unsafe_code)]
+//! What a virtio device is to its transport and its queues.
+
+use std::fmt;
+
+use thiserror::Error;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+
+use super::inbound::Inbound;
+use super::queue::Chain;
+use crate::memory::guest::GuestRam;
+
+/// Features of every device: what queues can do, and that it is a modern one.
+pub const COMMON_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// What a device is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceType {
+    /// Its virtio number.
+    pub number: u16,
+    /// Kind of its saved records.
+    pub kind: &'static str,
+    /// Version of its saved records.
+    pub version: u32,
+    /// PCI class.
+    pub pci_class: u32,
+    /// Size of each queue.
+    pub queues: &'static [u16],
+}
+
+/// A device: what its requests mean. It is called from one thread at a time.
+///
+/// Requests are the guest's: a device checks everything in them, must not panic, and must return in
+/// bounded time.
+pub trait VirtioDevice: Send + fmt::Debug {
+    /// What it is.
+    fn device_type(&self) -> &'static DeviceType;
+
+    /// Features beside [`COMMON_FEATURES`].
+    fn features(&self) -> u64;
+
+    /// What the guest reads in the device's own registers.
+    fn config(&self) -> &[u8];
+
+    /// Does what a request asks for and returns how many bytes of its memory were written.
+    fn process(&mut self, queue: usize, request: &Chain, ram: &GuestRam) -> u32;
+
+    /// Whether it can take a request of a queue now. One that cannot is asked again when it has given
+    /// something to the guest.
+    fn is_ready(&self, _queue: usize) -> bool {
+        true
+    }
+
+    /// How often [`Self::config`] changed.
+    fn generation(&self) -> u8 {
+        0
+    }
+
+    /// The guest has set the device up and takes these features; or it had when it was saved. Comes
+    /// after [`Self::restore`].
+    fn activate(&mut self, _features: u64) -> Result<(), VirtioStateError> {
+        Ok(())
+    }
+
+    /// The machine stands still, and all that its guest has asked for is done: makes durable what will be
+    /// taken for that, as a state of the machine may be kept from now on.
+    fn settle(&mut self) {}
+
+    /// The guest has reset the device, or has broken it.
+    fn reset(&mut self) {}
+
+    /// The machine is about to run: takes what it was connected to meanwhile. Whether the guest is to
+    /// be told that the registers changed.
+    fn begin(&mut self) -> Result<bool, VirtioStateError> {
+        Ok(false)
+    }
+
+    /// What comes from outside, where the device has such a side.
+    fn inbound(&mut self) -> Option<&mut dyn Inbound> {
+        None
+    }
+
+    /// State of its own, beside registers and queues.
+    fn save(&self) -> Vec<u8>;
+
+    /// Goes on where `state` was saved.
+    fn restore(&mut self, state: &[u8]) -> Result<(), VirtioStateError>;
+}
+
+/// How a device makes itself heard.
+pub trait Interrupt: Send + Sync {
+    /// A queue has answers.
+    fn queue(&self, queue: usize);
+    /// The device's registers, or its status, changed.
+    fn config(&self);
+}
+
+/// Why saved state cannot be this device's.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("{reason}")]
+pub struct VirtioStateError {
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+impl VirtioStateError {
+    /// Says what is wrong.
+    pub fn new(reason: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+        }
+    }
+}

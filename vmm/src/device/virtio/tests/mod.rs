@@ -1,0 +1,16 @@
+//! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
+
+mod driver;
+mod hostile;
+mod net;
+mod net_hostile;
+mod net_load;
+mod requests;
+mod rings;
+mod saved;
+mod taken_out;
+mod vsock;
+mod vsock_guest;
+mod vsock_host;
+mod vsock_hostile;
+mod vsock_load;

@@ -1,0 +1,4 @@
+//! How a guest finds and sets up a virtio device.
+
+pub mod common;
+pub mod pci;

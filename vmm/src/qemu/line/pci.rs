@@ -1,0 +1,451 @@
+#![forbid(unsafe_code)]
+//! Devices on the PCI bus: `-drive`, `-blockdev`, `-device virtio-*-pci` and the objects that they name. What
+//! monitors say of them (`blockdev-add`, `device_add`) is read here too. What networks have of their own is
+//! in [`super::netdev`].
+
+use std::path::PathBuf;
+
+use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
+use super::vsock;
+use crate::qemu::error::{OptionError, missing};
+use crate::qemu::words::{Form, Props};
+use crate::spec::{DeviceKind, DeviceParts, DiskAccess, DiskParts, TapSpec, VsockParts};
+
+/// Drivers of `-device`, each with its other names.
+const BLOCK_DRIVERS: [&str; 3] = [
+    "virtio-blk-pci",
+    "virtio-blk",
+    "virtio-blk-pci-non-transitional",
+];
+const RNG_DRIVERS: [&str; 3] = [
+    "virtio-rng-pci",
+    "virtio-rng",
+    "virtio-rng-pci-non-transitional",
+];
+
+/// What options say of devices on the bus.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PciDevices {
+    /// `-drive` and `-blockdev`
+    images: Vec<Image>,
+    /// `-object rng-*`
+    sources: Vec<String>,
+    /// `-netdev`
+    netdevs: Vec<Netdev>,
+    /// `-device`
+    devices: Vec<Device>,
+}
+
+/// An image that a device can name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// What it is called.
+    pub id: String,
+    /// The file and what becomes of what is written.
+    pub disk: DiskParts,
+    /// The blockdev that it has as its file.
+    pub file_node: Option<String>,
+    /// Whether it is a drive, which goes with its device; a blockdev stays.
+    pub is_drive: bool,
+}
+
+/// A device as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// What it is called.
+    pub id: Option<String>,
+    /// Its place.
+    pub slot: Option<u8>,
+    /// Its driver, as it was typed.
+    pub driver: String,
+    what: What,
+    typed: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum What {
+    Rng {
+        source: Option<String>,
+    },
+    Block {
+        drive: String,
+        serial: Option<String>,
+    },
+    Vsock(VsockParts),
+    Net(NetDevice),
+}
+
+impl PciDevices {
+    /// Reads an option of this kind; whether it is one.
+    pub fn option(&mut self, name: &str, value: &str, typed: &str) -> Result<bool, OptionError> {
+        match name {
+            "drive" => self.drive(value, typed)?,
+            "blockdev" => {
+                let image = blockdev(words(value, "driver")?, &self.images)?;
+                self.images.push(image);
+            }
+            "netdev" => {
+                let new = netdev::netdev(words(value, "type")?)?;
+                if self.netdevs.iter().any(|other| other.id == new.id) {
+                    return Err(netdev::duplicate(&new.id));
+                }
+                self.netdevs.push(new);
+            }
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// Reads `-object`, if it is a source of entropy; whether it is.
+    pub fn object(&mut self, value: &str) -> Result<bool, OptionError> {
+        let mut props = Props::parse(value, Some("qom-type"), Form::SwitchesOrJson)?;
+        let kind = props.text("qom-type").ok().flatten().unwrap_or_default();
+        if !matches!(kind.as_str(), "rng-random" | "rng-builtin") {
+            return Ok(false);
+        }
+        let id = props.required("id")?;
+        if kind == "rng-random"
+            && let Some(file) = props.text("filename")?
+            && !matches!(file.as_str(), "/dev/urandom" | "/dev/random")
+        {
+            return Err(OptionError::new(format!(
+                "filename={file} cannot be had: entropy is the kernel's, /dev/urandom"
+            )));
+        }
+        props.finish()?;
+        self.sources.push(id);
+        Ok(true)
+    }
+
+    /// Takes a device of this kind; gives the properties of any other back.
+    pub fn device(&mut self, props: Props, typed: &str) -> Result<Option<Props>, OptionError> {
+        match Device::read(props, typed)? {
+            Ok(device) => {
+                self.devices.push(device);
+                Ok(None)
+            }
+            Err(props) => Ok(Some(props)),
+        }
+    }
+
+    fn drive(&mut self, value: &str, typed: &str) -> Result<(), OptionError> {
+        let mut props = Props::parse(value, None, Form::Switches)?;
+        let path = props.text("file")?.ok_or_else(|| missing("file"))?;
+        let interface = props.text("if")?.unwrap_or_else(|| "ide".to_owned());
+        if !matches!(interface.as_str(), "virtio" | "none") {
+            return Err(OptionError::new(format!(
+                "if={interface} cannot be had: disks are virtio, so say if=virtio, or if=none and -device \
+                 virtio-blk-pci"
+            )));
+        }
+        only(&mut props, "format", &["raw"])?;
+        only(&mut props, "media", &["disk"])?;
+        only(&mut props, "cache", &["writeback"])?;
+        only(&mut props, "aio", &["threads"])?;
+        only(&mut props, "discard", &["unmap", "on"])?;
+        let read_only = props.switch("readonly")?;
+        let read_only = read_only.or(props.switch("read-only")?).unwrap_or(false);
+        let is_snapshot = props.switch("snapshot")?.unwrap_or(false);
+        let number = self.images.len();
+        let id = props.text("id")?;
+        let id = id.unwrap_or_else(|| format!("{interface}{number}"));
+        props.finish()?;
+        let access = match (read_only, is_snapshot) {
+            (true, _) => DiskAccess::Read,
+            (false, true) => DiskAccess::Snapshot,
+            (false, false) => DiskAccess::Write,
+        };
+        self.add(id.clone(), path.into(), access)?;
+        if interface == "virtio" {
+            self.devices.push(Device {
+                id: Some(id.clone()),
+                slot: None,
+                driver: "virtio-blk-pci".to_owned(),
+                what: What::Block {
+                    drive: id,
+                    serial: None,
+                },
+                typed: typed.to_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    fn add(&mut self, id: String, path: PathBuf, access: DiskAccess) -> Result<(), OptionError> {
+        if self.images.iter().any(|image| image.id == id) {
+            return Err(OptionError::new(format!("Duplicate ID '{id}' for drive")));
+        }
+        let disk = DiskParts {
+            path,
+            access,
+            serial: None,
+        };
+        self.images.push(Image {
+            id,
+            disk,
+            file_node: None,
+            is_drive: true,
+        });
+        Ok(())
+    }
+
+    /// The devices, each with its image. An image that no device has waits for one.
+    pub fn parts(&self) -> Result<Vec<DeviceParts>, OptionError> {
+        let mut free: Vec<&Image> = self.images.iter().collect();
+        free.retain(|image| !is_file_node(&self.images, &image.id));
+        let mut cables: Vec<&Netdev> = self.netdevs.iter().collect();
+        let parts = self.devices.iter().map(|device| {
+            let disk_of = |drive: &str| {
+                let at = free.iter().position(|image| image.id == drive);
+                let known = self.images.iter().any(|image| image.id == drive);
+                let at = at.ok_or_else(|| no_drive(drive, known))?;
+                Ok(free.remove(at).disk.clone())
+            };
+            let tap_of = |id: &str| {
+                let at = cables.iter().position(|netdev| netdev.id == id);
+                let known = self.netdevs.iter().any(|netdev| netdev.id == id);
+                let at = at.ok_or_else(|| no_netdev(id, known))?;
+                Ok(cables.remove(at).tap.clone())
+            };
+            let parts = device.parts(&self.sources, disk_of, tap_of);
+            parts.map_err(|error| error.at(&device.typed))
+        });
+        parts.collect()
+    }
+
+    /// All images, each with the place among the devices of the one that has it.
+    pub fn images(&self) -> impl Iterator<Item = (&Image, Option<usize>)> {
+        self.images.iter().map(|image| {
+            let has = |device: &Device| device.drive() == Some(&image.id);
+            (image, self.devices.iter().position(has))
+        })
+    }
+
+    /// All netdevs, each with the place among the devices of the one that has it.
+    pub fn netdevs(&self) -> impl Iterator<Item = (&Netdev, Option<usize>)> {
+        self.netdevs.iter().map(|netdev| {
+            let has = |device: &Device| device.netdev() == Some(&netdev.id);
+            (netdev, self.devices.iter().position(has))
+        })
+    }
+
+    /// Sources of entropy.
+    pub fn sources(&self) -> &[String] {
+        &self.sources
+    }
+}
+
+impl Device {
+    /// Reads a device on the bus; gives the properties of any other back.
+    pub fn read(mut props: Props, typed: &str) -> Result<Result<Self, Props>, OptionError> {
+        let driver = props.required("driver")?;
+        let is_block = BLOCK_DRIVERS.contains(&driver.as_str());
+        let is_vsock = vsock::DRIVERS.contains(&driver.as_str());
+        let is_net = NET_DRIVERS.contains(&driver.as_str());
+        let is_other = is_vsock || is_net || RNG_DRIVERS.contains(&driver.as_str());
+        if !is_block && !is_other {
+            props.add("driver", &driver);
+            return Ok(Err(props));
+        }
+        let id = props.text("id")?;
+        if let Some(bus) = props.text("bus")?
+            && !matches!(bus.as_str(), "pci.0" | "pcie.0")
+        {
+            return Err(OptionError::new(format!("Bus '{bus}' not found")));
+        }
+        let slot = props.text("addr")?.map(|text| slot(&text)).transpose()?;
+        let what = if is_block {
+            What::Block {
+                drive: props
+                    .text("drive")?
+                    .ok_or_else(|| OptionError::new("drive property not set"))?,
+                serial: props.text("serial")?,
+            }
+        } else if is_vsock {
+            What::Vsock(vsock::parts(&mut props)?)
+        } else if is_net {
+            What::Net(NetDevice::read(&mut props)?)
+        } else {
+            What::Rng {
+                source: props.text("rng")?,
+            }
+        };
+        if let Some(name) = props.names().next() {
+            return Err(OptionError::new(format!(
+                "Property '{driver}.{name}' not found"
+            )));
+        }
+        Ok(Ok(Self {
+            id,
+            slot,
+            driver,
+            what,
+            typed: typed.to_owned(),
+        }))
+    }
+
+    /// The drive of a disk.
+    pub fn drive(&self) -> Option<&str> {
+        match &self.what {
+            What::Block { drive, .. } => Some(drive),
+            What::Rng { .. } | What::Vsock(_) | What::Net(_) => None,
+        }
+    }
+
+    /// The netdev of a network device.
+    pub fn netdev(&self) -> Option<&str> {
+        match &self.what {
+            What::Net(net) => net.netdev.as_deref(),
+            What::Rng { .. } | What::Vsock(_) | What::Block { .. } => None,
+        }
+    }
+
+    /// Its parts, with the disk of its drive or the tap of its netdev: `disk_of` and `tap_of` find one that
+    /// nobody has.
+    pub fn parts(
+        &self,
+        sources: &[String],
+        disk_of: impl FnOnce(&str) -> Result<DiskParts, OptionError>,
+        tap_of: impl FnOnce(&str) -> Result<TapSpec, OptionError>,
+    ) -> Result<DeviceParts, OptionError> {
+        let kind = match &self.what {
+            What::Rng { source } => {
+                if let Some(source) = source
+                    && !sources.contains(source)
+                {
+                    return Err(OptionError::new(format!("Device '{source}' not found")));
+                }
+                DeviceKind::Rng
+            }
+            What::Vsock(vsock) => DeviceKind::Vsock(vsock.clone()),
+            What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
+            What::Block { drive, serial } => {
+                let mut disk = disk_of(drive)?;
+                disk.serial.clone_from(serial);
+                DeviceKind::Block(disk)
+            }
+        };
+        Ok(DeviceParts {
+            id: self.id.clone(),
+            slot: self.slot,
+            kind,
+        })
+    }
+}
+
+/// Why a device cannot have a drive: another has it, or there is none.
+pub fn no_drive(drive: &str, is_known: bool) -> OptionError {
+    OptionError::new(if is_known {
+        format!("Drive '{drive}' is already in use by another block device")
+    } else {
+        format!("Property 'virtio-blk-device.drive' can't find value '{drive}'")
+    })
+}
+
+/// Whether one of these images has another one as its file.
+pub fn is_file_node(images: &[Image], id: &str) -> bool {
+    let mut files = images.iter().filter_map(|image| image.file_node.as_deref());
+    files.any(|file| file == id)
+}
+
+/// Reads a blockdev, which may have another one of `images` as its file.
+pub fn blockdev(mut props: Props, images: &[Image]) -> Result<Image, OptionError> {
+    let driver = props.required("driver")?;
+    let node = props
+        .text("node-name")?
+        .ok_or_else(|| OptionError::new("'node-name' must be specified for the root node"))?;
+    if images.iter().any(|image| image.id == node) {
+        return Err(OptionError::new(format!(
+            "Duplicate nodes with node-name='{node}'"
+        )));
+    }
+    let read_only = props.switch("read-only")?.unwrap_or(false);
+    only(&mut props, "discard", &["unmap"])?;
+    only(&mut props, "cache.direct", &["off"])?;
+    only(&mut props, "cache.no-flush", &["off"])?;
+    only(&mut props, "auto-read-only", &["off"])?;
+    let asked = if read_only {
+        DiskAccess::Read
+    } else {
+        DiskAccess::Write
+    };
+    let image = |path: PathBuf, access, file_node| Image {
+        id: node.clone(),
+        disk: DiskParts {
+            path,
+            access,
+            serial: None,
+        },
+        file_node,
+        is_drive: false,
+    };
+    match driver.as_str() {
+        "file" => {
+            let path = props.required("filename")?;
+            only(&mut props, "aio", &["threads"])?;
+            props.finish()?;
+            Ok(image(path.into(), asked, None))
+        }
+        "raw" => {
+            if let Some(file) = props.text("file")? {
+                props.finish()?;
+                let inner = images.iter().find(|image| image.id == file);
+                let inner = inner.ok_or_else(|| {
+                    OptionError::new(format!("Cannot find device='' nor node-name='{file}'"))
+                })?;
+                // Never more than what it is made of may be asked for.
+                let access = match inner.disk.access {
+                    DiskAccess::Write => asked,
+                    narrow if asked == DiskAccess::Write => narrow,
+                    _ => DiskAccess::Read,
+                };
+                return Ok(image(inner.disk.path.clone(), access, Some(file)));
+            }
+            only(&mut props, "file.driver", &["file"])?;
+            let path = props.required("file.filename")?;
+            props.finish()?;
+            Ok(image(path.into(), asked, None))
+        }
+        other => Err(OptionError::new(format!(
+            "driver '{other}' cannot be had: images are raw files, so say driver=file or driver=raw"
+        ))),
+    }
+}
+
+/// Properties of a blockdev or a netdev: words, or JSON.
+fn words(value: &str, first: &str) -> Result<Props, OptionError> {
+    let form = if value.starts_with('{') {
+        Form::SwitchesOrJson
+    } else {
+        Form::KeyValue
+    };
+    Props::parse(value, Some(first), form)
+}
+
+/// Refuses a property that says anything else than what is so.
+pub(super) fn only(props: &mut Props, key: &str, words: &[&str]) -> Result<(), OptionError> {
+    match props.text(key)? {
+        Some(word) if !words.contains(&word.as_str()) => Err(OptionError::new(format!(
+            "{key}={word} cannot be had: {key}={} is what there is",
+            words.first().copied().unwrap_or_default()
+        ))),
+        _ => Ok(()),
+    }
+}
+
+/// A device number and, behind a dot, a function, both hexadecimal.
+fn slot(text: &str) -> Result<u8, OptionError> {
+    let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = slot.strip_prefix("0x").unwrap_or(slot);
+    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let slot = u8::from_str_radix(digits, 16).ok().filter(|_| is_number);
+    match (slot, function) {
+        (Some(slot @ 1..32), "0") => Ok(slot),
+        _ => Err(OptionError::new(format!(
+            "addr={text} cannot be had: a device is function 0 of slot 01 to 1f of the bus"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests;

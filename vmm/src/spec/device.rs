@@ -1,0 +1,458 @@
+#![forbid(unsafe_code)]
+//! Devices that a machine is given: each has a name, a place on the PCI bus, and what it is.
+
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+use super::backend::is_id;
+use super::mac::MacAddress;
+use super::tap::TapSpec;
+
+/// The last device number of a PCI bus; 0 is the host bridge.
+pub const LAST_SLOT: u8 = 31;
+/// The first context ID that a guest can have: 2 is the host, 0 and 1 are nobody's.
+pub const FIRST_CID: u32 = 3;
+/// The last context ID that a guest can have: the next stands for any.
+pub const LAST_CID: u32 = u32::MAX - 1;
+/// Most bytes of the path of a vsock device's socket: `_` and a port come behind it, and all that has a zero
+/// behind it in 108 bytes.
+pub const MAX_VSOCK_PATH_BYTES: usize = 108 - 1 - "_4294967295".len();
+/// Most bytes of the serial number of a disk (`VIRTIO_BLK_ID_BYTES`).
+pub const MAX_SERIAL_BYTES: usize = 20;
+
+/// A device that is asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceParts {
+    /// What it is called; without it, its kind and a number.
+    pub id: Option<String>,
+    /// Its device number on the PCI bus; without it, the first free one.
+    pub slot: Option<u8>,
+    /// What it is.
+    pub kind: DeviceKind,
+}
+
+/// What a device is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// Entropy from the host.
+    Rng,
+    /// A disk.
+    Block(DiskParts),
+    /// Connections to programs of the host.
+    Vsock(VsockParts),
+    /// A network device.
+    Net(NetParts),
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct NetParts {
+    /// The host's end of its cable; none where there is no cable.
+    pub tap: Option<TapSpec>,
+    /// Its hardware address; without it, the first free one from [`MacAddress::DEFAULT`] on.
+    pub mac: Option<MacAddress>,
+}
+
+/// Connections between programs of the guest and of the host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VsockParts {
+    /// The guest's context ID.
+    pub cid: u32,
+    /// The Unix socket on which programs of the host reach the guest; `None` where none can.
+    pub path: Option<PathBuf>,
+}
+
+/// A disk.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct DiskParts {
+    /// The raw image.
+    pub path: PathBuf,
+    /// What happens to what the guest writes.
+    pub access: DiskAccess,
+    /// The serial number that the guest is told.
+    pub serial: Option<String>,
+}
+
+/// What happens to what a guest writes to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DiskAccess {
+    /// It goes to the image.
+    #[default]
+    Write,
+    /// It cannot: the disk is read-only.
+    Read,
+    /// It goes to a file of the machine's own and ends with it; the image stays as it is.
+    Snapshot,
+}
+
+/// A device of a machine: proven when it exists.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceSpec {
+    id: String,
+    slot: u8,
+    kind: DeviceKind,
+}
+
+/// Why a device cannot be.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum DeviceFault {
+    /// A name that is none.
+    #[error("an id is 1 to 64 letters, digits, '-', '_' and '.', and does not begin with '.'")]
+    BadId,
+    /// Two devices of one id.
+    #[error("the id is given twice: ids of devices must differ")]
+    DuplicateId,
+    /// No such place.
+    #[error("there is no PCI slot {slot}: slots are 1 to {LAST_SLOT}")]
+    NoSlot {
+        /// The place asked for.
+        slot: u8,
+    },
+    /// Another device is there.
+    #[error("PCI slot {slot} is taken by device {other:?}")]
+    SlotTaken {
+        /// The place asked for.
+        slot: u8,
+        /// Who has it.
+        other: String,
+    },
+    /// All places are taken.
+    #[error("all {LAST_SLOT} PCI slots are taken")]
+    NoFreeSlot,
+    /// A serial number that the guest cannot be told.
+    #[error("serial {serial:?} is not 1 to {MAX_SERIAL_BYTES} printable ASCII characters")]
+    BadSerial {
+        /// The number.
+        serial: String,
+    },
+    /// A tap that cannot be.
+    #[error("{reason}")]
+    BadTap {
+        /// Why not.
+        reason: String,
+    },
+    /// A disk without an image.
+    #[error("a disk needs the path of its image")]
+    NoPath,
+    /// A context ID that no guest can have.
+    #[error("the context id {cid} is no guest's: those are {FIRST_CID} to {LAST_CID}")]
+    BadCid {
+        /// The ID.
+        cid: u32,
+    },
+    /// A path with which no socket can be made.
+    #[error(
+        "the path of its socket is {bytes} bytes long: with \"_PORT\" behind it a socket's path has room \
+         for 1 to {MAX_VSOCK_PATH_BYTES}"
+    )]
+    BadVsockPath {
+        /// Its length.
+        bytes: usize,
+    },
+    /// Guests have one of them.
+    #[error("there is a virtio-vsock already: a guest uses one")]
+    SecondVsock,
+}
+
+impl DeviceKind {
+    /// The kind as a word.
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Rng => "virtio-rng",
+            Self::Block(_) => "virtio-blk",
+            Self::Vsock(_) => "virtio-vsock",
+            Self::Net(_) => "virtio-net",
+        }
+    }
+
+    fn prefix(&self) -> &'static str {
+        match self {
+            Self::Rng => "rng",
+            Self::Block(_) => "disk",
+            Self::Vsock(_) => "vsock",
+            Self::Net(_) => "net",
+        }
+    }
+
+    fn check(&self) -> Result<(), DeviceFault> {
+        match self {
+            Self::Rng | Self::Net(_) => Ok(()),
+            Self::Block(disk) => disk.check(),
+            Self::Vsock(vsock) => vsock.check(),
+        }
+    }
+}
+
+impl VsockParts {
+    fn check(&self) -> Result<(), DeviceFault> {
+        let cid = self.cid;
+        if !(FIRST_CID..=LAST_CID).contains(&cid) {
+            return Err(DeviceFault::BadCid { cid });
+        }
+        let bytes = self.path.as_ref().map(|path| path.as_os_str().len());
+        match bytes {
+            Some(bytes) if !(1..=MAX_VSOCK_PATH_BYTES).contains(&bytes) => {
+                Err(DeviceFault::BadVsockPath { bytes })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl DiskParts {
+    fn check(&self) -> Result<(), DeviceFault> {
+        let disk = self;
+        if disk.path.as_os_str().is_empty() {
+            return Err(DeviceFault::NoPath);
+        }
+        let is_serial = |text: &String| {
+            (1..=MAX_SERIAL_BYTES).contains(&text.len())
+                && text
+                    .bytes()
+                    .all(|byte| byte == b' ' || byte.is_ascii_graphic())
+        };
+        match &disk.serial {
+            Some(serial) if !is_serial(serial) => Err(DeviceFault::BadSerial {
+                serial: serial.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl DeviceSpec {
+    /// What it is called.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Its device number on the PCI bus.
+    pub fn slot(&self) -> u8 {
+        self.slot
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> &DeviceKind {
+        &self.kind
+    }
+
+    /// The disk, if it is one.
+    pub fn disk(&self) -> Option<&DiskParts> {
+        match &self.kind {
+            DeviceKind::Block(disk) => Some(disk),
+            _ => None,
+        }
+    }
+
+    /// The connections to the host, if it is what makes them.
+    pub fn vsock(&self) -> Option<&VsockParts> {
+        match &self.kind {
+            DeviceKind::Vsock(vsock) => Some(vsock),
+            _ => None,
+        }
+    }
+
+    /// The network device, if it is one.
+    pub fn net(&self) -> Option<&NetParts> {
+        match &self.kind {
+            DeviceKind::Net(net) => Some(net),
+            _ => None,
+        }
+    }
+
+    /// The image of a disk.
+    pub fn disk_path(&self) -> Option<&Path> {
+        self.disk().map(|disk| disk.path.as_path())
+    }
+
+    /// The parts that it was, or could have been, made of.
+    pub fn to_parts(&self) -> DeviceParts {
+        DeviceParts {
+            id: Some(self.id.clone()),
+            slot: Some(self.slot),
+            kind: self.kind.clone(),
+        }
+    }
+}
+
+/// Gives every device its name and its place. What was asked for comes first, so that no default
+/// takes it. The device that cannot be is named by its id, or by its kind.
+pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String, DeviceFault)> {
+    let name_of = |part: &DeviceParts| {
+        let id = part.id.clone();
+        id.unwrap_or_else(|| part.kind.word().to_owned())
+    };
+    let mut taken: Vec<(u8, String)> = Vec::new();
+    let mut ids: Vec<String> = Vec::new();
+    let mut has_vsock = false;
+    for part in &parts {
+        let name = name_of(part);
+        let fault = |fault| (name.clone(), fault);
+        part.kind.check().map_err(fault)?;
+        let is_vsock = matches!(part.kind, DeviceKind::Vsock(_));
+        if is_vsock && std::mem::replace(&mut has_vsock, true) {
+            return Err(fault(DeviceFault::SecondVsock));
+        }
+        if let Some(id) = &part.id {
+            if !is_id(id) {
+                return Err(fault(DeviceFault::BadId));
+            }
+            if ids.contains(id) {
+                return Err(fault(DeviceFault::DuplicateId));
+            }
+            ids.push(id.clone());
+        }
+        if let Some(slot) = part.slot {
+            if !(1..=LAST_SLOT).contains(&slot) {
+                return Err(fault(DeviceFault::NoSlot { slot }));
+            }
+            if let Some((_, other)) = taken.iter().find(|(other, _)| *other == slot) {
+                let other = other.clone();
+                return Err(fault(DeviceFault::SlotTaken { slot, other }));
+            }
+            taken.push((slot, name.clone()));
+        }
+    }
+    let mut devices = Vec::new();
+    let mut parts = parts;
+    give_addresses(&mut parts);
+    for part in parts {
+        let free = |slot: &u8| taken.iter().all(|(other, _)| other != slot);
+        let slot = part.slot.or_else(|| (1..=LAST_SLOT).find(free));
+        let slot = slot.ok_or_else(|| (name_of(&part), DeviceFault::NoFreeSlot))?;
+        let id = part.id.unwrap_or_else(|| {
+            let names = (0..).map(|number: u32| format!("{}{number}", part.kind.prefix()));
+            let mut free = names.filter(|name| !ids.contains(name));
+            free.next().unwrap_or_default()
+        });
+        taken.push((slot, id.clone()));
+        ids.push(id.clone());
+        devices.push(DeviceSpec {
+            id,
+            slot,
+            kind: part.kind,
+        });
+    }
+    Ok(devices)
+}
+
+/// Gives a hardware address to each network device that has none.
+fn give_addresses(parts: &mut [DeviceParts]) {
+    let mac_of = |part: &DeviceParts| match &part.kind {
+        DeviceKind::Net(net) => net.mac,
+        DeviceKind::Rng | DeviceKind::Block(_) | DeviceKind::Vsock(_) => None,
+    };
+    let mut taken: Vec<MacAddress> = parts.iter().filter_map(mac_of).collect();
+    for part in parts {
+        let DeviceKind::Net(net) = &mut part.kind else {
+            continue;
+        };
+        let mut free = (0..).map_while(|number| MacAddress::DEFAULT.plus(number));
+        net.mac = net.mac.or_else(|| free.find(|mac| !taken.contains(mac)));
+        taken.extend(net.mac);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn part(id: Option<&str>, slot: Option<u8>) -> DeviceParts {
+        DeviceParts {
+            id: id.map(str::to_owned),
+            slot,
+            kind: DeviceKind::Rng,
+        }
+    }
+
+    fn disk(path: &str, serial: Option<&str>) -> DeviceParts {
+        DeviceParts {
+            id: None,
+            slot: None,
+            kind: DeviceKind::Block(DiskParts {
+                path: path.into(),
+                access: DiskAccess::Write,
+                serial: serial.map(str::to_owned),
+            }),
+        }
+    }
+
+    #[test]
+    fn defaults_leave_alone_what_was_asked_for() {
+        let devices = place(vec![
+            part(None, None),
+            part(Some("rng0"), Some(1)),
+            disk("d", None),
+        ])
+        .unwrap();
+        let seen: Vec<_> = devices.iter().map(|d| (d.id(), d.slot())).collect();
+        assert_eq!(seen, [("rng1", 2), ("rng0", 1), ("disk0", 3)]);
+        let again = place(devices.iter().map(DeviceSpec::to_parts).collect()).unwrap();
+        assert_eq!(again, devices);
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        let fault = |parts| place(parts).unwrap_err();
+        assert_eq!(fault(vec![part(Some(".1"), None)]).1, DeviceFault::BadId);
+        let twice = vec![part(Some("a"), None), part(Some("a"), None)];
+        assert_eq!(fault(twice), ("a".to_owned(), DeviceFault::DuplicateId));
+        for slot in [0, 32, 255] {
+            let (name, fault) = fault(vec![part(None, Some(slot))]);
+            assert_eq!(
+                (name.as_str(), fault),
+                ("virtio-rng", DeviceFault::NoSlot { slot })
+            );
+        }
+        let vsock = |cid, path: Option<&str>| DeviceParts {
+            id: None,
+            slot: None,
+            kind: DeviceKind::Vsock(VsockParts {
+                cid,
+                path: path.map(PathBuf::from),
+            }),
+        };
+        for cid in [0, 1, 2, u32::MAX] {
+            assert_eq!(fault(vec![vsock(cid, None)]).1, DeviceFault::BadCid { cid });
+        }
+        let long = "x".repeat(MAX_VSOCK_PATH_BYTES + 1);
+        for path in ["", &long] {
+            let (_, fault) = fault(vec![vsock(3, Some(path))]);
+            assert!(matches!(fault, DeviceFault::BadVsockPath { .. }), "{path}");
+        }
+        let two = vec![vsock(3, None), vsock(4, None)];
+        assert_eq!(fault(two).1, DeviceFault::SecondVsock);
+        assert_eq!(
+            place(vec![vsock(3, Some(&long[1..]))]).unwrap()[0].id(),
+            "vsock0"
+        );
+        let (_, taken) = fault(vec![part(Some("a"), Some(3)), part(Some("b"), Some(3))]);
+        assert_eq!(taken.to_string(), "PCI slot 3 is taken by device \"a\"");
+        assert_eq!(fault(vec![part(None, None); 32]).1, DeviceFault::NoFreeSlot);
+        assert_eq!(fault(vec![disk("", None)]).1, DeviceFault::NoPath);
+        for serial in ["", "x\ny", "123456789012345678901"] {
+            let (_, fault) = fault(vec![disk("d", Some(serial))]);
+            assert!(matches!(fault, DeviceFault::BadSerial { .. }), "{serial:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn places_and_names_never_meet(
+            asked in proptest::collection::vec(proptest::option::of(1_u8..=31), 0..31),
+        ) {
+            if let Ok(devices) = place(asked.iter().map(|&slot| part(None, slot)).collect()) {
+                let mut slots: Vec<_> = devices.iter().map(DeviceSpec::slot).collect();
+                slots.sort_unstable();
+                slots.dedup();
+                prop_assert_eq!(slots.len(), asked.len());
+                let mut ids: Vec<_> = devices.iter().map(DeviceSpec::id).collect();
+                ids.sort_unstable();
+                ids.dedup();
+                prop_assert_eq!(ids.len(), asked.len());
+            }
+        }
+    }
+}

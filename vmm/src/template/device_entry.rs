@@ -1,0 +1,118 @@
+#![forbid(unsafe_code)]
+//! The part of a manifest that says which devices the machine has, and where the images of its disks
+//! are.
+
+use serde::{Deserialize, Serialize};
+
+use super::seal::Seal;
+use crate::spec::{
+    DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts, VsockParts,
+};
+
+/// The first format that has this part.
+pub(super) const FIRST_FORMAT: u32 = 4;
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceEntry {
+    /// What it is called.
+    pub id: String,
+    /// Its device number on the PCI bus.
+    pub slot: u8,
+    /// What it is: `virtio-rng`, `virtio-blk`, which has a disk, `virtio-vsock`, which has a context ID, or
+    /// `virtio-net`, which has a `mac`.
+    pub kind: String,
+    /// The disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskEntry>,
+    /// The context ID of a `virtio-vsock` when the machine was frozen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cid: Option<u32>,
+    /// The hardware address of a `virtio-net`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<MacAddress>,
+}
+
+/// The image of a disk as it was when the machine was frozen.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskEntry {
+    /// Its file, a plain name inside the template.
+    pub file: String,
+    /// Its size in bytes.
+    pub bytes: u64,
+    /// Whether the guest cannot write it.
+    pub readonly: bool,
+    /// The serial number that the guest was told.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// Sparse digest of the file.
+    pub digest: String,
+    /// Identity of the file.
+    pub seal: Seal,
+}
+
+impl DeviceEntry {
+    /// The entry of a device; `disk` is its image, if it has one.
+    pub(super) fn of(device: &DeviceSpec, disk: Option<DiskEntry>) -> Self {
+        Self {
+            id: device.id().to_owned(),
+            slot: device.slot(),
+            kind: device.kind().word().to_owned(),
+            disk,
+            cid: device.vsock().map(|vsock| vsock.cid),
+            mac: device.net().and_then(|net| net.mac),
+        }
+    }
+
+    /// The device's parts, unchecked; the reason where it is none.
+    pub(super) fn parts(&self) -> Result<DeviceParts, String> {
+        let kind = match (self.kind.as_str(), &self.disk, self.cid, self.mac) {
+            ("virtio-rng", None, None, None) => DeviceKind::Rng,
+            // Where its socket is is said when a clone is made.
+            ("virtio-vsock", None, Some(cid), None) => {
+                DeviceKind::Vsock(VsockParts { cid, path: None })
+            }
+            // Which tap a clone has is said when it is made.
+            ("virtio-net", None, None, Some(mac)) => DeviceKind::Net(NetParts {
+                tap: None,
+                mac: Some(mac),
+            }),
+            ("virtio-blk", Some(disk), None, None) => {
+                if disk.seal.bytes != disk.bytes {
+                    return Err(format!(
+                        "disk {} has {} bytes, its sealed file has {}",
+                        self.id, disk.bytes, disk.seal.bytes
+                    ));
+                }
+                DeviceKind::Block(DiskParts {
+                    path: disk.file.as_str().into(),
+                    access: if disk.readonly {
+                        DiskAccess::Read
+                    } else {
+                        DiskAccess::Snapshot
+                    },
+                    serial: disk.serial.clone(),
+                })
+            }
+            (kind, disk, cid, mac) => {
+                let with = |is_there| if is_there { "with" } else { "without" };
+                let (disk, cid, mac) = (
+                    with(disk.is_some()),
+                    with(cid.is_some()),
+                    with(mac.is_some()),
+                );
+                return Err(format!(
+                    "device {} is a {kind:?} {disk} a disk, {cid} a context id and {mac} a mac",
+                    self.id
+                ));
+            }
+        };
+        Ok(DeviceParts {
+            id: Some(self.id.clone()),
+            slot: Some(self.slot),
+            kind,
+        })
+    }
+}
