@@ -3,7 +3,8 @@
 # First program of the guest under test (L2): busybox, a ready mark, then commands from COM1.
 #
 # A request is one line, `ID COMMAND`. Every line that the command prints comes back as `ID: line`,
-# and the end as `ID= STATUS`, so that kernel messages and older output cannot be mistaken for it.
+# and the end as `ID= STATUS`, so that kernel messages and older output cannot be mistaken for it. A last
+# line without an end is a line all the same.
 /bin/busybox mkdir -p /bin /proc /sys /dev /tmp
 /bin/busybox --install -s /bin
 export PATH=/bin HOME=/tmp TERM=dumb
@@ -14,6 +15,9 @@ mount -t tmpfs tmpfs /tmp
 exec </dev/ttyS0 >/dev/ttyS0 2>&1
 stty -echo -onlcr
 dmesg -n 1
+# A scenario may add an archive with something to do before the ready mark.
+# shellcheck source=/dev/null
+[ ! -f /prepare ] || . /prepare
 # What tells a boot that goes on from another one: the kernel chooses the id when it is first read.
 cat /proc/sys/kernel/random/boot_id >/dev/null
 cut -d' ' -f1 /proc/uptime >/tmp/ready-uptime
@@ -25,7 +29,8 @@ while true; do
         {
             sh -c "$command"
             echo "status-of-command $?"
-        } 2>&1 </dev/null | sed -e "s/^status-of-command /$id= /;t" -e "s/^/$id: /"
+        } 2>&1 </dev/null | sed -e "s/^status-of-command /$id= /;t" \
+            -e "s/^\(.*\)status-of-command \([0-9]*\)\$/$id: \1\n$id= \2/;t" -e "s/^/$id: /"
     else
         sleep 1
     fi
