@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Linux guests: Debian's kernels as host and as guest, in the nested rig.
 
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
@@ -144,14 +145,26 @@ fn linux_6_12_goes_on_with_its_network() -> Result<()> {
     net(Series::Linux6_12)
 }
 
-#[test]
-fn linux_6_12_clones_are_told_apart() -> Result<()> {
-    let report = L1::new("linux-identity", Series::Linux6_12)
+fn identity(series: Series) -> Result<()> {
+    let unit = concat!(env!("CARGO_MANIFEST_DIR"), "/../guest/vm-fork");
+    let report = L1::new(&format!("linux-identity-{series}"), series)
         .program(&built_program("pando")?, "/bin/pando")
         .program(&built_program("say")?, "/bin/say")
+        .program(&system_program("perl")?, "/usr/bin/perl")
+        .file(Path::new(unit), "/rig/vm-fork")
         .limit(LIMIT)
         .run(IDENTITY)?;
-    report.record("identity")?;
-    ensure!(report.passed(), "Linux 6.12, told apart:\n{report}");
+    report.record(&format!("identity-{series}"))?;
+    ensure!(report.passed(), "Linux {series}, told apart:\n{report}");
     Ok(())
+}
+
+#[test]
+fn linux_6_1_clones_are_told_apart() -> Result<()> {
+    identity(Series::Linux6_1)
+}
+
+#[test]
+fn linux_6_12_clones_are_told_apart() -> Result<()> {
+    identity(Series::Linux6_12)
 }

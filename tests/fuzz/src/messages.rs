@@ -160,7 +160,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
         FromPager::HoleFaults(report()),
     ];
     seeds.extend(from_pager.iter().map(|news| parts::of(1, &sent(news))));
-    seeds.push(parts::of(2, &sent(&ToWorker::Start(worker()))));
+    seeds.push(parts::of(2, &sent(&ToWorker::Start(Box::new(worker())))));
     let from_worker = [
         FromWorker::Memory(ClientMemory {
             regions: vec![region()],
@@ -282,6 +282,7 @@ fn worker() -> WorkerConfig {
         verbosity: 0,
         record: None,
         nets: vec![],
+        documents: vec![],
     }
 }
 

@@ -147,7 +147,9 @@ pub fn system_program(name: &str) -> Result<PathBuf> {
         .into_iter()
         .map(|folder| Path::new(folder).join(name))
         .find(|path| path.is_file())
-        .with_context(|| format!("no {name}: install the package e2fsprogs (tests/setup does)"))
+        .with_context(|| {
+            format!("no {name}: install the packages e2fsprogs and perl-base (tests/setup does)")
+        })
 }
 
 /// The emulator, checked to be new enough.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-pub use self::devices::{CloneNetArg, DeviceArgs};
+pub use self::devices::{CloneDeviceArgs, DeviceArgs};
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
 pub use self::unique::UniqueArgs;
@@ -365,14 +365,9 @@ pub struct CloneArgs {
     /// Where vsocks are reached.
     #[command(flatten)]
     pub vsock: CloneVsockArgs,
-    /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
-    /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
-    /// template has not [default: an address derived from template and clone; without --net no cable]
-    #[arg(
-        long = "net",
-        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug]"
-    )]
-    pub nets: Vec<CloneNetArg>,
+    /// What their devices have.
+    #[command(flatten)]
+    pub devices: CloneDeviceArgs,
     /// Where pages are served: own (a thread in each clone's process) or shared (one process for all
     /// clones) [default: shared for several clones, own for one]
     #[arg(long = "pager", value_enum, value_name = "WHERE")]

@@ -23,6 +23,7 @@ use crate::clone::cgroup::CloneGroups;
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::give_back::policy::Policy;
 use crate::clone::learn::{Learn, Lessons};
+use crate::clone::marks::{self, DocumentPattern};
 use crate::clone::nets::{self, NetPattern};
 use crate::clone::pool::PoolLimits;
 use crate::clone::process::SerialPlan;
@@ -64,6 +65,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     raise_descriptor_limit();
     let limits = HostLimits::probe();
     let nets = nets(args, &template, clones)?;
+    let documents = documents(args, &template)?;
     let request = Request {
         clones: u64::from(clones) + args.warm.map_or(0, |warm| warm.ceiling as u64),
         engine: args.engine,
@@ -102,18 +104,20 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     .map_err(|error| Failure::of(&error))?;
     supervisor.use_vsock(vsock);
     supervisor.nets = nets;
+    supervisor.documents = documents;
     if args.cgroups {
         match CloneGroups::new() {
             Ok(groups) => supervisor.use_cgroups(groups),
             Err(error) => note!("pando: {}", chain(&error)),
         }
     }
+    let spec = template.spec().clone();
     drop(template);
     if args.warm.is_some() {
         supervisor.warm_up().map_err(|error| Failure::of(&error))?;
     }
     if args.unique.check_unique {
-        return unique::run(args, &mut supervisor);
+        return unique::run(args, &spec, &mut supervisor);
     }
     let readable = supervise(args, &mut supervisor)?;
     let lessons = supervisor.finish_lessons();
@@ -122,9 +126,22 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
 
 /// Where cables end, proven.
 fn nets(args: &CloneArgs, template: &Template, clones: u32) -> Result<Vec<NetPattern>, Failure> {
-    let patterns: Vec<_> = args.nets.iter().map(|net| net.0.clone()).collect();
+    let patterns: Vec<_> = args.devices.nets.iter().map(|net| net.0.clone()).collect();
     nets::check(&patterns, template.spec(), clones)
         .map_err(|why| Failure::usage(format!("--net: {why}")))
+}
+
+/// What documents have, proven.
+fn documents(args: &CloneArgs, template: &Template) -> Result<Vec<DocumentPattern>, Failure> {
+    let patterns: Vec<_> = args
+        .devices
+        .documents
+        .iter()
+        .map(|file| file.0.clone())
+        .collect();
+    marks::check(&patterns, template.spec())
+        .map_err(|why| Failure::usage(format!("--document: {why}")))?;
+    Ok(patterns)
 }
 
 /// Which clones teach; none where what they teach could not be kept.

@@ -9,8 +9,10 @@ use super::fail::Failure;
 use super::out::{note, say};
 use super::{inspect, progress, run, warm};
 use crate::config;
+use crate::config::file::UuidWord;
+use crate::machine::GenerationId;
 use crate::report::{chain, exit};
-use crate::spec::{BackendSpec, MachineSpec};
+use crate::spec::{BackendSpec, MachineSpec, Uuid};
 use crate::template::Template;
 use crate::template::build::{Ready, TemplateVm};
 use crate::template::load::reseal;
@@ -40,6 +42,10 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
     // The built-in guest does not look: its clones would pay for nothing.
     let is_embedded = file.kernel.as_deref() == Some(Path::new(config::EMBEDDED_KERNEL));
     file.vmgenid.get_or_insert(!is_embedded);
+    if !is_embedded && file.uuid.is_none() {
+        let random = GenerationId::random().map_err(|error| Failure::of(&error))?;
+        file.uuid = Some(UuidWord(Uuid(random.0)));
+    }
     let (spec, boot) =
         config::resolve_file(&file).map_err(|error| Failure::usage(chain(&error)))?;
     let ready = match &args.ready {

@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use super::args::CloneArgs;
+use super::args::{CloneArgs, UniqueArgs};
 use super::fail::Failure;
 use super::out::say;
 use super::table::table;
@@ -12,6 +12,7 @@ use crate::clone::control::Ending;
 use crate::clone::process::SerialPlan;
 use crate::clone::supervise::{STOP_GRACE, Supervisor};
 use crate::report::{chain, exit};
+use crate::spec::{DeviceSpec, MachineSpec};
 
 /// How many clones are compared.
 const CLONES: usize = 2;
@@ -34,44 +35,64 @@ enum Rule {
 /// A fact, the shell command that tells it, and what must be.
 struct Fact {
     name: &'static str,
-    command: &'static str,
+    command: String,
     rule: Rule,
 }
 
-/// All but the clock and the generation ID. Commands that busybox has too.
-const FACTS: [Fact; 6] = [
-    Fact {
-        name: "getrandom",
-        command: "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '",
-        rule: Rule::Differs,
-    },
-    Fact {
-        name: "mac",
-        command: "cat /sys/class/net/*/address 2>/dev/null | grep -v ^00:00:00:00:00:00 | xargs",
-        rule: Rule::DiffersIfThere,
-    },
-    Fact {
-        name: "uuid",
-        command: "cat /sys/class/dmi/id/product_uuid 2>/dev/null",
-        rule: Rule::Shown,
-    },
-    Fact {
-        name: "boot id",
-        command: "cat /proc/sys/kernel/random/boot_id",
-        rule: Rule::Shown,
-    },
-    Fact {
-        name: "machine id",
-        command: "cat /etc/machine-id 2>/dev/null",
-        rule: Rule::Shown,
-    },
-    Fact {
-        name: "hostname",
-        command: "hostname",
-        rule: Rule::Shown,
-    },
-];
-
+/// What is asked, in this order, of busybox too. What a clone's devices give it must be there if it has
+/// them; what the guest alone can renew must differ if that `is_strict`.
+fn facts(args: &UniqueArgs, spec: &MachineSpec) -> Vec<Fact> {
+    let fact = |name, command: &str, rule| Fact {
+        name,
+        command: command.to_owned(),
+        rule,
+    };
+    let given = |is_given| {
+        if is_given {
+            Rule::Differs
+        } else {
+            Rule::DiffersIfThere
+        }
+    };
+    let has = |is_it: fn(&DeviceSpec) -> bool| spec.devices().iter().any(is_it);
+    let by_guest = if args.strict {
+        Rule::Differs
+    } else {
+        Rule::Shown
+    };
+    let skip = GENERATION_ID_ADDRESS / 16;
+    let generation = format!(
+        "[ -e /sys/bus/acpi/devices/QEMUVGID:00 ] && dd if=/dev/mem bs=16 skip={skip} count=1 2>/dev/null | \
+         od -An -tx1 | tr -d ' '"
+    );
+    vec![
+        fact("generation id", &generation, Rule::Differs),
+        fact(
+            "getrandom",
+            "head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '",
+            Rule::Differs,
+        ),
+        fact(
+            "mac",
+            "cat /sys/class/net/*/address 2>/dev/null | grep -v ^00:00:00:00:00:00 | xargs",
+            given(has(|device| device.net().is_some())),
+        ),
+        // As dmidecode reads it; /sys/class/dmi/id has what the kernel read when it booted.
+        fact(
+            "uuid",
+            "dd if=/sys/firmware/dmi/tables/DMI bs=1 skip=8 count=16 2>/dev/null | od -An -tx1 | tr -d ' '",
+            given(spec.identity().tells_guest()),
+        ),
+        fact(
+            "vsock cid",
+            &args.cid_command,
+            given(has(|device| device.vsock().is_some())),
+        ),
+        fact("boot id", "cat /proc/sys/kernel/random/boot_id", by_guest),
+        fact("machine id", "cat /etc/machine-id 2>/dev/null", by_guest),
+        fact("hostname", "hostname", by_guest),
+    ]
+}
 /// What one clone said.
 #[derive(Debug, Default)]
 struct Answers {
@@ -90,18 +111,25 @@ impl Answers {
 }
 
 /// Starts two clones, asks and compares. An error where something is equal that must not be.
-pub(super) fn run(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<u8, Failure> {
+pub(super) fn run(
+    args: &CloneArgs,
+    spec: &MachineSpec,
+    supervisor: &mut Supervisor,
+) -> Result<u8, Failure> {
+    let facts = facts(&args.unique, spec);
+    let question = question(&args.unique, &facts);
     for _ in 0..CLONES {
         supervisor.start(&SerialPlan::Supervisor, &[]);
     }
     let answers = (0..CLONES)
-        .map(|number| ask(args, supervisor, number))
+        .map(|number| ask(&question, supervisor, number))
         .collect::<Result<Vec<_>, _>>();
     let stopped = supervisor.stop_all(STOP_GRACE);
     let answers = answers?;
     stopped.map_err(|error| Failure::of(&error))?;
     match answers.as_slice() {
         [one, other] => compare(
+            &facts,
             one,
             other,
             Duration::from_millis(args.unique.clock_tolerance),
@@ -111,24 +139,21 @@ pub(super) fn run(args: &CloneArgs, supervisor: &mut Supervisor) -> Result<u8, F
 }
 
 /// The question: one line for a shell. The clock comes first, and nothing before it takes time.
-fn question(prefix: &str) -> String {
-    let skip = GENERATION_ID_ADDRESS / 16;
-    let generation = format!(
-        "[ -e /sys/bus/acpi/devices/QEMUVGID:00 ] && dd if=/dev/mem bs=16 skip={skip} count=1 2>/dev/null | \
-         od -An -tx1 | tr -d ' '"
-    );
+fn question(args: &UniqueArgs, facts: &[Fact]) -> String {
+    let prefix = &args.shell_prefix;
     let mut line = format!("{prefix}p=pando; echo \"$p:clock=$(date +%s.%N)\"");
-    line.push_str(&format!("; echo \"$p:generation id=$({generation})\""));
-    for fact in &FACTS {
+    if let Some(command) = &args.wait_for {
+        line.push_str(&format!("; {command}"));
+    }
+    for fact in facts {
         line.push_str(&format!("; echo \"$p:{}=$({})\"", fact.name, fact.command));
     }
     line.push_str("; echo \"$p:end=\"\n");
     line
 }
 
-fn ask(args: &CloneArgs, supervisor: &mut Supervisor, number: usize) -> Result<Answers, Failure> {
+fn ask(question: &str, supervisor: &mut Supervisor, number: usize) -> Result<Answers, Failure> {
     let failed = |why: String| Failure::new(exit::FAILED, format!("clone {number}: {why}"));
-    let question = question(&args.unique.shell_prefix);
     let (before, start) = (since_epoch(), Instant::now());
     let mut asked = false;
     let mut answers = Answers::default();
@@ -219,12 +244,15 @@ fn judge(rule: Rule, one: Option<&str>, other: Option<&str>) -> (bool, &'static 
     }
 }
 
-fn compare(one: &Answers, other: &Answers, tolerance: Duration) -> Result<u8, Failure> {
+fn compare(
+    facts: &[Fact],
+    one: &Answers,
+    other: &Answers,
+    tolerance: Duration,
+) -> Result<u8, Failure> {
     let mut rows = table(&["of two clones", "is", "clone 0", "clone 1"]);
     let mut bad = Vec::new();
-    let generation = [("generation id", Rule::Differs)];
-    let facts = FACTS.iter().map(|fact| (fact.name, fact.rule));
-    for (name, rule) in generation.into_iter().chain(facts) {
+    for &Fact { name, rule, .. } in facts {
         let (one, other) = (one.of(name), other.of(name));
         let (is_good, word) = judge(rule, one, other);
         if !is_good {
@@ -258,6 +286,7 @@ fn compare(one: &Answers, other: &Answers, tolerance: Duration) -> Result<u8, Fa
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::spec::{BackendSpec, CpuCount};
 
     #[test]
     fn what_a_guest_says_moves_no_cursor() {
@@ -267,8 +296,19 @@ mod tests {
 
     #[test]
     fn the_echo_of_the_question_is_no_answer() {
-        let question = question("id ");
+        let args = UniqueArgs {
+            check_unique: true,
+            shell_prefix: "id ".to_owned(),
+            clock_tolerance: 100,
+            strict: false,
+            wait_for: Some("sleep 1".to_owned()),
+            cid_command: "cid".to_owned(),
+        };
+        let ram = BackendSpec::new("ram0", 64 << 20).unwrap();
+        let spec = MachineSpec::new(CpuCount::ONE, vec![ram]).unwrap();
+        let question = question(&args, &facts(&args, &spec));
         assert!(question.starts_with("id p=pando;") && answer(&question).is_none());
+        assert!(question.contains("; sleep 1; echo \"$p:generation id="));
         assert_eq!(question.matches('\n').count(), 1);
         assert_eq!(answer("q1: pando:boot id=a=b "), Some(("boot id", "a=b")));
         assert_eq!(answer("# pando:end="), Some(("end", "")));

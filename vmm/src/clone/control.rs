@@ -12,6 +12,7 @@ use super::Engine;
 pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
 use super::give_back::policy::Policy;
 use super::learn::Learn;
+use super::marks::DocumentPlan;
 use super::nets::NetPlan;
 use super::record::{Record, TracePiece};
 use super::vsock::VsockOrders;
@@ -27,7 +28,7 @@ pub const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// The first message: what to run. Descriptors that [`Serial`] names come with it.
-    Start(WorkerConfig),
+    Start(Box<WorkerConfig>),
     /// Stop the machine and end.
     Stop,
     /// The answer to [`FromWorker::Forget`].
@@ -65,6 +66,8 @@ pub struct WorkerConfig {
     pub record: Option<Record>,
     /// Where the cables of its network devices end.
     pub nets: Vec<NetPlan>,
+    /// What else its document has, if it has one.
+    pub documents: Vec<DocumentPlan>,
 }
 
 /// How a clone's pager works.
@@ -353,6 +356,10 @@ mod tests {
                 mac: Some(MacAddress::DEFAULT),
                 plug: false,
             }],
+            documents: vec![DocumentPlan {
+                name: "opt/key".into(),
+                path: "k".into(),
+            }],
         }
     }
 
@@ -361,11 +368,11 @@ mod tests {
         let (ours, theirs) = Channel::pair().unwrap();
         let theirs = Channel::new(theirs);
         let (mut end, passed) = std::os::unix::net::UnixStream::pair().unwrap();
-        ours.send(&ToWorker::Start(config()), &[passed.as_fd()])
+        ours.send(&ToWorker::Start(Box::new(config())), &[passed.as_fd()])
             .unwrap();
         ours.send(&ToWorker::Stop, &[]).unwrap();
         let (message, mut descriptors) = theirs.receive::<ToWorker>().unwrap().unwrap();
-        assert_eq!(message, ToWorker::Start(config()));
+        assert_eq!(message, ToWorker::Start(Box::new(config())));
         let mut received = std::os::unix::net::UnixStream::from(descriptors.remove(0));
         received.write_all(b"x").unwrap();
         end.read_exact(&mut [0]).unwrap();

@@ -15,6 +15,7 @@ use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
 use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
+use super::marks;
 use super::nets;
 use super::placement::Placement;
 use super::record::{Record, Recorded};
@@ -197,7 +198,7 @@ fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     match channel.receive::<ToWorker>()? {
         // They may have been on their way while its root died: another fork has them by now.
         Some((ToWorker::Start(config), descriptors)) if !channel.is_hung_up() => {
-            Ok(Some((config, descriptors)))
+            Ok(Some((*config, descriptors)))
         }
         Some(_) | None => Ok(None),
     }
@@ -220,6 +221,8 @@ fn connect(
     if let Some(connection) = nets::vsock(template, &config)? {
         machine.bind_vsock(connection).map_err(CloneError::from)?;
     }
+    let marks = marks::of(template, &config)?;
+    machine.bind_marks(marks).map_err(CloneError::from)?;
     let nets = nets::connect(template, &config)?;
     if !nets.is_empty() {
         machine.bind_nets(nets).map_err(CloneError::from)?;

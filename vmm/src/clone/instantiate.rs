@@ -49,6 +49,9 @@ pub enum CloneError {
     /// A network device that cannot be.
     #[error("cannot connect the clone to its network: {0}")]
     Net(String),
+    /// A document that cannot be.
+    #[error("cannot make the clone's document: {0}")]
+    Document(String),
     /// The machine.
     #[error("the clone's machine cannot be restored")]
     Machine(#[from] MachineError),

@@ -27,6 +27,7 @@ mod hear;
 mod hole_faults;
 pub mod instantiate;
 pub mod learn;
+pub mod marks;
 pub mod member;
 pub mod nets;
 pub mod paging;

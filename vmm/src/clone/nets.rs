@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::control::WorkerConfig;
 use super::instantiate::CloneError;
+use super::marks;
 use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::net::backend::{NetConnection, Tap};
 use crate::device::virtio::vsock::backend::VsockConnection;
@@ -194,23 +195,44 @@ pub(super) fn connect(
     template: &Template,
     config: &WorkerConfig,
 ) -> Result<Vec<(String, NetConnection)>, CloneError> {
+    let has = |id: &str| {
+        template
+            .spec()
+            .devices()
+            .iter()
+            .any(|device| device.id() == id)
+    };
+    let present = addresses(template, config).into_iter();
+    present
+        .filter(|(id, _)| has(id))
+        .map(|(id, mac)| {
+            let plan = config.nets.iter().find(|plan| plan.id == id && !plan.plug);
+            let connection = NetConnection {
+                tap: plan.map(NetPlan::open).transpose()?,
+                mac: Some(mac),
+            };
+            Ok((id, connection))
+        })
+        .collect()
+}
+
+/// The address of each network device that a clone has, those included that are plugged.
+pub(super) fn addresses(template: &Template, config: &WorkerConfig) -> Vec<(String, MacAddress)> {
     let devices = template.spec().devices().iter();
-    let ids = devices
+    let present = devices
         .filter(|device| device.net().is_some())
-        .map(|device| device.id());
-    ids.map(|id| {
-        let plan = config.nets.iter().find(|plan| plan.id == id && !plan.plug);
-        let mac = match plan {
-            Some(plan) => plan.mac(template, config.clone),
-            None => derived_mac(template, config.clone, id),
-        };
-        let connection = NetConnection {
-            tap: plan.map(NetPlan::open).transpose()?,
-            mac: Some(mac),
-        };
-        Ok((id.to_owned(), connection))
-    })
-    .collect()
+        .map(|device| {
+            let id = device.id();
+            let plan = config.nets.iter().find(|plan| plan.id == id && !plan.plug);
+            let mac = match plan {
+                Some(plan) => plan.mac(template, config.clone),
+                None => derived_mac(template, config.clone, id),
+            };
+            (id.to_owned(), mac)
+        });
+    let plugged = config.nets.iter().filter(|plan| plan.plug);
+    let plugged = plugged.map(|plan| (plan.id.clone(), plan.mac(template, config.clone)));
+    present.chain(plugged).collect()
 }
 
 /// The connection of a clone's vsock device, if it has one.
@@ -253,6 +275,7 @@ pub(super) fn connections(
         vsock: vsock(template, config)?,
         nets: connect(template, config)?,
         plugged: plugged(template, config)?,
+        marks: marks::of(template, config)?,
         ..template.connections(serial)?
     })
 }

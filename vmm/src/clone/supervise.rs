@@ -14,6 +14,7 @@ use super::closing::close_elsewhere;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
 use super::learn::Learner;
+use super::marks::{self, DocumentPattern};
 pub use super::member::{Clone, CloneOptions, Event, GivenBack, RootOptions};
 use super::nets::{self, NetPattern};
 use super::paging::{Owner, SharedPaging};
@@ -82,6 +83,8 @@ pub struct Supervisor {
     pub(super) groups: Option<CloneGroups>,
     /// Cables of clones' network devices, which [`nets::check`] has proven.
     pub nets: Vec<NetPattern>,
+    /// What their documents have, which [`marks::check`] has proven.
+    pub documents: Vec<DocumentPattern>,
 }
 
 /// How long is waited at the end for clones that were killed.
@@ -122,6 +125,7 @@ impl Supervisor {
             pager_stats: PagerStats::default(),
             groups: None,
             nets: Vec::new(),
+            documents: Vec::new(),
         };
         supervisor
             .watch(supervisor.signals.as_fd(), token::SIGNAL)
@@ -188,6 +192,7 @@ impl Supervisor {
             supervisor_pid: std::process::id(),
             verbosity: self.options.verbosity,
             record: self.options.pager.learn.record(number as u64),
+            documents: marks::plans(&self.documents, number as u64),
             nets: nets::plans(&self.nets, number as u64).map_err(SpawnError::Net)?,
         })
     }

@@ -74,17 +74,23 @@ pub enum VsockError {
 }
 
 impl VsockOrders {
+    /// The context ID of a clone; `None` where the machine has none.
+    pub(super) fn cid(&self, clone: u64, spec: &MachineSpec) -> Result<Option<u32>, VsockError> {
+        let of_template = template_cid(spec);
+        let first = of_template.map(|of_template| self.first_cid.unwrap_or(of_template));
+        first.map(|first| cid_of(first, clone)).transpose()
+    }
+
     /// Connects the vsock device of a clone; `None` where the machine has none.
     pub(super) fn connect(
         &self,
         clone: u64,
         spec: &MachineSpec,
     ) -> Result<Option<VsockConnection>, VsockError> {
-        let Some(of_template) = template_cid(spec) else {
+        let Some(cid) = self.cid(clone, spec)? else {
             return Ok(None);
         };
-        let first = self.first_cid.unwrap_or(of_template);
-        let cid = Some(cid_of(first, clone)?);
+        let cid = Some(cid);
         let path = self.socket.as_ref().map(|socket| &*socket.0);
         let host = path.map(HostSide::listen).transpose()?;
         Ok(Some(VsockConnection { cid, host }))

@@ -204,6 +204,7 @@ impl Warmer {
             verbosity: self.options.verbosity,
             record: Some(Record::Run(self.options.recording)),
             nets: Vec::new(),
+            documents: Vec::new(),
         };
         let (process, console) = CloneProcess::spawn(
             &self.options.program,

@@ -7,8 +7,9 @@ use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::block::backend::Disk;
 use crate::device::virtio::net::backend::{NetConnection, Tap};
 use crate::device::virtio::vsock::backend::{HostSide, VsockConnection};
-use crate::spec::{DeviceSpec, MachineSpec};
+use crate::spec::{DeviceSpec, MachineSpec, Uuid};
 
+use super::document::{Document, Role};
 use super::error::MachineError;
 use super::generation::GenerationId;
 
@@ -32,6 +33,17 @@ pub struct Connections {
     pub plugged: Vec<(DeviceSpec, Attachment)>,
     /// The VM generation ID of a machine that has one; `None` for a new one.
     pub generation_id: Option<GenerationId>,
+    /// By what else it is told apart from others of its template.
+    pub marks: Marks,
+}
+
+/// By what a machine is told apart from others of its template. Empty is as it was made or saved.
+#[derive(Debug, Default)]
+pub struct Marks {
+    /// What SMBIOS calls it, where it has such tables.
+    pub uuid: Option<Uuid>,
+    /// What its document says, where it has one.
+    pub document: Option<Vec<u8>>,
 }
 
 /// The host's side of a device that is plugged.
@@ -63,6 +75,18 @@ impl From<SerialTarget> for Connections {
             nets: Vec::new(),
             plugged: Vec::new(),
             generation_id: None,
+            marks: Marks::default(),
+        }
+    }
+}
+
+impl Marks {
+    /// Those of a machine that is no clone.
+    pub fn of(spec: &MachineSpec, role: Role) -> Self {
+        let has_document = spec.devices().iter().any(DeviceSpec::is_document);
+        Self {
+            uuid: None,
+            document: has_document.then(|| Document::of(role, spec.identity().uuid).archive()),
         }
     }
 }
@@ -78,6 +102,7 @@ impl Connections {
             nets,
             plugged: Vec::new(),
             generation_id: None,
+            marks: Marks::of(spec, Role::Machine),
         })
     }
 }

@@ -11,6 +11,7 @@ use crate::arch::x86_64::ports::{
     COM1_GSI, COM1_PORTS, I8042_COMMAND_PORTS, I8042_DATA_PORTS, POWER_BUTTON_GSI, POWER_PORTS,
     SPEAKER_PORTS, TIMER_PORTS,
 };
+use crate::arch::x86_64::smbios;
 use crate::device::bus::{BusError, MmioBus, PioBus};
 use crate::device::irq::IrqLine;
 use crate::device::legacy::console::{Console, SerialTarget};
@@ -24,7 +25,7 @@ use crate::kvm::KvmError;
 use crate::kvm::timer::Timer;
 use crate::kvm::vm::Vm;
 use crate::memory::guest::GuestRam;
-use crate::spec::{DeviceSpec, MachineSpec};
+use crate::spec::{DeviceSpec, MachineSpec, Uuid};
 
 use super::connections::{Attachment, Connections};
 use super::error::MachineError;
@@ -50,6 +51,8 @@ pub(super) struct Devices {
     pub(super) pci: Option<PciDevices>,
     /// Where the machine has a generation ID.
     generation: Option<GenerationId>,
+    /// What the guest is to be called from now on, where it was told that before.
+    uuid: Option<Uuid>,
     /// Devices that are plugged before the first instruction.
     pub(super) plugged: Vec<(DeviceSpec, Attachment)>,
     /// Who hears what becomes of devices.
@@ -75,12 +78,14 @@ impl Devices {
             nets,
             plugged,
             generation_id,
+            marks,
         } = to;
         let pci = PciDevices::new(spec, disks, vsock, nets)?;
         let generation = generation_of(spec, generation_id)?;
         let devices = Self::build(serial, pci, generation, |irq, console| {
             Ok(Serial::new(irq, console.output()))
         })?;
+        devices.bind_document(marks.document);
         Ok(Self { plugged, ..devices })
     }
 
@@ -98,6 +103,7 @@ impl Devices {
             nets,
             plugged,
             generation_id,
+            marks,
         } = to;
         let mut pci = PciDevices::new(spec, disks, vsock, nets)?;
         let is_known = |record: &&DeviceRecord| {
@@ -123,7 +129,12 @@ impl Devices {
             Serial::restore(irq, console.output(), &state)
                 .map_err(|source| device_error(SERIAL_KIND, source))
         })?;
-        Ok(Self { plugged, ..devices })
+        devices.bind_document(marks.document);
+        Ok(Self {
+            plugged,
+            uuid: marks.uuid.filter(|_| spec.identity().tells_guest()),
+            ..devices
+        })
     }
 
     fn build(
@@ -152,6 +163,7 @@ impl Devices {
             timer,
             pci,
             generation,
+            uuid: None,
             plugged: Vec::new(),
             news: None,
         })
@@ -179,6 +191,9 @@ impl Devices {
 
     /// As [`Self::write_generation`], in a machine whose guest knows another: it is told.
     pub(super) fn renew_generation(&self, vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
+        if let Some(uuid) = self.uuid {
+            write_uuid(ram, uuid)?;
+        }
         if self.generation.is_none() {
             return Ok(());
         }
@@ -210,6 +225,13 @@ impl Devices {
     pub(super) fn bind_vsock(&self, connection: VsockConnection) {
         if let Some(pci) = &self.pci {
             pci.bind_vsock(connection);
+        }
+    }
+
+    /// Says what the document has, where that is another one.
+    pub(super) fn bind_document(&self, content: Option<Vec<u8>>) {
+        if let (Some(pci), Some(content)) = (&self.pci, content) {
+            pci.bind_document(content);
         }
     }
 
@@ -275,6 +297,11 @@ impl Devices {
     pub(super) fn pty_path(&self) -> Option<&Path> {
         self.console.pty_path()
     }
+}
+
+/// Writes who a machine is into tables that its guest has.
+pub(super) fn write_uuid(ram: &GuestRam, uuid: Uuid) -> Result<(), MachineError> {
+    smbios::write_uuid(ram, uuid).map_err(|e| device_error("smbios", e))
 }
 
 /// The generation ID of a machine that has one: `given`, or a new one.

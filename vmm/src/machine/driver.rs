@@ -42,6 +42,8 @@ pub(super) enum Message {
     BindVsock(VsockConnection, Sender<()>),
     /// Cables of network devices end there from now on.
     BindNets(Vec<(String, NetConnection)>, Sender<()>),
+    /// The document says this; it was to be said later.
+    BindDocument(Vec<u8>, Sender<()>),
     /// Press the power button.
     PressPowerButton,
     /// Something about devices that come and go.
@@ -131,6 +133,11 @@ impl Driver {
             }
             Message::BindNets(nets, reply) => {
                 self.devices.bind_nets(nets);
+                let _ = reply.send(());
+                Ok(doing)
+            }
+            Message::BindDocument(content, reply) => {
+                self.devices.bind_document(Some(content));
                 let _ = reply.send(());
                 Ok(doing)
             }

@@ -9,6 +9,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 
 use crate::device::pci::bus::{ConfigAddress, HOST_BRIDGE_SLOT};
 use crate::device::pci::hotplug::SlotEvent;
+use crate::device::virtio::block::document::DocumentPort;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
 use crate::device::virtio::vsock::backend::VsockPort;
 use crate::spec::{DeviceSpec, LAST_SLOT};
@@ -202,6 +203,7 @@ impl PciDevices {
         }
         let ports = Ports {
             nets: net_ports(std::slice::from_ref(spec), nets),
+            document: DocumentPort::default(),
             vsock,
         };
         let device = make(spec, &mut disks, &ports)?;

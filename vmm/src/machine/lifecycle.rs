@@ -21,6 +21,8 @@ use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::memory::guest::GuestRam;
 use crate::vcpu::run::Failure;
 
+use super::connections::Marks;
+use super::devices::write_uuid;
 use super::driver::Message;
 use super::error::MachineError;
 use super::request::Refusal;
@@ -131,6 +133,20 @@ impl<State> Machine<State> {
 }
 
 impl Machine<Paused> {
+    /// Says by what it is told apart from others of its template, for a machine that was made before that was
+    /// known, of a guest that has SMBIOS tables where a UUID is given.
+    pub fn bind_marks(&self, marks: Marks) -> Result<(), MachineError> {
+        if let Some(uuid) = marks.uuid {
+            write_uuid(&self.ram, uuid)?;
+        }
+        if let Some(content) = marks.document {
+            let (reply, answer) = bounded(1);
+            self.driver.send(Message::BindDocument(content, reply));
+            answer.recv().map_err(|_| MachineError::Gone)?;
+        }
+        Ok(())
+    }
+
     /// Says where COM1 goes, for a machine that was made with [`SerialTarget::Later`].
     pub fn bind_serial(&self, target: SerialTarget) -> Result<(), MachineError> {
         let (reply, answer) = bounded(1);

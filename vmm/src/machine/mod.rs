@@ -7,6 +7,7 @@
 mod build;
 mod connections;
 mod devices;
+mod document;
 mod driver;
 mod error;
 mod generation;
@@ -22,8 +23,11 @@ mod timer;
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
 pub use connections::{
-    Attachment, Connections, Disks, open_disks, open_taps, open_vsock, open_vsock_of,
+    Attachment, Connections, Disks, Marks, open_disks, open_taps, open_vsock, open_vsock_of,
     scratch_folder,
+};
+pub use document::{
+    Document, Role, check_name as check_document_name, check_size as check_document_size,
 };
 pub use error::MachineError;
 pub use generation::GenerationId;

@@ -17,6 +17,7 @@ use crate::device::pci::state::{
 };
 use crate::device::virtio::block::backend::Disk;
 use crate::device::virtio::block::device::Block;
+use crate::device::virtio::block::document::{Document, DocumentPort};
 use crate::device::virtio::device::VirtioDevice;
 use crate::device::virtio::net::backend::{NetConnection, NetPort};
 use crate::device::virtio::net::device::Net;
@@ -54,6 +55,8 @@ pub(super) struct Ports {
     pub(super) vsock: VsockPort,
     /// Those of network devices, by their ids.
     pub(super) nets: Vec<(String, NetPort)>,
+    /// That of the document, if there is one.
+    pub(super) document: DocumentPort,
 }
 
 /// What devices are connected to.
@@ -85,6 +88,7 @@ impl PciDevices {
         let connections = Ports {
             vsock: VsockPort::default(),
             nets: net_ports(spec.devices(), nets),
+            document: DocumentPort::default(),
         };
         if let Some(vsock) = vsock {
             connections.vsock.put(vsock);
@@ -180,6 +184,11 @@ impl PciDevices {
         self.connections.vsock.put(connection);
     }
 
+    /// Puts what the document says where its device takes it when the machine goes on.
+    pub(super) fn bind_document(&self, content: Vec<u8>) {
+        self.connections.document.put(content);
+    }
+
     /// Puts connections where their devices take them when the machine goes on.
     pub(super) fn bind_nets(&self, nets: Vec<(String, NetConnection)>) {
         for (id, connection) in nets {
@@ -247,6 +256,7 @@ pub(super) fn make(
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     match spec.kind() {
         DeviceKind::Rng => Ok(Box::new(Rng::default())),
+        DeviceKind::Document => Ok(Box::new(Document::new(ports.document.clone()))),
         DeviceKind::Vsock(parts) => Ok(Box::new(Vsock::new(parts.cid, ports.vsock.clone()))),
         DeviceKind::Net(net) => {
             let port = ports.nets.iter().find(|(id, _)| id == spec.id());

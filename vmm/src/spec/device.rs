@@ -43,6 +43,8 @@ pub enum DeviceKind {
     Vsock(VsockParts),
     /// A network device.
     Net(NetParts),
+    /// A disk that tells the guest who it is, in each clone something else.
+    Document,
 }
 
 /// A network device.
@@ -153,6 +155,9 @@ pub enum DeviceFault {
     /// Guests have one of them.
     #[error("there is a virtio-vsock already: a guest uses one")]
     SecondVsock,
+    /// Guests have one of them.
+    #[error("there is a document already: what it says is said once")]
+    SecondDocument,
 }
 
 impl DeviceKind {
@@ -163,6 +168,7 @@ impl DeviceKind {
             Self::Block(_) => "virtio-blk",
             Self::Vsock(_) => "virtio-vsock",
             Self::Net(_) => "virtio-net",
+            Self::Document => "document",
         }
     }
 
@@ -172,12 +178,13 @@ impl DeviceKind {
             Self::Block(_) => "disk",
             Self::Vsock(_) => "vsock",
             Self::Net(_) => "net",
+            Self::Document => "document",
         }
     }
 
     fn check(&self) -> Result<(), DeviceFault> {
         match self {
-            Self::Rng | Self::Net(_) => Ok(()),
+            Self::Rng | Self::Net(_) | Self::Document => Ok(()),
             Self::Block(disk) => disk.check(),
             Self::Vsock(vsock) => vsock.check(),
         }
@@ -253,6 +260,11 @@ impl DeviceSpec {
         }
     }
 
+    /// Whether it is the document.
+    pub fn is_document(&self) -> bool {
+        matches!(self.kind, DeviceKind::Document)
+    }
+
     /// The network device, if it is one.
     pub fn net(&self) -> Option<&NetParts> {
         match &self.kind {
@@ -285,7 +297,7 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
     };
     let mut taken: Vec<(u8, String)> = Vec::new();
     let mut ids: Vec<String> = Vec::new();
-    let mut has_vsock = false;
+    let (mut has_vsock, mut has_document) = (false, false);
     for part in &parts {
         let name = name_of(part);
         let fault = |fault| (name.clone(), fault);
@@ -293,6 +305,10 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
         let is_vsock = matches!(part.kind, DeviceKind::Vsock(_));
         if is_vsock && std::mem::replace(&mut has_vsock, true) {
             return Err(fault(DeviceFault::SecondVsock));
+        }
+        let is_document = matches!(part.kind, DeviceKind::Document);
+        if is_document && std::mem::replace(&mut has_document, true) {
+            return Err(fault(DeviceFault::SecondDocument));
         }
         if let Some(id) = &part.id {
             if !is_id(id) {
@@ -341,7 +357,9 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
 fn give_addresses(parts: &mut [DeviceParts]) {
     let mac_of = |part: &DeviceParts| match &part.kind {
         DeviceKind::Net(net) => net.mac,
-        DeviceKind::Rng | DeviceKind::Block(_) | DeviceKind::Vsock(_) => None,
+        DeviceKind::Rng | DeviceKind::Block(_) | DeviceKind::Vsock(_) | DeviceKind::Document => {
+            None
+        }
     };
     let mut taken: Vec<MacAddress> = parts.iter().filter_map(mac_of).collect();
     for part in parts {

@@ -25,7 +25,8 @@ use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::block::backend::{Disk, DiskError};
 use crate::machine::state::MachineState;
 use crate::machine::{
-    Connections, Machine, MachineError, Paused, Running, open_taps, open_vsock, scratch_folder,
+    Connections, Machine, MachineError, Marks, Paused, Role, Running, open_taps, open_vsock,
+    scratch_folder,
 };
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::exit;
@@ -140,6 +141,7 @@ impl TemplateVm {
             nets: open_taps(spec)?,
             plugged: Vec::new(),
             generation_id: None,
+            marks: Marks::of(spec, Role::Template),
         };
         let machine = Machine::boot(spec, guest_ram, boot, connections)?.resume()?;
         Ok(Self {

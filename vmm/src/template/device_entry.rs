@@ -20,8 +20,8 @@ pub struct DeviceEntry {
     pub id: String,
     /// Its device number on the PCI bus.
     pub slot: u8,
-    /// What it is: `virtio-rng`, `virtio-blk`, which has a disk, `virtio-vsock`, which has a context ID, or
-    /// `virtio-net`, which has a `mac`.
+    /// What it is: `virtio-rng`, `document`, `virtio-blk`, which has a disk, `virtio-vsock`, which has a context
+    /// ID, or `virtio-net`, which has a `mac`.
     pub kind: String,
     /// The disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -70,6 +70,8 @@ impl DeviceEntry {
     pub(super) fn parts(&self) -> Result<DeviceParts, String> {
         let kind = match (self.kind.as_str(), &self.disk, self.cid, self.mac) {
             ("virtio-rng", None, None, None) => DeviceKind::Rng,
+            // What it says is each clone's own.
+            ("document", None, None, None) => DeviceKind::Document,
             // Where its socket is is said when a clone is made.
             ("virtio-vsock", None, Some(cid), None) => {
                 DeviceKind::Vsock(VsockParts { cid, path: None })

@@ -15,7 +15,7 @@ use super::{MANIFEST_FILE, files, staging, state_file};
 use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::block::backend::Disk;
 use crate::machine::state::MachineState;
-use crate::machine::{Connections, scratch_folder};
+use crate::machine::{Connections, Marks, scratch_folder};
 use crate::spec::MachineSpec;
 
 /// More than any manifest needs; a bound on what is read into memory.
@@ -151,6 +151,7 @@ impl Template {
             nets: Vec::new(),
             plugged: Vec::new(),
             generation_id: None,
+            marks: Marks::default(),
         })
     }
 

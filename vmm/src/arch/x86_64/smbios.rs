@@ -8,6 +8,8 @@ use crate::spec::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
 
 /// Length of the entry point in bytes.
 const ENTRY_BYTES: u64 = 24;
+/// Where the UUID is in the system's structure, which comes first.
+const UUID_OFFSET: u64 = 8;
 // The tables end before the reset vector.
 const _: () = assert!(SMBIOS_ADDRESS + MAX_SYSTEM_TEXT_BYTES as u64 + 0x100 < RESET_VECTOR_ADDRESS);
 
@@ -19,6 +21,20 @@ pub fn write(ram: &GuestRam, identity: &Identity) -> Result<(), GuestMemoryError
     let system = identity.system.clone().unwrap_or_default();
     let Uuid(uuid) = identity.uuid.unwrap_or_default();
     ram.write(SMBIOS_ADDRESS, &tables(SMBIOS_ADDRESS, &system, uuid))
+}
+
+/// Gives the system another UUID, where [`write`] has written tables.
+pub fn write_uuid(ram: &GuestRam, uuid: Uuid) -> Result<(), GuestMemoryError> {
+    let address = SMBIOS_ADDRESS + ENTRY_BYTES + UUID_OFFSET;
+    ram.write(address, &in_memory(uuid.0))
+}
+
+/// A UUID as it is here: its first three fields are little-endian.
+fn in_memory(mut uuid: [u8; 16]) -> [u8; 16] {
+    for field in [0..4, 4..6, 6..8] {
+        uuid[field].reverse();
+    }
+    uuid
 }
 
 /// Entry point and tables as they are to lie at `address`.
@@ -52,11 +68,7 @@ fn system_structure(system: &SystemTexts, uuid: [u8; 16]) -> Vec<u8> {
     // Type, length, handle, numbers of texts.
     let mut bytes = vec![1, 27, 0, 1];
     bytes.extend([manufacturer, product, version, serial].map(&mut number));
-    // The first three fields of a UUID are little-endian here.
-    for range in [0..4, 4..6, 6..8] {
-        bytes.extend(uuid[range].iter().rev());
-    }
-    bytes.extend(&uuid[8..]);
+    bytes.extend(in_memory(uuid));
     // Woken by the power switch.
     bytes.push(6);
     bytes.extend([sku, family].map(&mut number));
@@ -90,7 +102,8 @@ mod tests {
         let table = &image[24..];
         assert_eq!(table.len(), usize::from(image[12]));
         assert_eq!(table[..8], [1, 27, 0, 1, 0, 1, 0, 2]);
-        assert_eq!(table[8..16], [4, 3, 2, 1, 6, 5, 8, 7]);
+        let at = usize::try_from(UUID_OFFSET).unwrap();
+        assert_eq!(table[at..at + 8], [4, 3, 2, 1, 6, 5, 8, 7]);
         assert_eq!(&table[27..], b"aspen\0S1\0\0\x7f\x04\0\x02\0\0");
     }
 

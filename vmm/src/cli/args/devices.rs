@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use clap::Args as ClapArgs;
 
+use crate::clone::marks::DocumentPattern;
 use crate::clone::nets::NetPattern;
 use crate::config::file::DeviceTable;
 use crate::spec::MacAddress;
@@ -30,6 +31,10 @@ pub struct DeviceArgs {
     /// An entropy device
     #[arg(long)]
     pub rng: bool,
+    /// A small disk (serial number pando-document) that tells the guest who it is: a tar archive, in each
+    /// clone another one (docs/identity.md)
+    #[arg(long)]
+    pub document: bool,
     /// A PCI bus although nothing is on it: clones may be given what is plugged there
     #[arg(long)]
     pub pci: bool,
@@ -52,9 +57,14 @@ impl DeviceArgs {
             id: None,
             slot: None,
         });
+        let document = self.document.then_some(DeviceTable::Document {
+            id: None,
+            slot: None,
+        });
         let vsock = self.vsock.iter().map(|vsock| vsock.0.clone());
         let nets = self.nets.iter().map(|net| net.table());
-        disks.chain(nets).chain(rng).chain(vsock).collect()
+        let own = rng.into_iter().chain(document);
+        disks.chain(nets).chain(own).chain(vsock).collect()
     }
 }
 
@@ -146,6 +156,23 @@ impl NetArg {
     }
 }
 
+/// What devices of clones have.
+#[derive(Debug, Clone, Default, ClapArgs)]
+pub struct CloneDeviceArgs {
+    /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
+    /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
+    /// template has not [default: an address derived from template and clone; without --net no cable]
+    #[arg(
+        long = "net",
+        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug]"
+    )]
+    pub nets: Vec<CloneNetArg>,
+    /// Add a file to the document of each clone, where its guest unpacks it as NAME; may be given several
+    /// times. `%d` in FILE is the clone's number (pando template create --document, docs/identity.md)
+    #[arg(long = "document", value_name = "NAME=FILE")]
+    pub documents: Vec<CloneDocumentArg>,
+}
+
 /// The cable of a network device of clones.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CloneNetArg(pub NetPattern);
@@ -168,6 +195,24 @@ impl FromStr for CloneNetArg {
             mac,
             plug: !plug.is_empty(),
         }))
+    }
+}
+
+/// A file of clones' documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CloneDocumentArg(pub DocumentPattern);
+
+impl FromStr for CloneDocumentArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((name, path)) if !path.is_empty() => Ok(Self(DocumentPattern {
+                name: name.to_owned(),
+                path: path.into(),
+            })),
+            _ => Err("it is NAME=FILE".to_owned()),
+        }
     }
 }
 

@@ -3,6 +3,9 @@
 
 use clap::Args as ClapArgs;
 
+/// What prints a guest's context ID: no file shows it (`IOCTL_VM_SOCKETS_GET_LOCAL_CID`, vsock(7)).
+const CID_COMMAND: &str = "perl -e 'open(F, \"<\", \"/dev/vsock\") && ioctl(F, 0x7b9, $c = pack(\"L\", 0)) && print unpack(\"L\", $c)' 2>/dev/null";
+
 /// `pando clone --check-unique`
 #[derive(Debug, Clone, ClapArgs)]
 pub struct UniqueArgs {
@@ -20,6 +23,24 @@ pub struct UniqueArgs {
         requires = "check_unique"
     )]
     pub shell_prefix: String,
+    /// With --check-unique: boot id, machine id and host name must differ as well, which the guest renews by
+    /// itself (guest/vm-fork)
+    #[arg(long, requires = "check_unique")]
+    pub strict: bool,
+    /// With --check-unique: a shell command that ends when the guest has renewed what it renews by itself,
+    /// such as 'until [ -e /run/vm-fork/done ]; do sleep 0.1; done'
+    #[arg(long, value_name = "COMMAND", requires = "check_unique")]
+    pub wait_for: Option<String>,
+    /// With --check-unique: the command by which the guest says its vsock context ID [default: the system's
+    /// call, by perl]
+    #[arg(
+        long,
+        value_name = "COMMAND",
+        default_value = CID_COMMAND,
+        hide_default_value = true,
+        requires = "check_unique"
+    )]
+    pub cid_command: String,
     /// With --check-unique: how far a clock may be from the host's
     #[arg(
         long,

@@ -88,6 +88,17 @@ pub enum DeviceTable {
         #[schemars(with = "Option<String>")]
         mac: Option<MacAddress>,
     },
+    /// A small disk that tells the guest who it is: in each clone something else (docs/identity.md).
+    #[serde(rename = "document")]
+    Document {
+        /// What it is called; `document0` if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+    },
 }
 
 impl DeviceTable {
@@ -98,6 +109,7 @@ impl DeviceTable {
             Self::Block { id, .. } => (id, "virtio-blk"),
             Self::Net { id, .. } => (id, "virtio-net"),
             Self::Vsock { id, .. } => (id, "virtio-vsock"),
+            Self::Document { id, .. } => (id, "document"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -112,6 +124,11 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 id,
                 slot,
                 kind: DeviceKind::Rng,
+            },
+            DeviceTable::Document { id, slot } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Document,
             },
             DeviceTable::Vsock {
                 id,
@@ -171,6 +188,7 @@ impl From<&DeviceSpec> for DeviceTable {
         let (id, slot) = (Some(device.id().to_owned()), Some(device.slot()));
         match device.kind().clone() {
             DeviceKind::Rng => Self::Rng { id, slot },
+            DeviceKind::Document => Self::Document { id, slot },
             DeviceKind::Vsock(VsockParts { cid, path }) => Self::Vsock {
                 id,
                 slot,

@@ -9,7 +9,7 @@ use super::memory::Made;
 use super::{After, End, Held, RunStatus, Vm};
 use crate::arch::x86_64::boot;
 use crate::arch::x86_64::regs::InitialRegisters;
-use crate::machine::{self, Connections, Failure, Machine, MachineError, Outcome};
+use crate::machine::{self, Connections, Failure, Machine, MachineError, Marks, Outcome, Role};
 use crate::memory::provide::Begin;
 use crate::qemu::error::OptionError;
 use crate::qemu::link::reason;
@@ -73,6 +73,7 @@ impl Vm {
             nets: machine::open_taps(spec).map_err(wrong)?,
             plugged: Vec::new(),
             generation_id: self.plan.generation_id,
+            marks: Marks::of(spec, Role::Machine),
         })
     }
 

@@ -18,7 +18,7 @@ use crate::qemu::migration::ram;
 use crate::qemu::migration::state::{SavedContent, SavedMachine};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::{exit, one_line};
-use crate::spec::FileAccess;
+use crate::spec::{FileAccess, Uuid};
 use crate::template::state_file;
 
 /// What a machine that waits for a state knows.
@@ -305,10 +305,13 @@ impl Vm {
 
     fn restore(&mut self, load: &Load, made: Made) -> Result<(), LoadError> {
         let state = self.decode(load)?;
-        let connections = self
+        let mut connections = self
             .connections()
             .map_err(|error| LoadError::invalid(error.to_string()))?;
         let spec = &self.plan.spec;
+        // QEMU leaves the guest what it knows. There are tables only where the saved machine had a UUID.
+        let (was, is) = (load.saved.uuid.map(Uuid), spec.identity().uuid);
+        connections.marks.uuid = is.filter(|_| was.is_some() && was != is);
         let machine = Machine::restore(spec, made.ram, &state, connections, HostCheck::Due)
             .map_err(|error| LoadError::invalid(one_line(&error)))?;
         self.replace(Held::Fresh(machine), made.pager);

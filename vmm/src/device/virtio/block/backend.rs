@@ -96,6 +96,8 @@ struct Writes {
 enum Image {
     /// Nobody here writes it.
     ReadOnly(Arc<File>),
+    /// Nor this, which is in no file.
+    Memory(Arc<[u8]>),
     /// What the guest writes goes there.
     Writable(Arc<File>),
     /// What the guest writes goes elsewhere.
@@ -163,6 +165,15 @@ impl Disk {
         })
     }
 
+    /// A disk that has these bytes, whole sectors, and cannot be written.
+    pub fn of_bytes(content: Vec<u8>) -> Self {
+        Self {
+            bytes: content.len() as u64,
+            image: Image::Memory(content.into()),
+            writes: Arc::default(),
+        }
+    }
+
     /// How many writes, discards and flushes have failed: the guest was told, and what it made of that is in
     /// its memory and on its disk.
     pub fn failed_writes(&self) -> u64 {
@@ -197,13 +208,14 @@ impl Disk {
 
     /// Whether nobody can write it.
     pub fn is_readonly(&self) -> bool {
-        matches!(self.image, Image::ReadOnly(_))
+        matches!(self.image, Image::ReadOnly(_) | Image::Memory(_))
     }
 
     /// Fills `buffer` from `offset` on.
     pub fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()> {
         match &self.image {
             Image::ReadOnly(file) | Image::Writable(file) => file.read_exact_at(buffer, offset),
+            Image::Memory(content) => read_memory(content, offset, buffer),
             Image::Layered(layered) => lock(layered).read_at(offset, buffer),
         }
     }
@@ -211,7 +223,7 @@ impl Disk {
     /// Writes `bytes` from `offset` on.
     pub fn write_at(&mut self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let done = match &self.image {
-            Image::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+            Image::ReadOnly(_) | Image::Memory(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
             Image::Writable(file) => file.write_all_at(bytes, offset),
             Image::Layered(layered) => lock(layered).write_at(offset, bytes),
         };
@@ -226,14 +238,14 @@ impl Disk {
             Image::Writable(file) => file.sync_data().inspect_err(|_| {
                 self.writes.failed.fetch_add(1, Ordering::Relaxed);
             }),
-            Image::ReadOnly(_) | Image::Layered(_) => Ok(()),
+            Image::ReadOnly(_) | Image::Memory(_) | Image::Layered(_) => Ok(()),
         }
     }
 
     /// Gives back the storage of an extent, whose content is not needed any more.
     pub fn discard(&mut self, extent: Extent) -> io::Result<()> {
         let done = match &self.image {
-            Image::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+            Image::ReadOnly(_) | Image::Memory(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
             // A hint: a file system that cannot may leave it.
             Image::Writable(file) => punch(file, extent).map(|_| ()),
             Image::Layered(layered) => lock(layered).zero(extent),
@@ -244,7 +256,7 @@ impl Disk {
     /// Makes an extent zero, and gives back its storage where that `may_free` it.
     pub fn zero(&mut self, extent: Extent, may_free: bool) -> io::Result<()> {
         let done = match &self.image {
-            Image::ReadOnly(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
+            Image::ReadOnly(_) | Image::Memory(_) => Err(io::ErrorKind::ReadOnlyFilesystem.into()),
             Image::Layered(layered) => lock(layered).zero(extent),
             Image::Writable(file) => make_zero(file, extent, may_free),
         };
@@ -263,6 +275,18 @@ pub fn hold(file: &File, path: &Path, kind: LockKind) -> Result<(), DiskError> {
             path: path(),
             source,
         }),
+    }
+}
+
+fn read_memory(content: &[u8], offset: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let start = usize::try_from(offset).ok();
+    let range = start.and_then(|start| Some(start..start.checked_add(buffer.len())?));
+    match range.and_then(|range| content.get(range)) {
+        Some(bytes) => {
+            buffer.copy_from_slice(bytes);
+            Ok(())
+        }
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
     }
 }
 

@@ -236,14 +236,7 @@ impl VirtioDevice for Block {
     }
 
     fn restore(&mut self, state: &[u8]) -> Result<(), VirtioStateError> {
-        let (state, rest): (BlockState, _) = postcard::take_from_bytes(state)
-            .map_err(|error| VirtioStateError::new(error.to_string()))?;
-        if !rest.is_empty() {
-            return Err(VirtioStateError::new(format!(
-                "{} bytes too many",
-                rest.len()
-            )));
-        }
+        let state = BlockState::decode(state)?;
         let sectors = self.disk.bytes() / SECTOR_BYTES;
         if state.sectors != sectors {
             return Err(VirtioStateError::new(format!(

@@ -1,5 +1,6 @@
 //! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
 
+mod documents;
 mod driver;
 mod hostile;
 mod net;

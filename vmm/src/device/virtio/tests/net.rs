@@ -52,6 +52,8 @@ impl Namespace {
         let run = |words: &[&str]| ip(&[&inside, words].concat());
         run(&["tuntap", "add", "dev", "tap0", "mode", "tap"]);
         run(&["address", "add", &format!("{HOST}/24"), "dev", "tap0"]);
+        // Or the host says something of its own there, now and then.
+        run(&["link", "set", "tap0", "addrgenmode", "none"]);
         run(&["link", "set", "tap0", "up"]);
         run(&["neighbour", "add", GUEST, "lladdr", MAC, "dev", "tap0"]);
         namespace

@@ -47,7 +47,7 @@ pub(super) fn ask_disk(
     status[0]
 }
 
-fn data(driver: &Driver, bytes: usize) -> Vec<u8> {
+pub(super) fn data(driver: &Driver, bytes: usize) -> Vec<u8> {
     let mut data = vec![0; bytes];
     driver.ram.read(BUFFERS + 0x1000, &mut data).unwrap();
     data

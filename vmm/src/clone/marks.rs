@@ -1,0 +1,195 @@
+#![forbid(unsafe_code)]
+//! By what a clone is told apart from others of its template: its UUID, and the document that says it all.
+
+use std::fs;
+use std::path::PathBuf;
+
+use rustix::rand::{GetRandomFlags, getrandom};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::control::WorkerConfig;
+use super::instantiate::CloneError;
+use super::nets;
+use crate::machine::{Document, Marks, Role, check_document_name, check_document_size};
+use crate::spec::{DeviceSpec, MachineSpec, Uuid};
+use crate::template::Template;
+
+/// What stands for a clone's number in a path.
+const NUMBER: &str = "%d";
+/// Names of files that are not the caller's to choose.
+const OWN: [&str; 6] = ["role", "clone", "template", "uuid", "cid", "entropy"];
+/// How many random bytes a clone is given to stir into what its guest draws from.
+const ENTROPY_BYTES: usize = 64;
+
+/// A file of all clones' documents.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DocumentPattern {
+    /// What it is called in the document.
+    pub name: String,
+    /// Where its content is; `%d` is a clone's number.
+    pub path: PathBuf,
+}
+
+/// A file of one clone's document.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DocumentPlan {
+    /// What it is called.
+    pub name: String,
+    /// Where its content is.
+    #[serde(with = "super::control::path_bytes")]
+    pub path: PathBuf,
+}
+
+impl DocumentPattern {
+    fn plan(&self, clone: u64) -> DocumentPlan {
+        let path = match self.path.to_str() {
+            Some(text) => text.replace(NUMBER, &clone.to_string()).into(),
+            // No text: no place for a number.
+            None => self.path.clone(),
+        };
+        DocumentPlan {
+            name: self.name.clone(),
+            path,
+        }
+    }
+}
+
+/// The files of a clone's document.
+pub fn plans(patterns: &[DocumentPattern], clone: u64) -> Vec<DocumentPlan> {
+    patterns.iter().map(|pattern| pattern.plan(clone)).collect()
+}
+
+/// Refuses files that no clone of the machine can be given.
+pub fn check(patterns: &[DocumentPattern], spec: &MachineSpec) -> Result<(), String> {
+    if !patterns.is_empty() && !has_document(spec) {
+        return Err("the template has no document: create it with --document".to_owned());
+    }
+    for (at, pattern) in patterns.iter().enumerate() {
+        let name = pattern.name.as_str();
+        check_document_name(name)?;
+        if OWN.contains(&name) || name.starts_with("mac-") {
+            return Err(format!(
+                "{name:?} is a file that every document has: choose another name"
+            ));
+        }
+        let mut before = patterns.iter().take(at);
+        if before.any(|other| other.name == name) {
+            return Err(format!("{name:?} is given twice"));
+        }
+    }
+    Ok(())
+}
+
+fn has_document(spec: &MachineSpec) -> bool {
+    spec.devices().iter().any(DeviceSpec::is_document)
+}
+
+/// The UUID of a clone: the same for the same clone of the same template, and another one for any other
+/// (RFC 9562, version 8).
+pub fn derived_uuid(template: &Template, clone: u64) -> Uuid {
+    let mut hash = Sha256::new();
+    hash.update(b"pando uuid\0");
+    hash.update(&template.manifest().file().state.digest);
+    hash.update(clone.to_le_bytes());
+    let digest = hash.finalize();
+    let mut bytes = [0; 16];
+    for (place, byte) in bytes.iter_mut().zip(digest) {
+        *place = byte;
+    }
+    bytes[6] = bytes[6] & 0x0f | 0x80;
+    bytes[8] = bytes[8] & 0x3f | 0x80;
+    Uuid(bytes)
+}
+
+/// What a clone is given.
+pub(super) fn of(template: &Template, config: &WorkerConfig) -> Result<Marks, CloneError> {
+    let spec = template.spec();
+    let uuid = derived_uuid(template, config.clone);
+    let document = has_document(spec).then(|| document(template, config, uuid));
+    Ok(Marks {
+        uuid: spec.identity().tells_guest().then_some(uuid),
+        document: document.transpose()?,
+    })
+}
+
+fn document(template: &Template, config: &WorkerConfig, uuid: Uuid) -> Result<Vec<u8>, CloneError> {
+    let failed = |why: String| CloneError::Document(why);
+    let mut document = Document::of(Role::Clone, Some(uuid));
+    document.say("clone", &config.clone.to_string());
+    document.say("template", &template.name());
+    document.say("hostname", &format!("clone-{}", config.clone));
+    let cid = config.vsock.cid(config.clone, template.spec())?;
+    if let Some(cid) = cid {
+        document.say("cid", &cid.to_string());
+    }
+    for (id, mac) in nets::addresses(template, config) {
+        document.say(&format!("mac-{id}"), &mac.to_string());
+    }
+    let mut entropy = vec![0; ENTROPY_BYTES];
+    // So few bytes always come at once.
+    getrandom(&mut entropy, GetRandomFlags::empty())
+        .map_err(|errno| failed(format!("there is no entropy for it: {errno}")))?;
+    document.put("entropy", entropy);
+    for plan in &config.documents {
+        let content = fs::read(&plan.path).map_err(|error| {
+            failed(format!(
+                "{}: cannot read {}: {error}",
+                plan.name,
+                plan.path.display()
+            ))
+        })?;
+        document.put(&plan.name, content);
+    }
+    check_document_size(&document).map_err(failed)?;
+    Ok(document.archive())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::spec::{BackendSpec, CpuCount, DeviceKind, DeviceParts};
+
+    fn spec(has_document: bool) -> MachineSpec {
+        let ram = BackendSpec::new("ram0", 64 << 20).unwrap();
+        let part = DeviceParts {
+            id: None,
+            slot: None,
+            kind: DeviceKind::Document,
+        };
+        let spec = MachineSpec::new(CpuCount::ONE, vec![ram]).unwrap();
+        let parts = has_document.then_some(part).into_iter().collect();
+        spec.with_devices(parts).unwrap()
+    }
+
+    fn pattern(name: &str, path: &str) -> DocumentPattern {
+        DocumentPattern {
+            name: name.to_owned(),
+            path: path.into(),
+        }
+    }
+
+    #[test]
+    fn each_clone_has_its_file() {
+        let patterns = [pattern("opt/key", "/keys/%d.key"), pattern("hostname", "h")];
+        check(&patterns, &spec(true)).unwrap();
+        let plans = plans(&patterns, 12);
+        assert_eq!(plans[0].path, PathBuf::from("/keys/12.key"));
+        assert_eq!(
+            (plans[1].name.as_str(), plans[1].path.to_str()),
+            ("hostname", Some("h"))
+        );
+    }
+
+    #[test]
+    fn files_that_no_clone_can_be_given_are_refused() {
+        let fault = |patterns: &[DocumentPattern]| check(patterns, &spec(true)).unwrap_err();
+        assert!(fault(&[pattern("../x", "f")]).contains("no name of a file"));
+        assert!(fault(&[pattern("uuid", "f")]).contains("every document has"));
+        assert!(fault(&[pattern("mac-net0", "f")]).contains("every document has"));
+        assert!(fault(&[pattern("a", "f"), pattern("a", "g")]).contains("twice"));
+        let none = check(&[pattern("a", "f")], &spec(false)).unwrap_err();
+        assert!(none.contains("create it with --document"), "{none}");
+        check(&[], &spec(false)).unwrap();
+    }
+}
