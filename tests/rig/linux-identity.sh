@@ -11,6 +11,7 @@ case $(uname -r) in 6.1.*) ;; *) has_driver=yes ;; esac
 
 # The guest's unit, and perl with what it needs to run.
 cp /rig/vm-fork "$folder/extra/bin/vm-fork"
+chmod +x "$folder/extra/bin/vm-fork"
 for file in /usr/bin/perl $(find /lib /lib64 /usr/lib -name 'lib[mc].so.6' -o -name libcrypt.so.1 -o -name 'ld-linux-x86-64.so.2' 2>/dev/null); do
     mkdir -p "$folder/extra${file%/*}"
     cp "$file" "$folder/extra$file"
@@ -53,6 +54,17 @@ in_clone() { say "$folder/serial/clone-$1.sock" "$2"; }
 generation='dd if=/dev/mem bs=16 skip=61184 count=1 2>/dev/null | od -An -tx1'
 is_renewed='until [ -e /run/vm-fork/done ]; do sleep 0.2; done'
 
+# has_renewed NUMBER: what a clone of engine root has made of its document.
+has_renewed() {
+    # Emulated twice, perl is slow.
+    check "root-$1-renewed" env SAY_LIMIT=240 say "$folder/serial/clone-$1.sock" "$is_renewed"
+    same "root-$1-hostname" "clone-$1" "$(in_clone "$1" hostname)"
+    same "root-$1-payload" "payload of $1" "$(in_clone "$1" 'cat /tmp/payload')"
+    same "root-$1-is-told" "clone $1 $((3 + $1))" \
+        "$(in_clone "$1" 'cd /run/vm-fork/document; cat role clone cid' | xargs)"
+    same "root-$1-log" "" "$(in_clone "$1" 'cat /tmp/vm-fork.log')"
+}
+
 check identity-create create with --document --vsock 3 --net id=net0 || exit 1
 check identity-verify pando template verify "$folder/with" || exit 1
 before=$(sha256sum "$folder"/with/*.mem)
@@ -70,12 +82,7 @@ for engine in $engines; do
     for clone in 0 1; do
         [ $has_driver = no ] || check "$engine-$clone-reseeded" in_clone $clone \
             "dmesg | grep 'crng reseeded due to virtual machine fork'"
-        check "$engine-$clone-renewed" in_clone $clone "$is_renewed"
-        same "$engine-$clone-hostname" "clone-$clone" "$(in_clone $clone hostname)"
-        same "$engine-$clone-payload" "payload of $clone" "$(in_clone $clone 'cat /tmp/payload')"
-        same "$engine-$clone-is-told" "clone $clone $((3 + clone))" \
-            "$(in_clone $clone 'cd /run/vm-fork/document; cat role clone cid' | xargs)"
-        same "$engine-$clone-log" "" "$(in_clone $clone 'cat /tmp/vm-fork.log')"
+        [ "$engine" != root ] || has_renewed $clone
     done
     differ "$engine-random" "$(in_clone 0 'head -c 16 /dev/urandom | od -An -tx1')" \
         "$(in_clone 1 'head -c 16 /dev/urandom | od -An -tx1')"
@@ -90,7 +97,7 @@ unique() {
     unique_of=$1
     shift
     # The emulator's clocks drift: its time is not what is proven here.
-    pando clone "$unique_of" --check-unique --shell-prefix 'u ' --clock-tolerance 2000 "$@"
+    pando clone "$unique_of" --check-unique --shell-prefix 'u ' --clock-tolerance 2000 --answer-within 240 "$@"
 }
 check identity-unique unique "$folder/with" --strict --wait-for "$is_renewed"
 check identity-unique-root unique "$folder/with" --engine root

@@ -14,9 +14,12 @@ const QEMU: &str = include_str!("../rig/linux-qemu.sh");
 const IDENTITY: &str = include_str!("../rig/linux-identity.sh");
 const DEVICES: &str = include_str!("../rig/linux-devices.sh");
 const HOTPLUG: &str = include_str!("../rig/linux-hotplug.sh");
+const FARM: &str = include_str!("../rig/linux-farm.sh");
 const NET: &str = include_str!("../rig/linux-net.sh");
 /// The guest above the gap has 5 GiB, of which it touches little.
 const MEMORY_MIB: u32 = 7168;
+/// A template, its root and ten clones of 192 MiB, of which they share most.
+const FARM_MEMORY_MIB: u32 = 5120;
 const LIMIT: Duration = Duration::from_secs(900);
 
 fn linux(series: Series) -> Result<()> {
@@ -65,6 +68,23 @@ fn linux_6_1_is_templated_by_qemus_command_lines() -> Result<()> {
         report.passed(),
         "Linux 6.1 by QEMU's command lines:\n{report}"
     );
+    Ok(())
+}
+
+#[test]
+fn linux_6_12_goes_on_in_ten_clones() -> Result<()> {
+    let mut l1 = L1::new("linux-farm", Series::Linux6_12)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .program(&built_program("vsock")?, "/bin/vsock")
+        .memory_mib(FARM_MEMORY_MIB)
+        .limit(LIMIT);
+    for tool in ["mke2fs", "e2fsck"] {
+        l1 = l1.program(&system_program(tool)?, &format!("/rig/{tool}"));
+    }
+    let report = l1.run(FARM)?;
+    report.record("farm")?;
+    ensure!(report.passed(), "ten clones of Linux 6.12:\n{report}");
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 //! single inputs without it, and so do the tests of this crate.
 
 pub mod command_line;
+pub mod devices;
 pub mod kernel;
 pub mod machine_file;
 pub mod messages;
@@ -89,6 +90,14 @@ pub const TARGETS: &[Target] = &[
         seeds: kernel::seeds,
         words: kernel::words,
         max_bytes: 1 << 14,
+    },
+    Target {
+        name: "devices",
+        about: "virtio devices: registers, queues and memory of a guest, pauses, saving and restoring",
+        run: devices::run,
+        seeds: devices::seeds,
+        words: devices::words,
+        max_bytes: 2048,
     },
 ];
 

@@ -16,8 +16,6 @@ use crate::spec::{DeviceSpec, MachineSpec};
 
 /// How many clones are compared.
 const CLONES: usize = 2;
-/// How long a clone may take for its answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 /// What an answer begins with. The question has it in two parts: its echo is no answer.
 const MARK: &str = "pando:";
 
@@ -118,11 +116,12 @@ pub(super) fn run(
 ) -> Result<u8, Failure> {
     let facts = facts(&args.unique, spec);
     let question = question(&args.unique, &facts);
+    let within = Duration::from_secs(args.unique.answer_within.into());
     for _ in 0..CLONES {
         supervisor.start(&SerialPlan::Supervisor, &[]);
     }
     let answers = (0..CLONES)
-        .map(|number| ask(&question, supervisor, number))
+        .map(|number| ask(&question, within, supervisor, number))
         .collect::<Result<Vec<_>, _>>();
     let stopped = supervisor.stop_all(STOP_GRACE);
     let answers = answers?;
@@ -152,12 +151,17 @@ fn question(args: &UniqueArgs, facts: &[Fact]) -> String {
     line
 }
 
-fn ask(question: &str, supervisor: &mut Supervisor, number: usize) -> Result<Answers, Failure> {
+fn ask(
+    question: &str,
+    within: Duration,
+    supervisor: &mut Supervisor,
+    number: usize,
+) -> Result<Answers, Failure> {
     let failed = |why: String| Failure::new(exit::FAILED, format!("clone {number}: {why}"));
     let (before, start) = (since_epoch(), Instant::now());
     let mut asked = false;
     let mut answers = Answers::default();
-    while start.elapsed() < ANSWER_TIMEOUT {
+    while start.elapsed() < within {
         supervisor
             .wait(Duration::from_millis(50))
             .map_err(|error| Failure::of(&error))?;
@@ -193,7 +197,7 @@ fn ask(question: &str, supervisor: &mut Supervisor, number: usize) -> Result<Ans
     Err(failed(format!(
         "no answer within {} seconds: a root shell must read commands from its COM1 (ttyS0); see \
          --shell-prefix and docs/identity.md",
-        ANSWER_TIMEOUT.as_secs()
+        within.as_secs()
     )))
 }
 
@@ -301,6 +305,7 @@ mod tests {
             shell_prefix: "id ".to_owned(),
             clock_tolerance: 100,
             strict: false,
+            answer_within: 60,
             wait_for: Some("sleep 1".to_owned()),
             cid_command: "cid".to_owned(),
         };

@@ -31,6 +31,14 @@ pub struct UniqueArgs {
     /// such as 'until [ -e /run/vm-fork/done ]; do sleep 0.1; done'
     #[arg(long, value_name = "COMMAND", requires = "check_unique")]
     pub wait_for: Option<String>,
+    /// With --check-unique: give up when a clone has not answered within this many seconds
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 60,
+        requires = "check_unique"
+    )]
+    pub answer_within: u32,
     /// With --check-unique: the command by which the guest says its vsock context ID [default: the system's
     /// call, by perl]
     #[arg(
