@@ -23,7 +23,10 @@ space() {
         in_space "$1" ip link set tap0 up
 }
 numbers=$(seq 0 $((clones - 1)))
-spaces() { for name in t $(seq -f n%g 0 $((clones - 1))); do space "$name" || return 1; done; }
+spaces() {
+    space t || return 1
+    for number in $numbers; do space "n$number" || return 1; done
+}
 check spaces spaces || exit 1
 
 # The boot archive only finds the root file system; its own /init goes on there.
