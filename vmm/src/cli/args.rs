@@ -4,8 +4,8 @@
 mod devices;
 mod pager;
 mod pool;
+mod sockets;
 mod unique;
-mod vsock;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,8 +17,8 @@ use clap_complete::Shell;
 pub use self::devices::{CloneNetArg, DeviceArgs};
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
+pub use self::sockets::CloneSocketArgs;
 pub use self::unique::UniqueArgs;
-pub use self::vsock::CloneVsockArgs;
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
@@ -362,9 +362,9 @@ pub struct CloneArgs {
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]
     pub serial: Option<PathBuf>,
-    /// Where vsocks are reached.
+    /// Where vsocks and ports are reached.
     #[command(flatten)]
-    pub vsock: CloneVsockArgs,
+    pub sockets: CloneSocketArgs,
     /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
     /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
     /// template has not [default: an address derived from template and clone; without --net no cable]

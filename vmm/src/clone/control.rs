@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Engine;
 pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
+use super::consoles::ConsoleOrders;
 use super::give_back::policy::Policy;
 use super::learn::Learn;
 use super::nets::NetPlan;
@@ -27,7 +28,7 @@ pub const MAX_DELTA_BYTES: usize = MAX_MESSAGE_BYTES - 64;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum ToWorker {
     /// The first message: what to run. Descriptors that [`Serial`] names come with it.
-    Start(WorkerConfig),
+    Start(Box<WorkerConfig>),
     /// Stop the machine and end.
     Stop,
     /// The answer to [`FromWorker::Forget`].
@@ -53,6 +54,8 @@ pub struct WorkerConfig {
     pub serial: Serial,
     /// Where its vsock device is reached, if it has one.
     pub vsock: VsockOrders,
+    /// Where the ports of its consoles are reached, if it has some.
+    pub consoles: ConsoleOrders,
     /// How the pager works.
     pub pager: PagerConfig,
     /// Whether the worker must compare the host with the template, because nobody did.
@@ -341,6 +344,7 @@ mod tests {
             engine: Engine::Copy,
             serial: Serial::Passed,
             vsock: VsockOrders::default(),
+            consoles: ConsoleOrders::default(),
             pager: PagerConfig::default(),
             host_check_is_due: true,
             supervisor_pid: 1,
@@ -361,11 +365,11 @@ mod tests {
         let (ours, theirs) = Channel::pair().unwrap();
         let theirs = Channel::new(theirs);
         let (mut end, passed) = std::os::unix::net::UnixStream::pair().unwrap();
-        ours.send(&ToWorker::Start(config()), &[passed.as_fd()])
+        ours.send(&ToWorker::Start(Box::new(config())), &[passed.as_fd()])
             .unwrap();
         ours.send(&ToWorker::Stop, &[]).unwrap();
         let (message, mut descriptors) = theirs.receive::<ToWorker>().unwrap().unwrap();
-        assert_eq!(message, ToWorker::Start(config()));
+        assert_eq!(message, ToWorker::Start(Box::new(config())));
         let mut received = std::os::unix::net::UnixStream::from(descriptors.remove(0));
         received.write_all(b"x").unwrap();
         end.read_exact(&mut [0]).unwrap();

@@ -197,7 +197,7 @@ fn receive_orders(channel: &Channel) -> anyhow::Result<Option<Orders>> {
     match channel.receive::<ToWorker>()? {
         // They may have been on their way while its root died: another fork has them by now.
         Some((ToWorker::Start(config), descriptors)) if !channel.is_hung_up() => {
-            Ok(Some((config, descriptors)))
+            Ok(Some((*config, descriptors)))
         }
         Some(_) | None => Ok(None),
     }
@@ -223,6 +223,10 @@ fn connect(
     let nets = nets::connect(template, &config)?;
     if !nets.is_empty() {
         machine.bind_nets(nets).map_err(CloneError::from)?;
+    }
+    let consoles = nets::consoles(template, &config)?;
+    if !consoles.is_empty() {
+        machine.bind_consoles(consoles).map_err(CloneError::from)?;
     }
     for (device, attachment) in nets::plugged(template, &config)? {
         let plugged = machine.handle().plug(device, attachment);

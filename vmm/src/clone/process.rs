@@ -237,7 +237,7 @@ pub fn give_orders(
         descriptors.extend([rustix::stdio::stdin(), rustix::stdio::stdout()]);
     }
     channel.send(
-        &ToWorker::Start(WorkerConfig { serial, ..config }),
+        &ToWorker::Start(Box::new(WorkerConfig { serial, ..config })),
         &descriptors,
     )?;
     Ok(console)

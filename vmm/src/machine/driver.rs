@@ -12,6 +12,7 @@
 use crossbeam::channel::{Receiver, Sender};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::console::backend::ConsoleConnection;
 use crate::device::virtio::net::backend::NetConnection;
 use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::kvm::KvmError;
@@ -42,6 +43,8 @@ pub(super) enum Message {
     BindVsock(VsockConnection, Sender<()>),
     /// Cables of network devices end there from now on.
     BindNets(Vec<(String, NetConnection)>, Sender<()>),
+    /// Ports of consoles lead to these; it was to be said later.
+    BindConsoles(Vec<(String, ConsoleConnection)>, Sender<()>),
     /// Press the power button.
     PressPowerButton,
     /// Something about devices that come and go.
@@ -131,6 +134,11 @@ impl Driver {
             }
             Message::BindNets(nets, reply) => {
                 self.devices.bind_nets(nets);
+                let _ = reply.send(());
+                Ok(doing)
+            }
+            Message::BindConsoles(consoles, reply) => {
+                self.devices.bind_consoles(consoles);
                 let _ = reply.send(());
                 Ok(doing)
             }

@@ -22,8 +22,8 @@ mod timer;
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
 pub use connections::{
-    Attachment, Connections, Disks, open_disks, open_taps, open_vsock, open_vsock_of,
-    scratch_folder,
+    Attachment, Connections, Disks, open_console_of, open_consoles, open_disks, open_taps,
+    open_vsock, open_vsock_of, scratch_folder,
 };
 pub use error::MachineError;
 pub use generation::GenerationId;

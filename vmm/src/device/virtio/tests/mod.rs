@@ -1,5 +1,8 @@
 //! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
 
+mod console;
+mod console_guest;
+mod console_hostile;
 mod driver;
 mod hostile;
 mod net;
