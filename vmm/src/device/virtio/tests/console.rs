@@ -183,6 +183,38 @@ fn a_serial_port_waits_for_its_host_and_loses_nothing() {
 }
 
 #[test]
+fn what_a_host_had_no_room_for_is_not_for_the_next_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut guest = Guest::open(device(dir.path()));
+    let mut program = connect(dir.path(), 1);
+    assert_eq!(guest.hear(), opened(1, 1));
+    for _ in 0..12 {
+        guest.send_to(tx(1), &[b'x'; 48 << 10]);
+    }
+    guest.rings.driver.device.worker().pause();
+    let mut taken = 0;
+    while guest.rings.next(tx(1)).is_some() {
+        taken += 1;
+    }
+    assert!(taken < 12, "a socket holds less");
+    let other = tempfile::tempdir().unwrap();
+    let mut guest = guest.moved(device(other.path()));
+    // The guest is as free as where a host has gone.
+    for _ in taken..12 {
+        guest.rings.wait(tx(1));
+    }
+    assert_eq!(guest.hear(), opened(1, 0));
+    let mut next = connect(other.path(), 1);
+    assert_eq!(guest.hear(), opened(1, 1));
+    guest.send(1, b"new");
+    assert_eq!(read(&mut next, 3), b"new");
+    // All that the frozen guest was told was sent is with its host.
+    let mut all = Vec::new();
+    program.read_to_end(&mut all).unwrap();
+    assert!(all.len() >= taken * (48 << 10), "{}", all.len());
+}
+
+#[test]
 fn a_console_never_makes_its_guest_wait() {
     let dir = tempfile::tempdir().unwrap();
     let mut guest = Guest::open(device(dir.path()));

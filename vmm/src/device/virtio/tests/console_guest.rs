@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::driver::{ADDRESS, VERSION_1};
+use super::driver::{ADDRESS, EVENT_INDEX, VERSION_1};
 use super::rings::Rings;
 use crate::device::virtio::console::backend::{ConsoleConnection, ConsolePort, PortEnd};
 use crate::device::virtio::console::device::Console;
@@ -82,7 +82,8 @@ impl Guest {
     }
 
     pub(super) fn set_up(&mut self) {
-        assert_eq!(self.rings.set_up(VERSION_1 | MULTIPORT), 0xf);
+        let features = VERSION_1 | MULTIPORT | EVENT_INDEX;
+        assert_eq!(self.rings.set_up(features), 0xf);
         self.give_all_room();
     }
 

@@ -10,7 +10,7 @@ use proptest::prelude::*;
 use super::console_guest::{
     CONTROL_RX, CONTROL_TX, DEVICE_READY, Guest, MULTIPORT, PORT_OPEN, PORT_READY, QUEUES, device,
 };
-use super::driver::{RAM_BYTES, VERSION_1};
+use super::driver::{EVENT_INDEX, RAM_BYTES, VERSION_1};
 
 #[derive(Debug, Clone)]
 enum Step {
@@ -22,7 +22,7 @@ enum Step {
     Memory(u64, Vec<u8>),
     /// Any access to registers.
     Register(u64, usize, u64),
-    SetUp(bool),
+    SetUp(bool, bool),
     PauseAndResume,
     /// A program of the host comes to a port.
     Connect(u8),
@@ -49,7 +49,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (0x1000_u64..0x1_9000, proptest::collection::vec(any::<u8>(), 1..32))
             .prop_map(|(at, bytes)| Step::Memory(at, bytes)),
         1 => (0_u64..0x8000, 1_usize..=8, any::<u64>()).prop_map(|(o, b, v)| Step::Register(o, b, v)),
-        1 => any::<bool>().prop_map(Step::SetUp),
+        1 => any::<(bool, bool)>().prop_map(|(ports, index)| Step::SetUp(ports, index)),
         1 => Just(Step::PauseAndResume),
         2 => (0_u8..3).prop_map(Step::Connect),
         2 => (1_usize..10_000).prop_map(Step::Write),
@@ -84,9 +84,10 @@ fn take(guest: &mut Guest, step: Step) {
             driver.write(offset, bytes, value);
             driver.read(offset, bytes);
         }
-        Step::SetUp(knows_ports) => {
-            let more = if knows_ports { MULTIPORT } else { 0 };
-            guest.rings.set_up(VERSION_1 | more);
+        Step::SetUp(knows_ports, has_index) => {
+            let ports = if knows_ports { MULTIPORT } else { 0 };
+            let index = if has_index { EVENT_INDEX } else { 0 };
+            guest.rings.set_up(VERSION_1 | ports | index);
         }
         Step::PauseAndResume => {
             driver.device.worker().pause();
