@@ -3,6 +3,7 @@
 mod console;
 mod console_guest;
 mod console_hostile;
+mod console_load;
 mod driver;
 mod hostile;
 mod net;
