@@ -1,8 +1,8 @@
 # shellcheck shell=dash
-# Debian's kernel with its own virtio drivers under Pando: entropy, disks and connections to the host, a file
-# system in use and a connection open when the machine is frozen, and clones that go on with it, each on its
-# own. Functions of l1-lib.sh; `say SOCKET COMMAND` runs a command in a guest; `vsock` is both ends of a
-# connection, in the guest too.
+# Debian's kernel with its own virtio drivers under Pando: entropy, disks, connections to the host and ports, a
+# file system in use, a connection and a port open when the machine is frozen, and clones that go on with it,
+# each on its own. Functions of l1-lib.sh; `say SOCKET COMMAND` runs a command in a guest; `vsock` is both ends
+# of a connection, in the guest too, and whoever is at a port.
 
 folder=/tmp/devices template=/tmp/devices/template
 mkdir -p "$folder/extra" /var/tmp
@@ -37,6 +37,16 @@ if grep -q 0x1053 /sys/bus/pci/devices/*/device; then
     vsock hold 4000 </dev/null >/tmp/held 2>&1 &
     until grep -q connected /tmp/held; do sleep 0.1; done
 fi
+# A port: lines for whoever is there now, then an answer to each line, whoever comes and goes.
+port=$(grep -lx org.aspen.rig /sys/class/virtio-ports/*/name 2>/dev/null)
+if [ -n "$port" ]; then
+    exec 3<>"/dev/$(basename "${port%/name}")"
+    seq 5000 >&3
+    (while :; do
+        while read -r line <&3; do echo "$(cat /data/mine 2>/dev/null) $line" >&3; done
+        sleep 0.2
+    done) &
+fi
 PREPARE
 (cd "$folder/extra" && find . | cpio -o -H newc 2>/dev/null) >"$folder/extra.cpio"
 cat /rig/initrd "$folder/extra.cpio" >"$folder/initrd"
@@ -49,13 +59,18 @@ check devices-rom-image make_image "$folder/rom.img" 16
 images=$(sha256sum "$folder"/*.img)
 vsock host "$folder/template.vsock_4000" &
 answers=$!
+vsock hear "$folder/template.port" >"$folder/heard" &
+hears=$!
 
 check devices-create pando template create "$template" --kernel /rig/vmlinuz --initrd "$folder/initrd" \
     --append "console=ttyS0 quiet panic=-1" --memory 256M --rng --vsock "3,uds=$folder/template.vsock" \
+    --console "unix:$folder/template.port,name=org.aspen.rig" --console null,console \
     --disk "$folder/disk.img,serial=aspen" --disk "$folder/rom.img,ro" \
     --ready serial:PANDO-READY --timeout 300 || exit 1
 same devices-originals-unchanged "$images" "$(sha256sum "$folder"/*.img)"
 kill $answers
+wait $hears
+same devices-port-heard "$(seq 5000 | sha256sum)" "$(sha256sum <"$folder/heard")"
 check devices-verify pando template verify "$template" || exit 1
 before=$(sha256sum "$template"/*.mem "$template"/*.disk)
 same devices-files 3 "$(echo "$before" | wc -l)"
@@ -67,9 +82,9 @@ stop_load='touch /tmp/stop; until [ -e /tmp/stopped ]; do sleep 0.2; done'
 in_clone() { say "$folder/$engine/clone-$1.sock" "$2"; }
 
 sees_devices() {
-    same "$engine-functions" "0x060000 0x010000 0x010000 0x00ff00 0x078000" \
+    same "$engine-functions" "0x060000 0x010000 0x010000 0x00ff00 0x078000 0x078000" \
         "$(in_clone 0 'cat /sys/bus/pci/devices/*/class' | xargs)"
-    same "$engine-messages" 10 "$(in_clone 0 "grep -cE 'MSI.*virtio[0-9]' /proc/interrupts")"
+    same "$engine-messages" 16 "$(in_clone 0 "grep -cE 'MSI.*virtio[0-9]' /proc/interrupts")"
     same "$engine-serial" aspen "$(in_clone 0 'xargs </sys/block/vda/serial')"
     same "$engine-read-only" "0 1" "$(in_clone 0 'cat /sys/block/vda/ro /sys/block/vdb/ro' | xargs)"
     same "$engine-entropy-source" virtio_rng.0 \
@@ -92,13 +107,31 @@ has_connections() {
         'for try in $(seq 100); do grep -q "gone: ConnectionReset" /tmp/held && exit 0; sleep 0.2; done; cat /tmp/held; exit 1'
 }
 
+# What the guest writes to its console, to whoever is there by then.
+hears_console() {
+    in_clone "$1" "echo console-$1 >/dev/hvc0"
+    grep -q "console-$1" "$folder/console"
+}
+
+# The clone's guest answers at its own socket, one program after the other, and its console is heard.
+has_ports() {
+    for what in answers answers-the-next; do
+        same "$engine-$1-port-$what" "$engine-$1 $what" \
+            "$(vsock tell "$folder/$engine/clone-$1.org.aspen.rig.sock" "$what")"
+    done
+    vsock hear "$folder/$engine/clone-$1.console0-0.sock" >"$folder/console" &
+    hears=$!
+    check "$engine-$1-console-heard" within 60 hears_console "$1"
+    kill $hears
+}
+
 for engine in copy root kernel; do
     # The template's CID, unless another is asked for.
     first=3
     set --
     [ $engine != root ] || { first=100 && set -- --vsock-cid $first; }
     pando clone "$template" --engine $engine --count 2 --serial "$folder/$engine" --json \
-        --vsock "$folder/$engine" "$@" \
+        --vsock "$folder/$engine" --console "$folder/$engine" "$@" \
         >"$folder/$engine.json" 2>"$folder/$engine.err" &
     supervisor=$!
     check "$engine-answers" in_clone 0 true || cat "$folder/$engine.err"
@@ -121,6 +154,8 @@ for engine in copy root kernel; do
     done
     has_connections 0 $first
     has_connections 1 $((first + 1))
+    has_ports 0
+    has_ports 1
     one=$(in_clone 0 'dd if=/dev/hwrng bs=32 count=1 2>/dev/null | sha256sum')
     differ "$engine-entropy-differs" "$one" \
         "$(in_clone 1 'dd if=/dev/hwrng bs=32 count=1 2>/dev/null | sha256sum')"

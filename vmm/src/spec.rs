@@ -6,6 +6,7 @@
 //! place that says no.
 
 pub mod backend;
+mod console;
 mod device;
 mod dimm;
 mod error;
@@ -23,6 +24,8 @@ use crate::memory::layout::{Placed, RamLayout};
 
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
+pub use console::{ConsoleFault, ConsoleParts, PortParts, PortTarget};
+pub use console::{MAX_CONSOLE_PORTS, MAX_PORT_NAME_BYTES, MAX_SOCKET_PATH_BYTES};
 pub use device::VsockParts;
 pub use device::{DeviceFault, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
 pub use device::{

@@ -75,6 +75,7 @@ const EXAMPLES: &[&str] = &[
     "-incoming file:state,offset=0x1000 -global migration.x-ignore-shared=true -only-migratable",
     "-incoming defer -daemonize -pidfile p -D log -d qmp,migration -no-reboot -no-shutdown -display none",
     "-kernel embedded -initrd i -append a -msg timestamp=off -print-machine -vga none -net none -nic none -parallel none",
+    "-m 64M -chardev socket,id=c,path=p,server=on,wait=off -device virtio-serial-pci,id=s,max_ports=4 -device virtserialport,bus=s.0,chardev=c,name=n,nr=2 -device virtconsole",
     "-m 64M -object rng-random,id=r -device virtio-rng-pci,rng=r,addr=5 -device vhost-vsock-pci,guest-cid=3,id=v,x-uds-path=u -device vmgenid,guid=auto",
     "-h -version -machine help -cpu help -device help -object help -chardev help -d help",
 ];

@@ -119,6 +119,15 @@ kind = "virtio-vsock"
 id = "v"
 cid = 3
 uds_path = "u"
+[[device]]
+kind = "virtio-console"
+[[device.ports]]
+console = true
+file = "l"
+[[device.ports]]
+number = 3
+name = "n"
+uds_path = "s"
 "#;
 
 const CLONE: &str = r#"

@@ -7,6 +7,7 @@ use std::time::Duration;
 use metrics_exporter_prometheus::PrometheusBuilder;
 use pando_pager::{ImageId, PageCount};
 use pando_vmm::clone::Engine;
+use pando_vmm::clone::consoles::ConsolePlan;
 use pando_vmm::clone::control::{
     Channel, ClientMemory, FromWorker, PagerConfig, RawRegion, RawRun, Received, Serial, ToWorker,
     WorkerConfig,
@@ -276,6 +277,10 @@ fn worker() -> WorkerConfig {
             dir: Some("d".into()),
         }
         .orders(1),
+        consoles: ConsolePlan {
+            dir: Some("d".into()),
+        }
+        .orders(),
         pager: PagerConfig::default(),
         host_check_is_due: true,
         supervisor_pid: 1,

@@ -13,7 +13,7 @@ use std::path::Path;
 use pando_pager::image::{ChunkIndex, Index, PageKind};
 use pando_pager::working_set::{MergeRules, Plan, PlanRules, WorkingSet};
 use pando_vmm::clone::record::{Arriving, TracePiece};
-use pando_vmm::template::device_entry::{DeviceEntry, DiskEntry};
+use pando_vmm::template::device_entry::{DeviceEntry, DiskEntry, PortEntry};
 use pando_vmm::template::manifest::{
     BackendEntry, FORMAT, FileEntry, HostEntry, Manifest, ManifestFile,
 };
@@ -208,7 +208,14 @@ fn with_devices() -> ManifestFile {
         disk,
         cid,
         mac: None,
+        ports: None,
     };
+    let mut console = device("console0", 6, "virtio-console", None, None);
+    console.ports = Some(vec![PortEntry {
+        number: 1,
+        name: Some("agent".into()),
+        console: false,
+    }]);
     let disk = DiskEntry {
         file: "root.disk".into(),
         bytes: 1 << 20,
@@ -223,6 +230,7 @@ fn with_devices() -> ManifestFile {
         device("rng0", 1, "virtio-rng", None, None),
         device("root", 4, "virtio-blk", Some(disk), None),
         device("vsock0", 5, "virtio-vsock", None, Some(3)),
+        console,
     ];
     file
 }

@@ -5,6 +5,9 @@
 //! call PORT TEXT` sends a line to the host and prints the answer; `vsock hold PORT` connects to the host,
 //! says `connected`, and how that ended. On the host: `vsock dial SOCKET PORT TEXT` sends a line to the
 //! guest and prints the answer; `vsock host SOCKET` listens and answers each line with `host` and the line.
+//!
+//! At the socket of a port, on the host: `vsock tell SOCKET TEXT` sends a line and prints the answer; `vsock
+//! hear SOCKET` prints what comes until its end.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -26,8 +29,11 @@ fn main() -> ExitCode {
         ["hold", port] => number(port).and_then(hold),
         ["dial", socket, port, text] => number(port).and_then(|port| dial(socket, port, text)),
         ["host", socket] => host(socket),
+        ["tell", socket, text] => come(socket).and_then(|stream| ask(&stream, text)),
+        ["hear", socket] => come(socket).and_then(|stream| hear(&stream)),
         _ => Err(io::Error::other(
-            "usage: vsock answer PORT | call PORT TEXT | hold PORT | dial SOCKET PORT TEXT | host SOCKET",
+            "usage: vsock answer PORT | call PORT TEXT | hold PORT | dial SOCKET PORT TEXT | host SOCKET | \
+             tell SOCKET TEXT | hear SOCKET",
         )),
     };
     match done {
@@ -131,6 +137,32 @@ fn dial_once(socket: &str, port: u32) -> io::Result<UnixStream> {
         Err(io::Error::other(
             String::from_utf8_lossy(&line).into_owned(),
         ))
+    }
+}
+
+/// Connects to a socket, which may not be there yet.
+fn come(socket: &str) -> io::Result<UnixStream> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        match UnixStream::connect(socket) {
+            Ok(stream) => return Ok(stream),
+            Err(error) if Instant::now() >= deadline => return Err(error),
+            Err(_) => sleep(Duration::from_millis(100)),
+        }
+    }
+}
+
+/// Each piece is printed when it comes.
+fn hear(stream: &UnixStream) -> io::Result<()> {
+    let (mut from, mut to) = (stream, io::stdout());
+    let mut bytes = [0; 4096];
+    loop {
+        let length = from.read(&mut bytes)?;
+        if length == 0 {
+            return Ok(());
+        }
+        to.write_all(&bytes[..length])?;
+        to.flush()?;
     }
 }
 

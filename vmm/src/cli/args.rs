@@ -4,8 +4,8 @@
 mod devices;
 mod pager;
 mod pool;
+mod sockets;
 mod unique;
-mod vsock;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -17,8 +17,8 @@ use clap_complete::Shell;
 pub use self::devices::{CloneDeviceArgs, DeviceArgs};
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
+pub use self::sockets::CloneSocketArgs;
 pub use self::unique::UniqueArgs;
-pub use self::vsock::CloneVsockArgs;
 use super::size::Size;
 use crate::clone::Engine;
 use crate::clone::control::Io;
@@ -362,9 +362,9 @@ pub struct CloneArgs {
     /// clone, lines marked with the clone's number for several]
     #[arg(long, value_name = "DIR")]
     pub serial: Option<PathBuf>,
-    /// Where vsocks are reached.
+    /// Where vsocks and ports are reached.
     #[command(flatten)]
-    pub vsock: CloneVsockArgs,
+    pub sockets: CloneSocketArgs,
     /// What their devices have.
     #[command(flatten)]
     pub devices: CloneDeviceArgs,

@@ -20,6 +20,7 @@ use crate::clone::Engine;
 use crate::clone::admit::limits::HostLimits;
 use crate::clone::admit::{Request, admit};
 use crate::clone::cgroup::CloneGroups;
+use crate::clone::consoles::{self, ConsolePlan};
 use crate::clone::control::{Ending, PagerConfig};
 use crate::clone::give_back::policy::Policy;
 use crate::clone::learn::{Learn, Lessons};
@@ -58,10 +59,14 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     }
     let clones = args.count.max(if args.unique.check_unique { 2 } else { 1 });
     let vsock = VsockPlan {
-        first_cid: args.vsock.vsock_cid,
-        dir: args.vsock.vsock_dir.clone(),
+        first_cid: args.sockets.vsock_cid,
+        dir: args.sockets.vsock_dir.clone(),
     };
     vsock::check(&vsock, clones, template.spec()).map_err(|error| Failure::usage(chain(&error)))?;
+    let consoles = ConsolePlan {
+        dir: args.sockets.console_dir.clone(),
+    };
+    consoles::check(&consoles, template.spec()).map_err(|error| Failure::usage(chain(&error)))?;
     raise_descriptor_limit();
     let limits = HostLimits::probe();
     let nets = nets(args, &template, clones)?;
@@ -76,7 +81,12 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     require_engine(args.engine, &pager)?;
     pager.learn = learn(args, &template);
     pager.give_back = give_back(args);
-    for dir in args.serial.iter().chain(&args.vsock.vsock_dir) {
+    let sockets = [
+        &args.serial,
+        &args.sockets.vsock_dir,
+        &args.sockets.console_dir,
+    ];
+    for dir in sockets.into_iter().flatten() {
         fs::create_dir_all(dir).map_err(TemplateError::io("make directory", dir))?;
     }
     let program = std::env::current_exe().map_err(|error| Failure::of(&error))?;
@@ -103,6 +113,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     })
     .map_err(|error| Failure::of(&error))?;
     supervisor.use_vsock(vsock);
+    supervisor.use_consoles(consoles);
     supervisor.nets = nets;
     supervisor.documents = documents;
     if args.cgroups {

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Engine;
 pub use super::channel::{Channel, ControlError, MAX_MESSAGE_BYTES, Received};
+use super::consoles::ConsoleOrders;
 use super::give_back::policy::Policy;
 use super::learn::Learn;
 use super::marks::DocumentPlan;
@@ -54,6 +55,8 @@ pub struct WorkerConfig {
     pub serial: Serial,
     /// Where its vsock device is reached, if it has one.
     pub vsock: VsockOrders,
+    /// Where the ports of its consoles are reached, if it has some.
+    pub consoles: ConsoleOrders,
     /// How the pager works.
     pub pager: PagerConfig,
     /// Whether the worker must compare the host with the template, because nobody did.
@@ -344,6 +347,7 @@ mod tests {
             engine: Engine::Copy,
             serial: Serial::Passed,
             vsock: VsockOrders::default(),
+            consoles: ConsoleOrders::default(),
             pager: PagerConfig::default(),
             host_check_is_due: true,
             supervisor_pid: 1,

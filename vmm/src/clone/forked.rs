@@ -227,6 +227,10 @@ fn connect(
     if !nets.is_empty() {
         machine.bind_nets(nets).map_err(CloneError::from)?;
     }
+    let consoles = nets::consoles(template, &config)?;
+    if !consoles.is_empty() {
+        machine.bind_consoles(consoles).map_err(CloneError::from)?;
+    }
     for (device, attachment) in nets::plugged(template, &config)? {
         let plugged = machine.handle().plug(device, attachment);
         plugged.map_err(CloneError::from)?;

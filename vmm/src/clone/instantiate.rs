@@ -14,6 +14,7 @@ use thiserror::Error;
 
 use super::Engine;
 use super::brought::Brought;
+use super::consoles::ConsoleError;
 use super::control::{
     Channel, ClientMemory, ControlError, FromWorker, IO_SHARED, PagerConfig, PagerPlace, RawRegion,
 };
@@ -58,6 +59,9 @@ pub enum CloneError {
     /// Its vsock device.
     #[error(transparent)]
     Vsock(#[from] VsockError),
+    /// Ports of its consoles.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
 }
 
 /// A clone that is ready to run.

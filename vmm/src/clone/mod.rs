@@ -19,6 +19,7 @@ mod bury;
 pub mod cgroup;
 pub mod channel;
 pub mod closing;
+pub mod consoles;
 pub mod control;
 pub mod forked;
 mod forks;

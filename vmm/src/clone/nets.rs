@@ -8,6 +8,7 @@ use super::control::WorkerConfig;
 use super::instantiate::CloneError;
 use super::marks;
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::console::backend::ConsoleConnection;
 use crate::device::virtio::net::backend::{NetConnection, Tap};
 use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::machine::{Attachment, Connections, MachineError};
@@ -243,6 +244,14 @@ pub(super) fn vsock(
     Ok(config.vsock.connect(config.clone, template.spec())?)
 }
 
+/// What the ports of a clone's consoles lead to.
+pub(super) fn consoles(
+    template: &Template,
+    config: &WorkerConfig,
+) -> Result<Vec<(String, ConsoleConnection)>, CloneError> {
+    Ok(config.consoles.connect(config.clone, template.spec())?)
+}
+
 /// The devices that a clone has and its template has not.
 pub(super) fn plugged(
     template: &Template,
@@ -274,6 +283,7 @@ pub(super) fn connections(
     Ok(Connections {
         vsock: vsock(template, config)?,
         nets: connect(template, config)?,
+        consoles: consoles(template, config)?,
         plugged: plugged(template, config)?,
         marks: marks::of(template, config)?,
         ..template.connections(serial)?

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use super::cgroup::CloneGroups;
 use super::closing::close_elsewhere;
+use super::consoles::ConsolePlan;
 use super::control::{Ending, FromWorker, Serial, WorkerConfig};
 use super::forks::Forks;
 use super::learn::Learner;
@@ -67,6 +68,7 @@ pub struct Supervisor {
     pub(super) paging: SharedPaging,
     pub(super) usage: Usage,
     pub(super) vsock: VsockPlan,
+    pub(super) consoles: ConsolePlan,
     /// Numbers of clones have changed since they were published.
     counts_changed: bool,
     /// What happened outside of [`Self::wait`].
@@ -118,6 +120,7 @@ impl Supervisor {
             paging: SharedPaging::default(),
             usage: Usage::default(),
             vsock: VsockPlan::default(),
+            consoles: ConsolePlan::default(),
             counts_changed: false,
             pending: Vec::new(),
             ram_bytes: ram_bytes.ok(),
@@ -187,6 +190,7 @@ impl Supervisor {
             engine: self.options.engine,
             serial: Serial::Null,
             vsock: self.vsock.orders(number as u64),
+            consoles: self.consoles.orders(),
             pager: self.options.pager.clone(),
             host_check_is_due: self.options.host_check == HostCheck::Due,
             supervisor_pid: std::process::id(),

@@ -12,6 +12,7 @@ use pando_pager::working_set::Trace;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use thiserror::Error;
 
+use super::consoles::ConsoleOrders;
 use super::control::{Ending, FromWorker, PagerConfig, Serial, WorkerConfig};
 use super::process::{CloneProcess, SerialPlan, SpawnError};
 use super::record::{Arriving, Record, Recording};
@@ -197,6 +198,7 @@ impl Warmer {
             engine: Engine::Copy,
             serial: Serial::Null,
             vsock: VsockOrders::default(),
+            consoles: ConsoleOrders::default(),
             pager: self.options.pager.clone(),
             // Done once, before the first run.
             host_check_is_due: false,

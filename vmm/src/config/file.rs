@@ -12,11 +12,13 @@ use thiserror::Error;
 mod bytes;
 mod device;
 mod identity;
+mod port;
 mod print;
 
 pub use bytes::Bytes;
 pub use device::DeviceTable;
 pub use identity::{SystemTable, UuidWord};
+pub use port::PortTable;
 
 /// More than any machine needs; a bound on what is read into memory.
 const MAX_FILE_BYTES: u64 = 1 << 20;

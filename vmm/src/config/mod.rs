@@ -196,7 +196,7 @@ fn parts(file: &MachineFile) -> Result<MachineParts, SpecError> {
 fn device(table: &DeviceTable) -> Result<DeviceParts, SpecError> {
     DeviceParts::try_from(table).map_err(|reason| SpecError::Device {
         id: table.name().to_owned(),
-        reason: DeviceFault::BadTap { reason },
+        reason: DeviceFault::BadParts { reason },
     })
 }
 

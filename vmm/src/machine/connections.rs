@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::block::backend::Disk;
+use crate::device::virtio::console::backend::{ConsoleConnection, PortEnd};
 use crate::device::virtio::net::backend::{NetConnection, Tap};
 use crate::device::virtio::vsock::backend::{HostSide, VsockConnection};
 use crate::spec::{DeviceSpec, MachineSpec, Uuid};
@@ -17,7 +18,7 @@ use super::generation::GenerationId;
 pub type Disks = Vec<(String, Disk)>;
 
 /// Where COM1 goes, the images of the disks, the host's side of the vsock, where cables of network devices
-/// end, and which machine of its template it is.
+/// end and ports of consoles lead to, and which machine of its template it is.
 #[derive(Debug)]
 pub struct Connections {
     /// COM1.
@@ -28,6 +29,8 @@ pub struct Connections {
     pub vsock: Option<VsockConnection>,
     /// Ends of cables by the ids of network devices; a device that is not here has no cable.
     pub nets: Vec<(String, NetConnection)>,
+    /// Where ports lead to, by the ids of console devices; those of a device that is not here lead to nobody.
+    pub consoles: Vec<(String, ConsoleConnection)>,
     /// Devices that the machine is given beside those that it was made or saved with: its guest is told of them
     /// as of any that are plugged, and finds them when it looks.
     pub plugged: Vec<(DeviceSpec, Attachment)>,
@@ -57,6 +60,8 @@ pub enum Attachment {
     Net(NetConnection),
     /// The host's side of a vsock.
     Vsock(VsockConnection),
+    /// Where the ports of a console device lead to.
+    Console(ConsoleConnection),
 }
 
 impl From<Disk> for Attachment {
@@ -73,6 +78,7 @@ impl From<SerialTarget> for Connections {
             disks: Vec::new(),
             vsock: None,
             nets: Vec::new(),
+            consoles: Vec::new(),
             plugged: Vec::new(),
             generation_id: None,
             marks: Marks::default(),
@@ -92,7 +98,8 @@ impl Marks {
 }
 
 impl Connections {
-    /// Opens the image of every disk by its path, the socket of the vsock, and every tap by its name.
+    /// Opens the image of every disk by its path, the socket of the vsock, every tap by its name, and what ports
+    /// lead to.
     pub fn open(spec: &MachineSpec, serial: SerialTarget) -> Result<Self, MachineError> {
         let nets = open_taps(spec)?;
         Ok(Self {
@@ -100,6 +107,7 @@ impl Connections {
             disks: open_disks(spec, &[])?,
             vsock: open_vsock(spec)?,
             nets,
+            consoles: open_consoles(spec)?,
             plugged: Vec::new(),
             generation_id: None,
             marks: Marks::of(spec, Role::Machine),
@@ -146,6 +154,33 @@ pub fn open_vsock_of(device: &DeviceSpec) -> Result<Option<VsockConnection>, Mac
     })?;
     let cid = Some(vsock.cid);
     Ok(Some(VsockConnection { cid, host }))
+}
+
+/// What the ports of every console device lead to.
+pub fn open_consoles(spec: &MachineSpec) -> Result<Vec<(String, ConsoleConnection)>, MachineError> {
+    let opened = spec.devices().iter().filter_map(|device| {
+        let connection = open_console_of(device).transpose()?;
+        Some(connection.map(|connection| (device.id().to_owned(), connection)))
+    });
+    opened.collect()
+}
+
+/// What the ports of one device lead to, if it is a console.
+pub fn open_console_of(device: &DeviceSpec) -> Result<Option<ConsoleConnection>, MachineError> {
+    let Some(console) = device.console() else {
+        return Ok(None);
+    };
+    let mut connection = ConsoleConnection::default();
+    for port in &console.ports {
+        let number = port.number.unwrap_or_default();
+        let end = PortEnd::open(&port.target).map_err(|source| MachineError::Port {
+            id: device.id().to_owned(),
+            number,
+            source,
+        })?;
+        connection.ends.push((number, end));
+    }
+    Ok(Some(connection))
 }
 
 /// Opens the tap of every network device that has one.

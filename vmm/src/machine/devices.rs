@@ -19,6 +19,7 @@ use crate::device::legacy::i8042::I8042;
 use crate::device::legacy::power::Power;
 use crate::device::legacy::serial::Serial;
 use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
+use crate::device::virtio::console::backend::ConsoleConnection;
 use crate::device::virtio::net::backend::NetConnection;
 use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::kvm::KvmError;
@@ -76,11 +77,12 @@ impl Devices {
             disks,
             vsock,
             nets,
+            consoles,
             plugged,
             generation_id,
             marks,
         } = to;
-        let pci = PciDevices::new(spec, disks, vsock, nets)?;
+        let pci = PciDevices::new(spec, disks, vsock, nets, consoles)?;
         let generation = generation_of(spec, generation_id)?;
         let devices = Self::build(serial, pci, generation, |irq, console| {
             Ok(Serial::new(irq, console.output()))
@@ -101,11 +103,12 @@ impl Devices {
             disks,
             vsock,
             nets,
+            consoles,
             plugged,
             generation_id,
             marks,
         } = to;
-        let mut pci = PciDevices::new(spec, disks, vsock, nets)?;
+        let mut pci = PciDevices::new(spec, disks, vsock, nets, consoles)?;
         let is_known = |record: &&DeviceRecord| {
             record.kind == SERIAL_KIND
                 || (record.kind == GENERATION_KIND && spec.has_generation_id())
@@ -239,6 +242,13 @@ impl Devices {
     pub(super) fn bind_nets(&self, nets: Vec<(String, NetConnection)>) {
         if let Some(pci) = &self.pci {
             pci.bind_nets(nets);
+        }
+    }
+
+    /// Says what ports of consoles lead to, for a machine that was made before that was known.
+    pub(super) fn bind_consoles(&self, consoles: Vec<(String, ConsoleConnection)>) {
+        if let Some(pci) = &self.pci {
+            pci.bind_consoles(consoles);
         }
     }
 

@@ -12,6 +12,7 @@
 use crossbeam::channel::{Receiver, Sender};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::console::backend::ConsoleConnection;
 use crate::device::virtio::net::backend::NetConnection;
 use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::kvm::KvmError;
@@ -44,6 +45,8 @@ pub(super) enum Message {
     BindNets(Vec<(String, NetConnection)>, Sender<()>),
     /// The document says this; it was to be said later.
     BindDocument(Vec<u8>, Sender<()>),
+    /// Ports of consoles lead to these; it was to be said later.
+    BindConsoles(Vec<(String, ConsoleConnection)>, Sender<()>),
     /// Press the power button.
     PressPowerButton,
     /// Something about devices that come and go.
@@ -138,6 +141,11 @@ impl Driver {
             }
             Message::BindDocument(content, reply) => {
                 self.devices.bind_document(Some(content));
+                let _ = reply.send(());
+                Ok(doing)
+            }
+            Message::BindConsoles(consoles, reply) => {
+                self.devices.bind_consoles(consoles);
                 let _ = reply.send(());
                 Ok(doing)
             }

@@ -9,6 +9,7 @@ use crate::arch::x86_64::boot::BootError;
 use crate::arch::x86_64::cpuid::MissingFeature;
 use crate::device::socket::SocketError;
 use crate::device::virtio::block::backend::DiskError;
+use crate::device::virtio::console::backend::PortError;
 use crate::device::virtio::net::backend::TapError;
 use crate::kvm::KvmError;
 
@@ -103,6 +104,17 @@ pub enum MachineError {
         /// Why not.
         #[source]
         source: SocketError,
+    },
+    /// A port of a console device.
+    #[error("cannot connect port {number} of the console device {id:?}")]
+    Port {
+        /// Name of the device.
+        id: String,
+        /// The port's number.
+        number: u8,
+        /// Why not.
+        #[source]
+        source: PortError,
     },
     /// The image of a disk.
     #[error("cannot make the disk {id:?}")]

@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use crossbeam::channel::{Receiver, Sender, bounded};
 
 use crate::device::legacy::console::SerialTarget;
+use crate::device::virtio::console::backend::ConsoleConnection;
 use crate::device::virtio::net::backend::NetConnection;
 use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::memory::guest::GuestRam;
@@ -167,6 +168,17 @@ impl Machine<Paused> {
     pub fn bind_nets(&self, nets: Vec<(String, NetConnection)>) -> Result<(), MachineError> {
         let (reply, answer) = bounded(1);
         self.driver.send(Message::BindNets(nets, reply));
+        answer.recv().map_err(|_| MachineError::Gone)
+    }
+
+    /// Says what the ports of console devices lead to, for a machine that was made before that was known. The
+    /// devices take it when the machine goes on.
+    pub fn bind_consoles(
+        &self,
+        consoles: Vec<(String, ConsoleConnection)>,
+    ) -> Result<(), MachineError> {
+        let (reply, answer) = bounded(1);
+        self.driver.send(Message::BindConsoles(consoles, reply));
         answer.recv().map_err(|_| MachineError::Gone)
     }
 

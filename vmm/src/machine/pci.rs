@@ -18,6 +18,8 @@ use crate::device::pci::state::{
 use crate::device::virtio::block::backend::Disk;
 use crate::device::virtio::block::device::Block;
 use crate::device::virtio::block::document::{Document, DocumentPort};
+use crate::device::virtio::console::backend::{ConsoleConnection, ConsolePort};
+use crate::device::virtio::console::device::Console;
 use crate::device::virtio::device::VirtioDevice;
 use crate::device::virtio::net::backend::{NetConnection, NetPort};
 use crate::device::virtio::net::device::Net;
@@ -57,6 +59,8 @@ pub(super) struct Ports {
     pub(super) nets: Vec<(String, NetPort)>,
     /// That of the document, if there is one.
     pub(super) document: DocumentPort,
+    /// Those of console devices, by their ids.
+    pub(super) consoles: Vec<(String, ConsolePort)>,
 }
 
 /// What devices are connected to.
@@ -74,12 +78,13 @@ impl fmt::Debug for Outside {
 
 impl PciDevices {
     /// The devices of a machine as after power-on; `None` where it has none, and so no bus. Takes the
-    /// images of its disks, the host's side of its vsock, and the ends of its cables.
+    /// images of its disks, the host's side of its vsock, the ends of its cables, and those of its ports.
     pub(super) fn new(
         spec: &MachineSpec,
         disks: Vec<(String, Disk)>,
         vsock: Option<VsockConnection>,
         nets: Vec<(String, NetConnection)>,
+        consoles: Vec<(String, ConsoleConnection)>,
     ) -> Result<Option<Self>, MachineError> {
         if !spec.has_pci() {
             return Ok(None);
@@ -89,6 +94,7 @@ impl PciDevices {
             vsock: VsockPort::default(),
             nets: net_ports(spec.devices(), nets),
             document: DocumentPort::default(),
+            consoles: console_ports(spec.devices(), consoles),
         };
         if let Some(vsock) = vsock {
             connections.vsock.put(vsock);
@@ -199,6 +205,16 @@ impl PciDevices {
         }
     }
 
+    /// As [`Self::bind_nets`], for consoles.
+    pub(super) fn bind_consoles(&self, consoles: Vec<(String, ConsoleConnection)>) {
+        for (id, connection) in consoles {
+            let mut ports = self.connections.consoles.iter();
+            if let Some((_, port)) = ports.find(|(other, _)| *other == id) {
+                port.put(connection);
+            }
+        }
+    }
+
     /// Does all that the guest has asked for, and nothing more until [`Self::resume`].
     pub(super) fn pause(&self) {
         for device in &self.devices {
@@ -248,6 +264,23 @@ pub(super) fn net_ports(
     ports
 }
 
+/// A place for the connection of each console device, with it where that is known.
+pub(super) fn console_ports(
+    devices: &[DeviceSpec],
+    consoles: Vec<(String, ConsoleConnection)>,
+) -> Vec<(String, ConsolePort)> {
+    let places = devices.iter().filter(|device| device.console().is_some());
+    let places: Vec<_> = places
+        .map(|device| (device.id().to_owned(), ConsolePort::default()))
+        .collect();
+    for (id, connection) in consoles {
+        if let Some((_, place)) = places.iter().find(|(other, _)| *other == id) {
+            place.put(connection);
+        }
+    }
+    places
+}
+
 /// The device that a specification asks for.
 pub(super) fn make(
     spec: &DeviceSpec,
@@ -263,6 +296,11 @@ pub(super) fn make(
             let port = port.map(|(_, port)| port.clone()).unwrap_or_default();
             let mac = net.mac.unwrap_or(MacAddress::DEFAULT);
             Ok(Box::new(Net::new(mac, port)))
+        }
+        DeviceKind::Console(parts) => {
+            let place = ports.consoles.iter().find(|(id, _)| id == spec.id());
+            let place = place.map(|(_, place)| place.clone()).unwrap_or_default();
+            Ok(Box::new(Console::new(parts, place)))
         }
         DeviceKind::Block(parts) => {
             let position = disks.iter().position(|(id, _)| id == spec.id());

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use super::error::OptionError;
 use super::line::Wanted;
 use super::line::chardev::Chardev;
-use crate::spec::MachineSpec;
+use crate::spec::{DeviceSpec, MachineSpec, PortTarget};
 use crate::sys::lock::is_locked;
 
 /// Refuses a command line that writes something else to the file of a memory backend or a disk.
@@ -41,6 +41,27 @@ pub fn check(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
                 "{what}: {} is the file of memory backend {}, which nothing else may write: name another file",
                 output.display(),
                 backend.id()
+            )));
+        }
+    }
+    ports(wanted, spec)
+}
+
+/// Refuses a port's file that is a memory backend's or a disk's.
+fn ports(wanted: &Wanted, spec: &MachineSpec) -> Result<(), OptionError> {
+    let consoles = spec.devices().iter().filter_map(DeviceSpec::console);
+    for port in consoles.flat_map(|console| &console.ports) {
+        let PortTarget::File(output) = &port.target else {
+            continue;
+        };
+        let memory = spec.backends().iter().filter_map(|backend| backend.file());
+        let memory = memory.map(|file| file.path());
+        let images = wanted.memory.pci.images();
+        let images = images.map(|(image, _)| image.disk.path.as_path());
+        if memory.chain(images).any(|path| is_same(path, output)) {
+            return Err(OptionError::new(format!(
+                "chardev: {} is memory or a disk of the machine, which nothing else may write: name another file",
+                output.display()
             )));
         }
     }

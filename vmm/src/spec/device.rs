@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::backend::is_id;
+use super::console::{ConsoleFault, ConsoleParts};
 use super::mac::MacAddress;
 use super::tap::TapSpec;
 
@@ -45,6 +46,8 @@ pub enum DeviceKind {
     Net(NetParts),
     /// A disk that tells the guest who it is, in each clone something else.
     Document,
+    /// Ports between programs of the guest and of the host.
+    Console(ConsoleParts),
 }
 
 /// A network device.
@@ -128,9 +131,9 @@ pub enum DeviceFault {
         /// The number.
         serial: String,
     },
-    /// A tap that cannot be.
+    /// Parts that do not go together.
     #[error("{reason}")]
-    BadTap {
+    BadParts {
         /// Why not.
         reason: String,
     },
@@ -158,6 +161,9 @@ pub enum DeviceFault {
     /// Guests have one of them.
     #[error("there is a document already: what it says is said once")]
     SecondDocument,
+    /// Ports that cannot be.
+    #[error(transparent)]
+    Console(#[from] ConsoleFault),
 }
 
 impl DeviceKind {
@@ -169,6 +175,7 @@ impl DeviceKind {
             Self::Vsock(_) => "virtio-vsock",
             Self::Net(_) => "virtio-net",
             Self::Document => "document",
+            Self::Console(_) => "virtio-console",
         }
     }
 
@@ -179,12 +186,14 @@ impl DeviceKind {
             Self::Vsock(_) => "vsock",
             Self::Net(_) => "net",
             Self::Document => "document",
+            Self::Console(_) => "console",
         }
     }
 
     fn check(&self) -> Result<(), DeviceFault> {
         match self {
-            Self::Rng | Self::Net(_) | Self::Document => Ok(()),
+            // Ports are proven together with those of other devices.
+            Self::Rng | Self::Net(_) | Self::Document | Self::Console(_) => Ok(()),
             Self::Block(disk) => disk.check(),
             Self::Vsock(vsock) => vsock.check(),
         }
@@ -273,6 +282,14 @@ impl DeviceSpec {
         }
     }
 
+    /// The ports, if it is what has them.
+    pub fn console(&self) -> Option<&ConsoleParts> {
+        match &self.kind {
+            DeviceKind::Console(console) => Some(console),
+            _ => None,
+        }
+    }
+
     /// The image of a disk.
     pub fn disk_path(&self) -> Option<&Path> {
         self.disk().map(|disk| disk.path.as_path())
@@ -333,6 +350,14 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
     let mut devices = Vec::new();
     let mut parts = parts;
     give_addresses(&mut parts);
+    let mut port_names = Vec::new();
+    for part in &mut parts {
+        if let DeviceKind::Console(console) = &mut part.kind
+            && let Err(fault) = console.place(&mut port_names)
+        {
+            return Err((name_of(part), fault.into()));
+        }
+    }
     for part in parts {
         let free = |slot: &u8| taken.iter().all(|(other, _)| other != slot);
         let slot = part.slot.or_else(|| (1..=LAST_SLOT).find(free));
@@ -357,9 +382,7 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
 fn give_addresses(parts: &mut [DeviceParts]) {
     let mac_of = |part: &DeviceParts| match &part.kind {
         DeviceKind::Net(net) => net.mac,
-        DeviceKind::Rng | DeviceKind::Block(_) | DeviceKind::Vsock(_) | DeviceKind::Document => {
-            None
-        }
+        _ => None,
     };
     let mut taken: Vec<MacAddress> = parts.iter().filter_map(mac_of).collect();
     for part in parts {

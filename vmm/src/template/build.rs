@@ -25,8 +25,8 @@ use crate::device::legacy::console::SerialTarget;
 use crate::device::virtio::block::backend::{Disk, DiskError};
 use crate::machine::state::MachineState;
 use crate::machine::{
-    Connections, Machine, MachineError, Marks, Paused, Role, Running, open_taps, open_vsock,
-    scratch_folder,
+    Connections, Machine, MachineError, Marks, Paused, Role, Running, open_consoles, open_taps,
+    open_vsock, scratch_folder,
 };
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
 use crate::report::exit;
@@ -139,6 +139,7 @@ impl TemplateVm {
             disks: written.clone(),
             vsock: open_vsock(spec)?,
             nets: open_taps(spec)?,
+            consoles: open_consoles(spec)?,
             plugged: Vec::new(),
             generation_id: None,
             marks: Marks::of(spec, Role::Template),

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::seal::Seal;
 use crate::spec::{
-    DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts, VsockParts,
+    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts,
+    PortParts, PortTarget, VsockParts,
 };
 
 /// The first format that has this part.
@@ -21,7 +22,7 @@ pub struct DeviceEntry {
     /// Its device number on the PCI bus.
     pub slot: u8,
     /// What it is: `virtio-rng`, `document`, `virtio-blk`, which has a disk, `virtio-vsock`, which has a context
-    /// ID, or `virtio-net`, which has a `mac`.
+    /// ID, `virtio-net`, which has a `mac`, or `virtio-console`, which has `ports`.
     pub kind: String,
     /// The disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -32,6 +33,22 @@ pub struct DeviceEntry {
     /// The hardware address of a `virtio-net`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
+    /// The ports of a `virtio-console`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ports: Option<Vec<PortEntry>>,
+}
+
+/// A port of a `virtio-console`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortEntry {
+    /// Its number.
+    pub number: u8,
+    /// What it is called.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Whether it is a console.
+    pub console: bool,
 }
 
 /// The image of a disk as it was when the machine was frozen.
@@ -63,15 +80,30 @@ impl DeviceEntry {
             disk,
             cid: device.vsock().map(|vsock| vsock.cid),
             mac: device.net().and_then(|net| net.mac),
+            ports: device
+                .console()
+                .map(|console| console.ports.iter().map(PortEntry::of).collect()),
         }
     }
 
     /// The device's parts, unchecked; the reason where it is none.
     pub(super) fn parts(&self) -> Result<DeviceParts, String> {
+        if self.ports.is_some() != (self.kind == "virtio-console") {
+            let with = with(self.ports.is_some());
+            return Err(format!(
+                "device {} is a {:?} {with} ports",
+                self.id, self.kind
+            ));
+        }
+        let ports = self.ports.as_deref().unwrap_or_default();
         let kind = match (self.kind.as_str(), &self.disk, self.cid, self.mac) {
             ("virtio-rng", None, None, None) => DeviceKind::Rng,
             // What it says is each clone's own.
             ("document", None, None, None) => DeviceKind::Document,
+            // Where they lead to is said when a clone is made.
+            ("virtio-console", None, None, None) => DeviceKind::Console(ConsoleParts {
+                ports: ports.iter().map(PortEntry::parts).collect(),
+            }),
             // Where its socket is is said when a clone is made.
             ("virtio-vsock", None, Some(cid), None) => {
                 DeviceKind::Vsock(VsockParts { cid, path: None })
@@ -99,7 +131,6 @@ impl DeviceEntry {
                 })
             }
             (kind, disk, cid, mac) => {
-                let with = |is_there| if is_there { "with" } else { "without" };
                 let (disk, cid, mac) = (
                     with(disk.is_some()),
                     with(cid.is_some()),
@@ -117,4 +148,27 @@ impl DeviceEntry {
             kind,
         })
     }
+}
+
+impl PortEntry {
+    fn of(port: &PortParts) -> Self {
+        Self {
+            number: port.number.unwrap_or_default(),
+            name: port.name.clone(),
+            console: port.is_console,
+        }
+    }
+
+    fn parts(&self) -> PortParts {
+        PortParts {
+            number: Some(self.number),
+            name: self.name.clone(),
+            is_console: self.console,
+            target: PortTarget::Null,
+        }
+    }
+}
+
+fn with(is_there: bool) -> &'static str {
+    if is_there { "with" } else { "without" }
 }

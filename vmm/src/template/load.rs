@@ -149,6 +149,7 @@ impl Template {
             disks: disks.collect::<Result<_, TemplateError>>()?,
             vsock: None,
             nets: Vec::new(),
+            consoles: Vec::new(),
             plugged: Vec::new(),
             generation_id: None,
             marks: Marks::default(),

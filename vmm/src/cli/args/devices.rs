@@ -1,11 +1,14 @@
 #![forbid(unsafe_code)]
 //! Devices on the command line.
 
+mod console;
+
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::Args as ClapArgs;
 
+use self::console::ConsoleArgs;
 use crate::clone::marks::DocumentPattern;
 use crate::clone::nets::NetPattern;
 use crate::config::file::DeviceTable;
@@ -43,6 +46,9 @@ pub struct DeviceArgs {
     /// that the guest reaches listen on PATH_PORT. Clones have their own (pando clone --vsock)
     #[arg(long, value_name = "CID[,uds=PATH][,id=ID]")]
     pub vsock: Option<VsockArg>,
+    /// Ports.
+    #[command(flatten)]
+    pub consoles: ConsoleArgs,
     /// Give the machine a VM generation ID, by which a guest sees that it was cloned and renews its random
     /// numbers, or not [default: a template has one unless its kernel is the built-in guest]
     #[arg(long, value_name = "YES", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
@@ -64,7 +70,9 @@ impl DeviceArgs {
         let vsock = self.vsock.iter().map(|vsock| vsock.0.clone());
         let nets = self.nets.iter().map(|net| net.table());
         let own = rng.into_iter().chain(document);
-        disks.chain(nets).chain(own).chain(vsock).collect()
+        let consoles = self.consoles.tables();
+        let devices = disks.chain(nets).chain(own).chain(vsock);
+        devices.chain(consoles).collect()
     }
 }
 

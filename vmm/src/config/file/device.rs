@@ -7,9 +7,10 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::is_default;
+use super::port::PortTable;
 use crate::spec::{
-    DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts, TapSpec,
-    VsockParts,
+    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts,
+    PortParts, TapSpec, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -99,6 +100,19 @@ pub enum DeviceTable {
         #[schemars(range(min = 1, max = 31))]
         slot: Option<u8>,
     },
+    /// Ports between programs of the guest and of the host.
+    #[serde(rename = "virtio-console")]
+    Console {
+        /// What it is called; `console0`, `console1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// Its ports: at most 16.
+        ports: Vec<PortTable>,
+    },
 }
 
 impl DeviceTable {
@@ -110,6 +124,7 @@ impl DeviceTable {
             Self::Net { id, .. } => (id, "virtio-net"),
             Self::Vsock { id, .. } => (id, "virtio-vsock"),
             Self::Document { id, .. } => (id, "document"),
+            Self::Console { id, .. } => (id, "virtio-console"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -140,6 +155,14 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 slot,
                 kind: DeviceKind::Vsock(VsockParts { cid, path }),
             },
+            DeviceTable::Console { id, slot, ports } => {
+                let ports: Result<_, _> = ports.iter().map(PortParts::try_from).collect();
+                Self {
+                    id,
+                    slot,
+                    kind: DeviceKind::Console(ConsoleParts { ports: ports? }),
+                }
+            }
             DeviceTable::Block {
                 id,
                 slot,
@@ -194,6 +217,11 @@ impl From<&DeviceSpec> for DeviceTable {
                 slot,
                 cid,
                 uds_path: path,
+            },
+            DeviceKind::Console(ConsoleParts { ports }) => Self::Console {
+                id,
+                slot,
+                ports: ports.iter().map(PortTable::from).collect(),
             },
             DeviceKind::Block(DiskParts {
                 path,

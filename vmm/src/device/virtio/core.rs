@@ -205,9 +205,13 @@ impl Core {
                     break;
                 };
                 let bytes = if chain.is_malformed() {
-                    0
+                    Some(0)
                 } else {
-                    self.device.process(number, &chain, ram)
+                    self.device.attempt(number, &chain, ram)
+                };
+                let Some(bytes) = bytes else {
+                    queue.put_back(1);
+                    return Ok(self.device.is_ready(number));
                 };
                 queue.push(ram, &chain, bytes)?;
                 if queue.wants_interrupt(ram)? {

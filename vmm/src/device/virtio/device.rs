@@ -47,6 +47,13 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Does what a request asks for and returns how many bytes of its memory were written.
     fn process(&mut self, queue: usize, request: &Chain, ram: &GuestRam) -> u32;
 
+    /// As [`Self::process`], of a device that may be unable to do all of a request now. `None` leaves it in its
+    /// queue: it comes again, whole, when the device [`Self::is_ready`], or has been set up anew. What the
+    /// guest makes of its memory meanwhile is not the device's business.
+    fn attempt(&mut self, queue: usize, request: &Chain, ram: &GuestRam) -> Option<u32> {
+        Some(self.process(queue, request, ram))
+    }
+
     /// Whether it can take a request of a queue now. One that cannot is asked again when it has given
     /// something to the guest.
     fn is_ready(&self, _queue: usize) -> bool {

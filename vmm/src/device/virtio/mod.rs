@@ -17,6 +17,7 @@
 
 mod bell;
 pub mod block;
+pub mod console;
 pub mod core;
 pub mod device;
 pub mod inbound;

@@ -5,6 +5,7 @@
 pub mod argv;
 pub mod chardev;
 pub mod choices;
+pub mod console;
 pub mod device;
 pub mod global;
 pub mod hub;

@@ -5,6 +5,8 @@
 
 use std::path::PathBuf;
 
+use super::chardev::Chardev;
+use super::console::{self, Port};
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
@@ -73,6 +75,7 @@ enum What {
     },
     Vsock(VsockParts),
     Net(NetDevice),
+    Console(console::Bus),
 }
 
 impl PciDevices {
@@ -119,6 +122,10 @@ impl PciDevices {
 
     /// Takes a device of this kind; gives the properties of any other back.
     pub fn device(&mut self, props: Props, typed: &str) -> Result<Option<Props>, OptionError> {
+        let props = match Port::read(props, typed)? {
+            Ok(port) => return self.port(port).map(|()| None),
+            Err(props) => props,
+        };
         match Device::read(props, typed)? {
             Ok(device) => {
                 self.devices.push(device);
@@ -126,6 +133,39 @@ impl PciDevices {
             }
             Err(props) => Ok(Some(props)),
         }
+    }
+
+    /// Puts a port on its device, which comes first on the line.
+    fn port(&mut self, port: Port) -> Result<(), OptionError> {
+        let mut buses = self.devices.iter_mut().filter_map(|device| {
+            let name = device.id.as_ref().map(|id| format!("{id}.0"));
+            match &mut device.what {
+                What::Console(bus) => Some((name, bus)),
+                _ => None,
+            }
+        });
+        let found = buses.find(|(name, _)| port.bus.is_none() || *name == port.bus);
+        let (_, bus) = found.ok_or_else(|| port.no_bus())?;
+        bus.ports.push(port);
+        Ok(())
+    }
+
+    /// Says where ports lead to: `chardev_of` finds a chardev that nobody has.
+    pub(super) fn connect_ports(
+        &mut self,
+        mut chardev_of: impl FnMut(&str) -> Option<Chardev>,
+    ) -> Result<(), OptionError> {
+        for device in &mut self.devices {
+            let What::Console(bus) = &mut device.what else {
+                continue;
+            };
+            for port in &mut bus.ports {
+                let chardev = port.chardev.as_deref().and_then(&mut chardev_of);
+                port.connect(chardev)
+                    .map_err(|error| error.at(&port.typed))?;
+            }
+        }
+        Ok(())
     }
 
     fn drive(&mut self, value: &str, typed: &str) -> Result<(), OptionError> {
@@ -242,7 +282,8 @@ impl Device {
         let is_block = BLOCK_DRIVERS.contains(&driver.as_str());
         let is_vsock = vsock::DRIVERS.contains(&driver.as_str());
         let is_net = NET_DRIVERS.contains(&driver.as_str());
-        let is_other = is_vsock || is_net || RNG_DRIVERS.contains(&driver.as_str());
+        let is_console = console::DRIVERS.contains(&driver.as_str());
+        let is_other = is_vsock || is_net || is_console || RNG_DRIVERS.contains(&driver.as_str());
         if !is_block && !is_other {
             props.add("driver", &driver);
             return Ok(Err(props));
@@ -265,6 +306,8 @@ impl Device {
             What::Vsock(vsock::parts(&mut props)?)
         } else if is_net {
             What::Net(NetDevice::read(&mut props)?)
+        } else if is_console {
+            What::Console(console::Bus::read(&mut props)?)
         } else {
             What::Rng {
                 source: props.text("rng")?,
@@ -288,7 +331,7 @@ impl Device {
     pub fn drive(&self) -> Option<&str> {
         match &self.what {
             What::Block { drive, .. } => Some(drive),
-            What::Rng { .. } | What::Vsock(_) | What::Net(_) => None,
+            _ => None,
         }
     }
 
@@ -296,7 +339,7 @@ impl Device {
     pub fn netdev(&self) -> Option<&str> {
         match &self.what {
             What::Net(net) => net.netdev.as_deref(),
-            What::Rng { .. } | What::Vsock(_) | What::Block { .. } => None,
+            _ => None,
         }
     }
 
@@ -319,6 +362,7 @@ impl Device {
             }
             What::Vsock(vsock) => DeviceKind::Vsock(vsock.clone()),
             What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
+            What::Console(bus) => DeviceKind::Console(bus.parts()?),
             What::Block { drive, serial } => {
                 let mut disk = disk_of(drive)?;
                 disk.serial.clone_from(serial);

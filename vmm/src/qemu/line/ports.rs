@@ -150,6 +150,11 @@ impl Pending {
                 });
             }
         }
+        let Wanted { memory, hubs, .. } = &mut *wanted;
+        memory.pci.connect_ports(|id| {
+            let found = self.resolve(Short::Named(id.to_owned()), hubs);
+            found.ok().flatten()
+        })?;
         if wanted.monitors.len() > MAX_MONITORS {
             return Err(OptionError::new(format!(
                 "there are {} monitors, the most is {MAX_MONITORS}",

@@ -206,7 +206,8 @@ pub fn device(driver: &str) -> String {
         Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
-             virtio-blk-pci, virtio-net-pci, virtio-rng-pci, vhost-vsock-pci and vmgenid are the devices to add"
+             virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, virtserialport, \
+             vhost-vsock-pci and vmgenid are the devices to add"
         ),
     }
 }

@@ -71,6 +71,7 @@ impl Vm {
             disks,
             vsock: machine::open_vsock(spec).map_err(wrong)?,
             nets: machine::open_taps(spec).map_err(wrong)?,
+            consoles: machine::open_consoles(spec).map_err(wrong)?,
             plugged: Vec::new(),
             generation_id: self.plan.generation_id,
             marks: Marks::of(spec, Role::Machine),

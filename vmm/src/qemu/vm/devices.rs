@@ -10,6 +10,7 @@ use super::plan::place_socket;
 use super::{RunStatus, Vm};
 use crate::device::virtio::net::backend::NetConnection;
 use crate::machine::{Attachment, DeviceNews, Function, open_vsock_of};
+use crate::qemu::line::console::has_ports;
 use crate::qemu::line::pci::Device;
 use crate::qemu::line::refused;
 use crate::qemu::qmp::message::{Class, QmpError};
@@ -26,6 +27,13 @@ const PATIENCE: Duration = Duration::from_secs(5);
 impl Vm {
     /// `device_add`
     pub(in crate::qemu) fn device_add(&mut self, props: Props) -> Result<(), QmpError> {
+        let mut props = props;
+        if let Some(driver) = props.text("driver").ok().flatten() {
+            if has_ports(&driver) {
+                return Err(no_hotplug(&driver));
+            }
+            props.add("driver", &driver);
+        }
         let device = Device::read(props, "device_add");
         let device = match device.map_err(|error| QmpError::generic(error.message()))? {
             Ok(device) => device,

@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
 use super::*;
-use crate::template::device_entry::DiskEntry;
+use crate::template::device_entry::{DiskEntry, PortEntry};
 use crate::template::machine_entry::{DimmEntry, NodeEntry};
 use proptest::prelude::*;
 
@@ -246,7 +246,14 @@ fn with_devices() -> ManifestFile {
         disk,
         cid,
         mac: None,
+        ports: None,
     };
+    let mut console = device("console0", 6, "virtio-console", None, None);
+    console.ports = Some(vec![PortEntry {
+        number: 1,
+        name: Some("agent".into()),
+        console: false,
+    }]);
     let disk = DiskEntry {
         file: "root.disk".into(),
         bytes: 4096,
@@ -263,6 +270,7 @@ fn with_devices() -> ManifestFile {
         device("rng0", 1, "virtio-rng", None, None),
         device("root", 4, "virtio-blk", Some(disk), None),
         device("vsock0", 5, "virtio-vsock", None, Some(77)),
+        console,
     ];
     file
 }
@@ -276,6 +284,11 @@ fn devices_are_those_of_the_machine() {
     assert_eq!((devices[1].id(), devices[1].slot()), ("root", 4));
     let vsock = devices[2].vsock().unwrap();
     assert_eq!((vsock.cid, &vsock.path), (77, &None));
+    let ports = &devices[3].console().unwrap().ports;
+    assert_eq!(
+        (ports[0].number, ports[0].name.as_deref()),
+        (Some(1), Some("agent"))
+    );
     let disk = devices[1].disk().unwrap();
     assert_eq!(disk.serial.as_deref(), Some("aspen"));
     let refused = |change: fn(&mut ManifestFile)| {
@@ -290,6 +303,8 @@ fn devices_are_those_of_the_machine() {
     assert!(refused(|file| file.devices[0].kind = "tape".into()).contains("\"tape\" without"));
     assert!(refused(|file| file.devices[2].cid = None).contains("without a context id and"));
     assert!(refused(|file| file.devices[0].cid = Some(9)).contains("with a context id and"));
+    assert!(refused(|file| file.devices[3].ports = None).contains("without ports"));
+    assert!(refused(|file| file.devices[0].ports = Some(vec![])).contains("with ports"));
     assert!(refused(|file| file.devices[2].cid = Some(2)).contains("context id 2 is no guest's"));
     for (name, text) in [
         ("../x", "not a plain file name"),

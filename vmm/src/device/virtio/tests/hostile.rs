@@ -2,8 +2,14 @@
 //! Guests that mean harm, or that are broken: whatever is in registers and queues, a device neither
 //! panics nor works without end, and it is as good as new after a reset.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
 use proptest::prelude::*;
 
+use super::console_guest::device;
 use super::driver::{BUFFERS, Driver, EVENT_INDEX, RAM_BYTES, VERSION_1};
 use super::requests::{block, image};
 use crate::device::pci::bus::PciFunction;
@@ -109,6 +115,32 @@ proptest! {
             driver.kick();
             driver.device.worker().pause();
             assert_eq!(driver.used(), [(0, 32)]);
+        });
+    }
+
+    #[test]
+    fn a_console_outlives_any_guest(steps in proptest::collection::vec(step(), 1..60)) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut driver = Driver::new(device(dir.path()));
+        driver.device.worker().resume();
+        driver.set_up(VERSION_1);
+        for step in steps {
+            take(&mut driver, step);
+        }
+        is_as_good_as_new(&mut driver, |driver| {
+            let mut program = UnixStream::connect(dir.path().join("0")).unwrap();
+            program.write_all(b"alive").unwrap();
+            driver.offer(&[(BUFFERS, 32, true)]);
+            driver.kick();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            let used = loop {
+                match driver.used() {
+                    used if !used.is_empty() => break used,
+                    _ => assert!(Instant::now() < deadline, "it has come to nothing"),
+                }
+                sleep(Duration::from_millis(1));
+            };
+            assert_eq!(used, [(0, 5)]);
         });
     }
 

@@ -1,5 +1,9 @@
 //! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
 
+mod console;
+mod console_guest;
+mod console_hostile;
+mod console_load;
 mod documents;
 mod driver;
 mod hostile;
