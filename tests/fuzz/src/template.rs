@@ -208,6 +208,7 @@ fn with_devices() -> ManifestFile {
         disk,
         cid,
         mac: None,
+        limits: None,
     };
     let disk = DiskEntry {
         file: "root.disk".into(),

@@ -367,10 +367,10 @@ pub struct CloneArgs {
     pub vsock: CloneVsockArgs,
     /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
     /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
-    /// template has not [default: an address derived from template and clone; without --net no cable]
+    /// template has not. Limits hold each way, for each clone, in place of the template's [default: an address derived from template and clone; without --net no cable]
     #[arg(
         long = "net",
-        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug]"
+        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug][,bps=SIZE][,bps-burst=SIZE][,pps=N][,pps-burst=N]"
     )]
     pub nets: Vec<CloneNetArg>,
     /// Where pages are served: own (a thread in each clone's process) or shared (one process for all

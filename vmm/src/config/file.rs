@@ -15,7 +15,7 @@ mod identity;
 mod print;
 
 pub use bytes::Bytes;
-pub use device::DeviceTable;
+pub use device::{DeviceTable, limits};
 pub use identity::{SystemTable, UuidWord};
 
 /// More than any machine needs; a bound on what is read into memory.

@@ -18,6 +18,7 @@ use crate::device::pci::state::{
 use crate::device::virtio::block::backend::Disk;
 use crate::device::virtio::block::device::Block;
 use crate::device::virtio::device::VirtioDevice;
+use crate::device::virtio::limit::{HostClock, Limiter};
 use crate::device::virtio::net::backend::{NetConnection, NetPort};
 use crate::device::virtio::net::device::Net;
 use crate::device::virtio::rng::device::Rng;
@@ -252,7 +253,10 @@ pub(super) fn make(
             let port = ports.nets.iter().find(|(id, _)| id == spec.id());
             let port = port.map(|(_, port)| port.clone()).unwrap_or_default();
             let mac = net.mac.unwrap_or(MacAddress::DEFAULT);
-            Ok(Box::new(Net::new(mac, port)))
+            let clock = Arc::new(HostClock::default());
+            Ok(Box::new(
+                Net::new(mac, port).with_limits(&net.limits, clock),
+            ))
         }
         DeviceKind::Block(parts) => {
             let position = disks.iter().position(|(id, _)| id == spec.id());
@@ -261,7 +265,8 @@ pub(super) fn make(
             })?;
             let (_, disk) = disks.swap_remove(position);
             let serial = parts.serial.as_deref().unwrap_or_default();
-            Ok(Box::new(Block::new(disk, serial)))
+            let limiter = Limiter::new(&parts.limits, Arc::new(HostClock::default()));
+            Ok(Box::new(Block::new(disk, serial).with_limiter(limiter)))
         }
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::backend::is_id;
+use super::limits::Limits;
 use super::mac::MacAddress;
 use super::tap::TapSpec;
 
@@ -52,6 +53,8 @@ pub struct NetParts {
     pub tap: Option<TapSpec>,
     /// Its hardware address; without it, the first free one from [`MacAddress::DEFAULT`] on.
     pub mac: Option<MacAddress>,
+    /// How fast packets go, each way.
+    pub limits: Limits,
 }
 
 /// Connections between programs of the guest and of the host.
@@ -72,6 +75,8 @@ pub struct DiskParts {
     pub access: DiskAccess,
     /// The serial number that the guest is told.
     pub serial: Option<String>,
+    /// How fast it is used.
+    pub limits: Limits,
 }
 
 /// What happens to what a guest writes to a disk.
@@ -266,6 +271,15 @@ impl DeviceSpec {
         self.disk().map(|disk| disk.path.as_path())
     }
 
+    /// How fast it may be used.
+    pub fn limits(&self) -> Limits {
+        match &self.kind {
+            DeviceKind::Block(disk) => disk.limits,
+            DeviceKind::Net(net) => net.limits,
+            DeviceKind::Rng | DeviceKind::Vsock(_) => Limits::default(),
+        }
+    }
+
     /// The parts that it was, or could have been, made of.
     pub fn to_parts(&self) -> DeviceParts {
         DeviceParts {
@@ -375,6 +389,7 @@ mod tests {
                 path: path.into(),
                 access: DiskAccess::Write,
                 serial: serial.map(str::to_owned),
+                limits: Limits::default(),
             }),
         }
     }

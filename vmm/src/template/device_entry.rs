@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::limits_entry::LimitsEntry;
 use super::seal::Seal;
 use crate::spec::{
     DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts, VsockParts,
@@ -32,6 +33,9 @@ pub struct DeviceEntry {
     /// The hardware address of a `virtio-net`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<MacAddress>,
+    /// How fast a disk or a `virtio-net` may be used, where that is limited: formats from 5 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsEntry>,
 }
 
 /// The image of a disk as it was when the machine was frozen.
@@ -63,11 +67,22 @@ impl DeviceEntry {
             disk,
             cid: device.vsock().map(|vsock| vsock.cid),
             mac: device.net().and_then(|net| net.mac),
+            limits: LimitsEntry::of(&device.limits()),
         }
     }
 
     /// The device's parts, unchecked; the reason where it is none.
     pub(super) fn parts(&self) -> Result<DeviceParts, String> {
+        let limits = self.limits.as_ref().map(LimitsEntry::limits).transpose();
+        let limits = limits.map_err(|reason| format!("device {}: {reason}", self.id))?;
+        let can_be_limited = matches!(self.kind.as_str(), "virtio-blk" | "virtio-net");
+        if limits.is_some() && !can_be_limited {
+            return Err(format!(
+                "device {} is a {:?} with limits",
+                self.id, self.kind
+            ));
+        }
+        let limits = limits.unwrap_or_default();
         let kind = match (self.kind.as_str(), &self.disk, self.cid, self.mac) {
             ("virtio-rng", None, None, None) => DeviceKind::Rng,
             // Where its socket is is said when a clone is made.
@@ -78,6 +93,7 @@ impl DeviceEntry {
             ("virtio-net", None, None, Some(mac)) => DeviceKind::Net(NetParts {
                 tap: None,
                 mac: Some(mac),
+                limits,
             }),
             ("virtio-blk", Some(disk), None, None) => {
                 if disk.seal.bytes != disk.bytes {
@@ -94,6 +110,7 @@ impl DeviceEntry {
                         DiskAccess::Snapshot
                     },
                     serial: disk.serial.clone(),
+                    limits,
                 })
             }
             (kind, disk, cid, mac) => {

@@ -4,9 +4,10 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::device::{Interrupt, VirtioDevice};
-use super::inbound;
+use super::inbound::{self, Left};
 use super::queue::{QueueError, VirtQueue};
 use crate::memory::guest::GuestRam;
 
@@ -25,6 +26,10 @@ pub struct Core {
     outside: Option<Outside>,
     pub(super) is_active: bool,
     pub(super) is_paused: bool,
+    /// Queues whose next request has to wait for its device's limit, a bit for each.
+    pub(super) limited: u64,
+    /// How long something has to wait for a limit, as the last round found it.
+    pub(super) wait: Option<Duration>,
     /// How often the guest has broken it.
     failures: u64,
 }
@@ -58,6 +63,8 @@ impl Core {
             outside: None,
             is_active: false,
             is_paused: false,
+            limited: 0,
+            wait: None,
             failures: 0,
         }
     }
@@ -70,6 +77,7 @@ impl Core {
     /// Takes guest memory and interrupts away again.
     pub(super) fn disconnect(&mut self) {
         self.is_active = false;
+        (self.limited, self.wait) = (0, None);
         self.outside = None;
     }
 
@@ -80,7 +88,8 @@ impl Core {
         }
     }
 
-    /// Works on the queues in `bits`; returns those that have more. Ends early when it `is_over`.
+    /// Works on the queues in `bits`, and on those that a limit holds up; returns those that have more. Ends
+    /// early when it `is_over`.
     pub(super) fn round(
         &mut self,
         bits: u64,
@@ -89,6 +98,8 @@ impl Core {
         let Some(outside) = self.outside.clone() else {
             return Ok(bits);
         };
+        self.wait = None;
+        let bits = bits | std::mem::take(&mut self.limited);
         let (bits, inbound) = self.look(bits);
         let is_inbound = |number: &usize| inbound >> number & 1 != 0;
         let (mut left, mut stalled) = (0, Vec::new());
@@ -172,14 +183,23 @@ impl Core {
             return Ok(false);
         };
         let (ram, interrupt) = (&*outside.ram, &*outside.interrupt);
-        inbound::deliver(
+        let left = inbound::deliver(
             device,
             (number, queue),
             ram,
             interrupt,
             ROUND_REQUESTS,
             is_over,
-        )
+        )?;
+        if let Left::Later(time) = left {
+            self.wait_for(time);
+        }
+        Ok(matches!(left, Left::More))
+    }
+
+    /// Something has to wait: another round is due when the first of all has waited.
+    fn wait_for(&mut self, time: Duration) {
+        self.wait = Some(self.wait.map_or(time, |other| other.min(time)));
     }
 
     /// Works on one queue; whether it has more.
@@ -204,6 +224,17 @@ impl Core {
                 let Some(chain) = queue.pop(ram)? else {
                     break;
                 };
+                if let Some((limiter, bytes)) = self.device.limit(number, &chain) {
+                    // Who stands still finishes: what is done then is counted, and waited for later.
+                    let wait = limiter.wait(bytes).filter(|_| !self.is_paused);
+                    if let Some(time) = wait {
+                        queue.put_back(1);
+                        self.limited |= 1 << number;
+                        self.wait_for(time);
+                        return Ok(false);
+                    }
+                    limiter.count(bytes);
+                }
                 let bytes = if chain.is_malformed() {
                     0
                 } else {

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::inbound::Inbound;
+use super::limit::Limiter;
 use super::queue::Chain;
 use crate::memory::guest::GuestRam;
 
@@ -51,6 +52,13 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// something to the guest.
     fn is_ready(&self, _queue: usize) -> bool {
         true
+    }
+
+    /// What limits requests of a queue, where something does, and how many bytes of this one count there. Of
+    /// the sizes alone, which the guest cannot change any more: it must not say one thing here and another to
+    /// [`Self::process`].
+    fn limit(&mut self, _queue: usize, _request: &Chain) -> Option<(&mut Limiter, u64)> {
+        None
     }
 
     /// How often [`Self::config`] changed.

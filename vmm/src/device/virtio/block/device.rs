@@ -15,6 +15,7 @@ use super::request::{
 };
 use super::state::BlockState;
 use crate::device::virtio::device::{DeviceType, VirtioDevice, VirtioStateError};
+use crate::device::virtio::limit::Limiter;
 use crate::device::virtio::queue::{Chain, MAX_REQUEST_BYTES};
 use crate::memory::guest::GuestRam;
 use crate::spec::MAX_SERIAL_BYTES;
@@ -54,6 +55,7 @@ pub struct Block {
     failures: u64,
     /// A guest that does not flush may take what is answered to be durable (virtio 1.2, 5.2.6.2).
     is_write_through: bool,
+    limiter: Option<Limiter>,
 }
 
 impl Block {
@@ -70,7 +72,14 @@ impl Block {
             buffer: Vec::new(),
             failures: 0,
             is_write_through: false,
+            limiter: None,
         }
+    }
+
+    /// The same disk with a limit to how fast it is used. A reset of the device leaves the limit as it is.
+    #[must_use]
+    pub fn with_limiter(self, limiter: Option<Limiter>) -> Self {
+        Self { limiter, ..self }
     }
 
     /// Does what is asked for; how many bytes the guest got.
@@ -214,6 +223,13 @@ impl VirtioDevice for Block {
             Ok(()) => u32::try_from(bytes + 1).unwrap_or(u32::MAX),
             Err(_) => 0,
         }
+    }
+
+    fn limit(&mut self, _queue: usize, request: &Chain) -> Option<(&mut Limiter, u64)> {
+        // All between the head and the status: what is read or written, or says what to discard.
+        let out_bytes = request.readable_bytes().saturating_sub(HEAD_BYTES);
+        let in_bytes = request.writable_bytes().saturating_sub(1);
+        Some((self.limiter.as_mut()?, out_bytes + in_bytes))
     }
 
     fn activate(&mut self, features: u64) -> Result<(), VirtioStateError> {

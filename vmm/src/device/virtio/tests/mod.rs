@@ -2,6 +2,7 @@
 
 mod driver;
 mod hostile;
+mod limits;
 mod net;
 mod net_hostile;
 mod net_load;
