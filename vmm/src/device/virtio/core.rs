@@ -6,9 +6,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::device::{Interrupt, VirtioDevice};
+use super::device::{Interrupt, MAX_UNDER_WAY, VirtioDevice};
 use super::inbound::{self, Left};
-use super::queue::{QueueError, VirtQueue};
+use super::queue::{Chain, QueueError, VirtQueue};
 use crate::memory::guest::GuestRam;
 
 /// Most requests that are worked on for one kick before others get their turn.
@@ -202,28 +202,58 @@ impl Core {
         self.wait = Some(self.wait.map_or(time, |other| other.min(time)));
     }
 
-    /// Works on one queue; whether it has more.
+    /// Works on one queue; whether it has more. Nothing is under way when this returns: whoever has the core
+    /// next finds a device that rests.
     fn serve(
         &mut self,
         number: usize,
         outside: &Outside,
         is_over: &dyn Fn() -> bool,
     ) -> Result<bool, QueueError> {
-        let Some(queue) = ready_queue(&mut self.queues, number, &outside.ram)? else {
-            return Ok(false);
-        };
+        let has_more = self.take(number, outside, is_over);
+        while let Some(answer) = self.device.finish(&outside.ram) {
+            // A queue that is broken takes no answers, and the device is reset.
+            if has_more.is_ok() {
+                self.answer(number, outside, &answer)?;
+            }
+        }
+        has_more
+    }
+
+    /// Takes requests and works on them; some may be under way when it returns.
+    fn take(
+        &mut self,
+        number: usize,
+        outside: &Outside,
+        is_over: &dyn Fn() -> bool,
+    ) -> Result<bool, QueueError> {
         let ram = &*outside.ram;
-        let (mut done, mut has_more) = (0, true);
+        let (mut done, mut under_way, mut has_more) = (0, 0, true);
         while has_more {
+            let Some(queue) = ready_queue(&mut self.queues, number, ram)? else {
+                return Ok(false);
+            };
             queue.hush(ram)?;
             loop {
                 if !self.device.is_ready(number) {
                     // It is served again when that has changed.
                     return Ok(false);
                 }
-                let Some(chain) = queue.pop(ram)? else {
-                    break;
+                let Some(queue) = self.queues.get_mut(number) else {
+                    return Ok(false);
                 };
+                let is_full = under_way >= MAX_UNDER_WAY;
+                let chain = if is_full { None } else { queue.pop(ram)? };
+                let Some(chain) = chain else {
+                    // More may have been asked for when one of these is done.
+                    let Some(answer) = self.device.finish(ram) else {
+                        break;
+                    };
+                    under_way -= 1;
+                    self.answer(number, outside, &answer)?;
+                    continue;
+                };
+                let has_company = under_way > 0 || queue.has_next(ram)?;
                 if let Some((limiter, bytes)) = self.device.limit(number, &chain) {
                     // Who stands still finishes: what is done then is counted, and waited for later.
                     let wait = limiter.wait(bytes).filter(|_| !self.is_paused);
@@ -235,26 +265,49 @@ impl Core {
                     }
                     limiter.count(bytes);
                 }
-                let bytes = if chain.is_malformed() {
-                    0
+                let answer = if chain.is_malformed() {
+                    Some((chain, 0))
+                } else if has_company {
+                    self.device.start(number, chain, ram)
                 } else {
-                    self.device.process(number, &chain, ram)
+                    let bytes = self.device.process(number, &chain, ram);
+                    Some((chain, bytes))
                 };
-                queue.push(ram, &chain, bytes)?;
-                if queue.wants_interrupt(ram)? {
-                    outside.interrupt.queue(number);
+                match answer {
+                    Some(answer) => self.answer(number, outside, &answer)?,
+                    None => under_way += 1,
                 }
                 done += 1;
                 if done >= ROUND_REQUESTS || is_over() {
                     break;
                 }
             }
+            let Some(queue) = self.queues.get_mut(number) else {
+                return Ok(false);
+            };
             has_more = queue.listen(ram)?;
             if done >= ROUND_REQUESTS || is_over() {
                 break;
             }
         }
         Ok(has_more)
+    }
+
+    /// Gives a request back to the guest.
+    fn answer(
+        &mut self,
+        number: usize,
+        outside: &Outside,
+        (chain, bytes): &(Chain, u32),
+    ) -> Result<(), QueueError> {
+        let Some(queue) = self.queues.get_mut(number) else {
+            return Ok(());
+        };
+        queue.push(&outside.ram, chain, *bytes)?;
+        if queue.wants_interrupt(&outside.ram)? {
+            outside.interrupt.queue(number);
+        }
+        Ok(())
     }
 
     /// Writes down how the guest broke a queue.

@@ -31,6 +31,9 @@ pub struct DeviceType {
     pub queues: &'static [u16],
 }
 
+/// Most requests of a device that are under way at once.
+pub const MAX_UNDER_WAY: usize = 32;
+
 /// A device: what its requests mean. It is called from one thread at a time.
 ///
 /// Requests are the guest's: a device checks everything in them, must not panic, and must return in
@@ -47,6 +50,19 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// Does what a request asks for and returns how many bytes of its memory were written.
     fn process(&mut self, queue: usize, request: &Chain, ram: &GuestRam) -> u32;
+
+    /// Begins what a request asks for, where others wait behind it or are under way: several are done at once.
+    /// The request and how many bytes were written where it is done already; else [`Self::finish`] gives it
+    /// back. No more than [`MAX_UNDER_WAY`] are begun before that.
+    fn start(&mut self, queue: usize, request: Chain, ram: &GuestRam) -> Option<(Chain, u32)> {
+        let bytes = self.process(queue, &request, ram);
+        Some((request, bytes))
+    }
+
+    /// Waits for one of the requests that are under way, in any order; `None` where none is.
+    fn finish(&mut self, _ram: &GuestRam) -> Option<(Chain, u32)> {
+        None
+    }
 
     /// Whether it can take a request of a queue now. One that cannot is asked again when it has given
     /// something to the guest.
@@ -76,7 +92,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// taken for that, as a state of the machine may be kept from now on.
     fn settle(&mut self) {}
 
-    /// The guest has reset the device, or has broken it.
+    /// The guest has reset the device, or has broken it. What is under way is over when this returns.
     fn reset(&mut self) {}
 
     /// The machine is about to run: takes what it was connected to meanwhile. Whether the guest is to

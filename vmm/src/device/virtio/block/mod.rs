@@ -1,10 +1,12 @@
 //! A disk (virtio 1.2, 5.2): reads, writes, flushes, discards and zeroes of a raw image.
 //!
 //! [`device`] answers the guest, [`request`] is what it asks, [`backend`] is the image, of which
-//! [`layer`] is one kind: what a clone writes over an image that it shares with others.
+//! [`layer`] is one kind: what a clone writes over an image that it shares with others. `flight` is how
+//! several requests are under way at once.
 
 pub mod backend;
 pub mod device;
+mod flight;
 pub mod layer;
 pub mod request;
 pub mod state;

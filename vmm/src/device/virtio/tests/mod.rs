@@ -1,6 +1,7 @@
 //! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
 
 mod driver;
+mod flights;
 mod hostile;
 mod limits;
 mod net;
