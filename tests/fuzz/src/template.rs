@@ -14,6 +14,7 @@ use pando_pager::image::{ChunkIndex, Index, PageKind};
 use pando_pager::working_set::{MergeRules, Plan, PlanRules, WorkingSet};
 use pando_vmm::clone::record::{Arriving, TracePiece};
 use pando_vmm::template::device_entry::{DeviceEntry, DiskEntry};
+use pando_vmm::template::limits_entry::{LimitsEntry, RateEntry};
 use pando_vmm::template::manifest::{
     BackendEntry, FORMAT, FileEntry, HostEntry, Manifest, ManifestFile,
 };
@@ -225,6 +226,14 @@ fn with_devices() -> ManifestFile {
         device("root", 4, "virtio-blk", Some(disk), None),
         device("vsock0", 5, "virtio-vsock", None, Some(3)),
     ];
+    let rate = RateEntry {
+        per_second: 500,
+        burst: 50,
+    };
+    file.devices[1].limits = Some(LimitsEntry {
+        bytes: None,
+        requests: Some(rate),
+    });
     file
 }
 
