@@ -34,7 +34,7 @@ fn template(dir: &Path) -> Result<PathBuf> {
     let out = dir.join("t");
     let first = image(dir, "a.img")?;
     let second = image(dir, "b.img")?;
-    let first = format!("{},serial=aspen", first.display());
+    let first = format!("{},serial=aspen,iops=500,iops-burst=9", first.display());
     let second = format!("{},ro,id=rom", second.display());
     create_template(&out, &["--rng", "--disk", &first, "--disk", &second])?.expect_code(0)?;
     Ok(out)
@@ -116,6 +116,18 @@ fn a_template_keeps_its_disks_and_clones_of_every_engine_have_them() -> Result<(
         // The template needs the originals no more.
         fs::remove_file(dir.path().join(original))?;
     }
+    let opened = Template::open(&template)?;
+    let limits = opened.spec().devices().iter().map(DeviceSpec::limits);
+    let limits = limits.map(|limits| {
+        limits
+            .requests
+            .map(|rate| (rate.per_second(), rate.burst()))
+    });
+    ensure!(
+        limits.eq([Some((500, 9)), None, None]),
+        "the disk has another limit than it was given"
+    );
+    drop(opened);
     verify(&template, &[])?.expect_code(0)?;
     for engine in [Engine::Copy, Engine::Root, Engine::Kernel] {
         power_off_clones(&template, engine)?;
@@ -242,7 +254,7 @@ fn both_fronts_make_the_same_machine() -> Result<()> {
         "--serial",
         "null",
         "--disk",
-        &format!("{path},id=d,snapshot,serial=s"),
+        &format!("{path},id=d,snapshot,serial=s,iops=500,iops-burst=900,bps=10M"),
         "--rng",
         "--vsock",
         "5,uds=/a/v",
@@ -259,7 +271,10 @@ fn both_fronts_make_the_same_machine() -> Result<()> {
         "-serial",
         "null",
         "-drive",
-        &format!("file={path},if=none,id=x,snapshot=on"),
+        &format!(
+            "file={path},if=none,id=x,snapshot=on,throttling.bps-total=10485760,\
+             throttling.iops-total=500,iops_max=900"
+        ),
         "-device",
         "virtio-blk-pci,id=d,drive=x,serial=s",
         "-device",
@@ -275,7 +290,7 @@ fn both_fronts_make_the_same_machine() -> Result<()> {
     };
     let (native, qemu) = (printed(&native)?, printed(&qemu)?);
     ensure!(
-        native == qemu && native.contains("snapshot = true"),
+        native == qemu && native.contains("snapshot = true") && native.contains("iops_burst = 900"),
         "{native}\n{qemu}"
     );
     Ok(())

@@ -11,6 +11,7 @@ mod device;
 mod dimm;
 mod error;
 mod identity;
+mod limits;
 mod mac;
 mod numa;
 pub mod parts;
@@ -34,6 +35,7 @@ pub use device::{
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};
 pub use identity::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
+pub use limits::{Limits, MAX_RATE, Rate, RateFault};
 pub use mac::MacAddress;
 pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};

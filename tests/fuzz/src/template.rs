@@ -14,6 +14,7 @@ use pando_pager::image::{ChunkIndex, Index, PageKind};
 use pando_pager::working_set::{MergeRules, Plan, PlanRules, WorkingSet};
 use pando_vmm::clone::record::{Arriving, TracePiece};
 use pando_vmm::template::device_entry::{DeviceEntry, DiskEntry, PortEntry};
+use pando_vmm::template::limits_entry::{LimitsEntry, RateEntry};
 use pando_vmm::template::manifest::{
     BackendEntry, FORMAT, FileEntry, HostEntry, Manifest, ManifestFile,
 };
@@ -209,6 +210,7 @@ fn with_devices() -> ManifestFile {
         cid,
         mac: None,
         ports: None,
+        limits: None,
     };
     let mut console = device("console0", 6, "virtio-console", None, None);
     console.ports = Some(vec![PortEntry {
@@ -232,6 +234,14 @@ fn with_devices() -> ManifestFile {
         device("vsock0", 5, "virtio-vsock", None, Some(3)),
         console,
     ];
+    let rate = RateEntry {
+        per_second: 500,
+        burst: 50,
+    };
+    file.devices[1].limits = Some(LimitsEntry {
+        bytes: None,
+        requests: Some(rate),
+    });
     file
 }
 

@@ -336,6 +336,7 @@ impl Ending {
 mod tests {
     use super::*;
     use crate::spec::MacAddress;
+    use crate::template::limits_entry::{LimitsEntry, RateEntry};
     use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::ffi::OsStringExt;
@@ -358,6 +359,13 @@ mod tests {
                 tap: "pando7".into(),
                 netns: None,
                 mac: Some(MacAddress::DEFAULT),
+                limits: Some(LimitsEntry {
+                    bytes: None,
+                    requests: Some(RateEntry {
+                        per_second: 7,
+                        burst: 1,
+                    }),
+                }),
                 plug: false,
             }],
             documents: vec![DocumentPlan {

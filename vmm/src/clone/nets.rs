@@ -14,9 +14,10 @@ use crate::device::virtio::vsock::backend::VsockConnection;
 use crate::machine::{Attachment, Connections, MachineError};
 use crate::report::one_line;
 use crate::spec::{
-    DeviceKind, DeviceParts, DeviceSpec, MacAddress, MachineSpec, NetParts, TapSpec,
+    DeviceKind, DeviceParts, DeviceSpec, Limits, MacAddress, MachineSpec, NetParts, TapSpec,
 };
 use crate::template::Template;
+use crate::template::limits_entry::LimitsEntry;
 
 /// What stands for a clone's number in a name.
 const NUMBER: &str = "%d";
@@ -32,6 +33,8 @@ pub struct NetPattern {
     pub netns: Option<String>,
     /// The hardware address of clone 0; that of clone K is K further. Without it, one is derived.
     pub mac: Option<MacAddress>,
+    /// How fast its packets go, where that is not as in the template.
+    pub limits: Option<LimitsEntry>,
     /// Whether the device is not the template's, but plugged into each clone.
     pub plug: bool,
 }
@@ -47,6 +50,8 @@ pub struct NetPlan {
     pub netns: Option<String>,
     /// The hardware address, where it was given.
     pub mac: Option<MacAddress>,
+    /// How fast its packets go, where that was given.
+    pub limits: Option<LimitsEntry>,
     /// Whether the device is plugged, because the template has none of this name.
     pub plug: bool,
 }
@@ -65,6 +70,7 @@ impl NetPattern {
                     format!("there is no MAC address {clone} behind {mac}: begin with a lower one")
                 })?),
             },
+            limits: self.limits,
             plug: self.plug,
         };
         plan.tap().map(|_| plan)
@@ -82,6 +88,11 @@ impl NetPlan {
             let id = self.id.clone();
             CloneError::Machine(MachineError::Tap { id, source })
         })
+    }
+
+    fn limits(&self) -> Result<Option<Limits>, CloneError> {
+        let limits = self.limits.as_ref().map(LimitsEntry::limits);
+        limits.transpose().map_err(CloneError::Net)
     }
 
     fn mac(&self, template: &Template, clone: u64) -> MacAddress {
@@ -116,7 +127,7 @@ pub fn check(
     for pattern in patterns {
         let next = || free.next().map(str::to_owned);
         let id = if pattern.plug {
-            let (more, device) = with_net(&all, pattern.id.clone(), None)?;
+            let (more, device) = with_net(&all, pattern.id.clone(), NetParts::default())?;
             all = more;
             device.id().to_owned()
         } else {
@@ -150,7 +161,7 @@ pub fn check(
 fn with_net(
     spec: &MachineSpec,
     id: Option<String>,
-    mac: Option<MacAddress>,
+    net: NetParts,
 ) -> Result<(MachineSpec, DeviceSpec), String> {
     if !spec.has_pci() {
         return Err(
@@ -160,7 +171,7 @@ fn with_net(
     let part = DeviceParts {
         id,
         slot: None,
-        kind: DeviceKind::Net(NetParts { tap: None, mac }),
+        kind: DeviceKind::Net(net),
     };
     let more = spec.with_device(part).map_err(|error| one_line(&error))?;
     let device = more.devices().last().cloned();
@@ -211,6 +222,7 @@ pub(super) fn connect(
             let connection = NetConnection {
                 tap: plan.map(NetPlan::open).transpose()?,
                 mac: Some(mac),
+                limits: plan.map(NetPlan::limits).transpose()?.flatten(),
             };
             Ok((id, connection))
         })
@@ -262,12 +274,17 @@ pub(super) fn plugged(
     plans
         .map(|plan| {
             let mac = plan.mac(template, config.clone);
-            let more = with_net(&spec, Some(plan.id.clone()), Some(mac));
+            let net = NetParts {
+                tap: None,
+                mac: Some(mac),
+                limits: plan.limits()?.unwrap_or_default(),
+            };
+            let more = with_net(&spec, Some(plan.id.clone()), net);
             let (more, device) = more.map_err(CloneError::Net)?;
             spec = more;
             let connection = NetConnection {
                 tap: Some(plan.open()?),
-                mac: None,
+                ..NetConnection::default()
             };
             Ok((device, Attachment::Net(connection)))
         })
@@ -351,7 +368,7 @@ mod tests {
         assert_eq!(ids, ["net1", "net0", "own"]);
         let plans = plans(&proven, 2).unwrap();
         assert!(plans[0].plug && !plans[1].plug);
-        let (_, device) = with_net(&spec(2), None, None).unwrap();
+        let (_, device) = with_net(&spec(2), None, NetParts::default()).unwrap();
         assert_eq!((device.id(), device.slot()), ("net2", 3));
         let taken = check(&[plug(Some("net0"))], &spec(1), 1).unwrap_err();
         assert!(taken.contains("net0"), "{taken}");

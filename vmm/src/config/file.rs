@@ -16,7 +16,7 @@ mod port;
 mod print;
 
 pub use bytes::Bytes;
-pub use device::DeviceTable;
+pub use device::{DeviceTable, limits};
 pub use identity::{SystemTable, UuidWord};
 pub use port::PortTable;
 

@@ -193,8 +193,11 @@ pub fn open_taps(spec: &MachineSpec) -> Result<Vec<(String, NetConnection)>, Mac
         let id = device.id().to_owned();
         match Tap::open(tap) {
             Ok(tap) => {
-                let tap = Some(tap);
-                nets.push((id, NetConnection { tap, mac: None }));
+                let connection = NetConnection {
+                    tap: Some(tap),
+                    ..NetConnection::default()
+                };
+                nets.push((id, connection));
             }
             Err(source) => return Err(MachineError::Tap { id, source }),
         }

@@ -21,6 +21,7 @@ use crate::device::virtio::block::document::{Document, DocumentPort};
 use crate::device::virtio::console::backend::{ConsoleConnection, ConsolePort};
 use crate::device::virtio::console::device::Console;
 use crate::device::virtio::device::VirtioDevice;
+use crate::device::virtio::limit::{HostClock, Limiter};
 use crate::device::virtio::net::backend::{NetConnection, NetPort};
 use crate::device::virtio::net::device::Net;
 use crate::device::virtio::rng::device::Rng;
@@ -295,7 +296,10 @@ pub(super) fn make(
             let port = ports.nets.iter().find(|(id, _)| id == spec.id());
             let port = port.map(|(_, port)| port.clone()).unwrap_or_default();
             let mac = net.mac.unwrap_or(MacAddress::DEFAULT);
-            Ok(Box::new(Net::new(mac, port)))
+            let clock = Arc::new(HostClock::default());
+            Ok(Box::new(
+                Net::new(mac, port).with_limits(&net.limits, clock),
+            ))
         }
         DeviceKind::Console(parts) => {
             let place = ports.consoles.iter().find(|(id, _)| id == spec.id());
@@ -309,7 +313,8 @@ pub(super) fn make(
             })?;
             let (_, disk) = disks.swap_remove(position);
             let serial = parts.serial.as_deref().unwrap_or_default();
-            Ok(Box::new(Block::new(disk, serial)))
+            let limiter = Limiter::new(&parts.limits, Arc::new(HostClock::default()));
+            Ok(Box::new(Block::new(disk, serial).with_limiter(limiter)))
         }
     }
 }

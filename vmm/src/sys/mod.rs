@@ -6,3 +6,4 @@ pub mod pagemap;
 pub mod spawn;
 pub mod tap;
 pub mod text;
+pub mod uring;

@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::limits_entry::LimitsEntry;
 use super::seal::Seal;
 use crate::spec::{
     ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts,
@@ -36,6 +37,9 @@ pub struct DeviceEntry {
     /// The ports of a `virtio-console`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<Vec<PortEntry>>,
+    /// How fast a disk or a `virtio-net` may be used, where that is limited: formats from 5 on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limits: Option<LimitsEntry>,
 }
 
 /// A port of a `virtio-console`.
@@ -83,6 +87,7 @@ impl DeviceEntry {
             ports: device
                 .console()
                 .map(|console| console.ports.iter().map(PortEntry::of).collect()),
+            limits: LimitsEntry::of(&device.limits()),
         }
     }
 
@@ -96,6 +101,16 @@ impl DeviceEntry {
             ));
         }
         let ports = self.ports.as_deref().unwrap_or_default();
+        let limits = self.limits.as_ref().map(LimitsEntry::limits).transpose();
+        let limits = limits.map_err(|reason| format!("device {}: {reason}", self.id))?;
+        let can_be_limited = matches!(self.kind.as_str(), "virtio-blk" | "virtio-net");
+        if limits.is_some() && !can_be_limited {
+            return Err(format!(
+                "device {} is a {:?} with limits",
+                self.id, self.kind
+            ));
+        }
+        let limits = limits.unwrap_or_default();
         let kind = match (self.kind.as_str(), &self.disk, self.cid, self.mac) {
             ("virtio-rng", None, None, None) => DeviceKind::Rng,
             // What it says is each clone's own.
@@ -112,6 +127,7 @@ impl DeviceEntry {
             ("virtio-net", None, None, Some(mac)) => DeviceKind::Net(NetParts {
                 tap: None,
                 mac: Some(mac),
+                limits,
             }),
             ("virtio-blk", Some(disk), None, None) => {
                 if disk.seal.bytes != disk.bytes {
@@ -128,6 +144,7 @@ impl DeviceEntry {
                         DiskAccess::Snapshot
                     },
                     serial: disk.serial.clone(),
+                    limits,
                 })
             }
             (kind, disk, cid, mac) => {

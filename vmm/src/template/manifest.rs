@@ -13,6 +13,7 @@ use super::device_entry::{self, DeviceEntry};
 use super::digest;
 use super::error::TemplateError;
 use super::identity_entry::{self, IdentityEntry};
+use super::limits_entry;
 use super::machine_entry::{self, MachineEntry};
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
@@ -20,7 +21,7 @@ use crate::report::one_line;
 use crate::spec::{BackendSpec, CpuCount, MachineSpec};
 
 /// The newest format that this version reads. It writes the oldest one that can say what there is.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 
 /// The JSON document, field by field, unproven.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,6 +197,10 @@ impl Manifest {
         if file.generation_id && format < device_entry::FIRST_FORMAT {
             return Err(damaged(format!("format {format} has no generation id")));
         }
+        let has_limits = file.devices.iter().any(|device| device.limits.is_some());
+        if has_limits && format < limits_entry::FIRST_FORMAT {
+            return Err(damaged(format!("format {format} has no limits")));
+        }
         let devices = file.devices.iter().map(DeviceEntry::parts);
         let devices = devices.collect::<Result<Vec<_>, _>>().map_err(damaged)?;
         let spec = match &file.machine {
@@ -278,6 +283,9 @@ pub fn format_of(
     machine: &Option<MachineEntry>,
     identity: &Option<IdentityEntry>,
 ) -> u32 {
+    if spec.devices().iter().any(|device| device.limits().is_any()) {
+        return limits_entry::FIRST_FORMAT;
+    }
     if spec.has_pci() || spec.has_generation_id() {
         return device_entry::FIRST_FORMAT;
     }

@@ -15,6 +15,7 @@ mod disk;
 pub mod error;
 mod files;
 pub mod identity_entry;
+pub mod limits_entry;
 pub mod load;
 pub mod machine_entry;
 pub mod manifest;

@@ -11,24 +11,27 @@ use clap::Args as ClapArgs;
 use self::console::ConsoleArgs;
 use crate::clone::marks::DocumentPattern;
 use crate::clone::nets::NetPattern;
-use crate::config::file::DeviceTable;
-use crate::spec::MacAddress;
+use crate::config::file::{Bytes, DeviceTable, limits};
+use crate::size::Size;
+use crate::spec::{Limits, MacAddress};
+use crate::template::limits_entry::LimitsEntry;
 
 /// Devices of a machine, beside those of the machine file.
 #[derive(Debug, Clone, Default, ClapArgs)]
 pub struct DeviceArgs {
     /// A disk on a raw image; may be given several times. With ro nobody can write it; with snapshot what
-    /// the guest writes ends with the VM. A comma in FILE is written twice
+    /// the guest writes ends with the VM; bps and iops are the most bytes and requests per second, with a burst
+    /// of a tenth of that unless it is given. A comma in FILE is written twice
     #[arg(
         long = "disk",
-        value_name = "FILE[,ro][,snapshot][,id=ID][,serial=TEXT]"
+        value_name = "FILE[,ro][,snapshot][,id=ID][,serial=TEXT][,bps=SIZE][,bps-burst=SIZE][,iops=N][,iops-burst=N]"
     )]
     pub disks: Vec<DiskArg>,
     /// A network device; may be given several times. The tap must exist; with netns it is in that network
-    /// namespace of `ip netns`
+    /// namespace of `ip netns`; bps and pps are the most bytes and packets per second, each way
     #[arg(
         long = "net",
-        value_name = "[tap=NAME][,netns=NAME][,mac=ADDRESS][,id=ID]"
+        value_name = "[tap=NAME][,netns=NAME][,mac=ADDRESS][,id=ID][,bps=SIZE][,bps-burst=SIZE][,pps=N][,pps-burst=N]"
     )]
     pub nets: Vec<NetArg>,
     /// An entropy device
@@ -89,15 +92,18 @@ impl FromStr for DiskArg {
         let path = PathBuf::from(path.ok_or("it begins with the image's file")?);
         let (mut readonly, mut snapshot) = (false, false);
         let (mut id, mut serial) = (None, None);
+        let mut rates = RateWords::of("iops");
         for word in words {
             match word.split_once('=') {
                 None if word == "ro" => readonly = true,
                 None if word == "snapshot" => snapshot = true,
                 Some(("id", value)) => id = Some(value.to_owned()),
                 Some(("serial", value)) => serial = Some(value.to_owned()),
+                Some((key, value)) if rates.take(key, value)? => (),
                 _ => {
                     return Err(format!(
-                        "{word:?} is none of ro, snapshot, id=ID, serial=TEXT"
+                        "{word:?} is none of ro, snapshot, id=ID, serial=TEXT, {}",
+                        rates.words()
                     ));
                 }
             }
@@ -109,6 +115,10 @@ impl FromStr for DiskArg {
             readonly,
             snapshot,
             serial,
+            bps: rates.bps,
+            bps_burst: rates.bps_burst,
+            iops: rates.rate,
+            iops_burst: rates.rate_burst,
         }))
     }
 }
@@ -144,12 +154,13 @@ impl FromStr for VsockArg {
 }
 
 /// One network device.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NetArg {
     id: Option<String>,
     tap: Option<String>,
     netns: Option<String>,
     mac: Option<MacAddress>,
+    rates: RateWords,
 }
 
 impl NetArg {
@@ -160,6 +171,10 @@ impl NetArg {
             tap: self.tap.clone(),
             netns: self.netns.clone(),
             mac: self.mac,
+            bps: self.rates.bps,
+            bps_burst: self.rates.bps_burst,
+            pps: self.rates.rate,
+            pps_burst: self.rates.rate_burst,
         }
     }
 }
@@ -169,10 +184,11 @@ impl NetArg {
 pub struct CloneDeviceArgs {
     /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
     /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
-    /// template has not [default: an address derived from template and clone; without --net no cable]
+    /// template has not. Limits hold each way, for each clone, in place of the template's [default: an address
+    /// derived from template and clone; without --net no cable]
     #[arg(
         long = "net",
-        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug]"
+        value_name = "tap=NAME[,netns=NAME][,mac=ADDRESS][,id=ID][,plug][,bps=SIZE][,bps-burst=SIZE][,pps=N][,pps-burst=N]"
     )]
     pub nets: Vec<CloneNetArg>,
     /// Add a file to the document of each clone, where its guest unpacks it as NAME; may be given several
@@ -195,12 +211,14 @@ impl FromStr for CloneNetArg {
             tap,
             netns,
             mac,
+            rates,
         } = words.join(",").parse()?;
         Ok(Self(NetPattern {
             id,
             tap: tap.ok_or("--net of clones needs tap=NAME")?,
             netns,
             mac,
+            limits: LimitsEntry::of(&rates.limits("packets")?),
             plug: !plug.is_empty(),
         }))
     }
@@ -228,21 +246,80 @@ impl FromStr for NetArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let mut net = Self::default();
+        let mut net = Self {
+            id: None,
+            tap: None,
+            netns: None,
+            mac: None,
+            rates: RateWords::of("pps"),
+        };
         for word in split(text).iter().filter(|word| !word.is_empty()) {
             match word.split_once('=') {
                 Some(("tap", value)) => net.tap = Some(value.to_owned()),
                 Some(("netns", value)) => net.netns = Some(value.to_owned()),
                 Some(("mac", value)) => net.mac = Some(value.parse()?),
                 Some(("id", value)) => net.id = Some(value.to_owned()),
+                Some((key, value)) if net.rates.take(key, value)? => (),
                 _ => {
                     return Err(format!(
-                        "{word:?} is none of tap=NAME, netns=NAME, mac=ADDRESS, id=ID"
+                        "{word:?} is none of tap=NAME, netns=NAME, mac=ADDRESS, id=ID, {}",
+                        net.rates.words()
                     ));
                 }
             }
         }
         Ok(net)
+    }
+}
+
+/// Words that say how fast a device may be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct RateWords {
+    bps: Option<Bytes>,
+    bps_burst: Option<Bytes>,
+    /// The word for what is counted beside bytes.
+    word: &'static str,
+    rate: Option<u64>,
+    rate_burst: Option<u64>,
+}
+
+impl RateWords {
+    fn of(word: &'static str) -> Self {
+        Self {
+            bps: None,
+            bps_burst: None,
+            word,
+            rate: None,
+            rate_burst: None,
+        }
+    }
+
+    /// Takes a word of these; whether it is one.
+    fn take(&mut self, key: &str, value: &str) -> Result<bool, String> {
+        let bytes = || value.parse().map(|size: Size| Some(Bytes(size.0)));
+        let number = || match value.parse() {
+            Ok(number) => Ok(Some(number)),
+            Err(_) => Err(format!("{key}={value} is no number")),
+        };
+        match key.strip_prefix(self.word) {
+            Some("") => self.rate = number()?,
+            Some("-burst") => self.rate_burst = number()?,
+            _ if key == "bps" => self.bps = bytes()?,
+            _ if key == "bps-burst" => self.bps_burst = bytes()?,
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// What there is.
+    fn words(&self) -> String {
+        let word = self.word;
+        format!("bps=SIZE, bps-burst=SIZE, {word}=N, {word}-burst=N")
+    }
+
+    fn limits(&self, what: &'static str) -> Result<Limits, String> {
+        let counted = (self.rate, self.rate_burst);
+        limits(self.bps, self.bps_burst, counted, what)
     }
 }
 
@@ -274,6 +351,21 @@ mod tests {
             ("t%d", Some("n"), true)
         );
         words.parse::<NetArg>().unwrap_err();
+        assert_eq!(pattern.limits, None);
+        let words = "tap=t%d,bps=1M,pps=100,pps-burst=9";
+        let CloneNetArg(pattern) = words.parse().unwrap();
+        let limits = pattern.limits.unwrap().limits().unwrap();
+        let rates = [limits.bytes, limits.requests]
+            .map(|rate| rate.map(|rate| (rate.per_second(), rate.burst())));
+        assert_eq!(rates, [Some((1 << 20, (1 << 20) / 10)), Some((100, 9))]);
+        for (wrong, text) in [
+            ("tap=t,pps=0", "0 packets cannot be"),
+            ("tap=t,pps-burst=9", "without a limit"),
+            ("tap=t,iops=9", "\"iops=9\" is none of"),
+        ] {
+            let error = wrong.parse::<CloneNetArg>().unwrap_err();
+            assert!(error.contains(text), "{error}");
+        }
         let no_tap = "plug".parse::<CloneNetArg>().unwrap_err();
         assert!(no_tap.contains("needs tap=NAME"), "{no_tap}");
         for (wrong, word) in [
@@ -298,10 +390,29 @@ mod tests {
             readonly: true,
             snapshot: false,
             serial: Some("x=y".into()),
+            bps: None,
+            bps_burst: None,
+            iops: None,
+            iops_burst: None,
         };
         assert_eq!(disk, expected);
+        let DiskArg(disk) = "d,iops=500,iops-burst=50,bps=8M".parse().unwrap();
+        let DeviceTable::Block {
+            bps,
+            bps_burst,
+            iops,
+            iops_burst,
+            ..
+        } = disk
+        else {
+            panic!("{disk:?}");
+        };
+        assert_eq!((bps, bps_burst), (Some(Bytes(8 << 20)), None));
+        assert_eq!((iops, iops_burst), (Some(500), Some(50)));
         for (wrong, word) in [
             ("", "begins with"),
+            ("f,bps=100", "has no unit"),
+            ("f,iops=5k", "iops=5k is no number"),
             (",ro", "begins with"),
             ("f,rw", "\"rw\""),
         ] {

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::is_default;
 use super::port::PortTable;
+use super::{Bytes, is_default};
 use crate::spec::{
-    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts,
-    PortParts, TapSpec, VsockParts,
+    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits, MacAddress,
+    NetParts, PortParts, Rate, TapSpec, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -49,6 +49,20 @@ pub enum DeviceTable {
         /// The serial number that the guest is told: at most 20 characters.
         #[serde(skip_serializing_if = "Option::is_none")]
         serial: Option<String>,
+        /// Bytes per second that it reads and writes, together; no limit if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bps: Option<Bytes>,
+        /// Bytes at once after a time of rest; a tenth of a second's if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bps_burst: Option<Bytes>,
+        /// Requests per second; no limit if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1))]
+        iops: Option<u64>,
+        /// Requests at once after a time of rest; a tenth of a second's if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1))]
+        iops_burst: Option<u64>,
     },
     /// Connections between programs of the guest and of the host.
     #[serde(rename = "virtio-vsock")]
@@ -88,6 +102,20 @@ pub enum DeviceTable {
         #[serde(skip_serializing_if = "Option::is_none")]
         #[schemars(with = "Option<String>")]
         mac: Option<MacAddress>,
+        /// Bytes per second, each way; no limit if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bps: Option<Bytes>,
+        /// Bytes at once after a time of rest; a tenth of a second's if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        bps_burst: Option<Bytes>,
+        /// Packets per second, each way; no limit if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1))]
+        pps: Option<u64>,
+        /// Packets at once after a time of rest; a tenth of a second's if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1))]
+        pps_burst: Option<u64>,
     },
     /// A small disk that tells the guest who it is: in each clone something else (docs/identity.md).
     #[serde(rename = "document")]
@@ -170,6 +198,10 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 readonly,
                 snapshot,
                 serial,
+                bps,
+                bps_burst,
+                iops,
+                iops_burst,
             } => Self {
                 id,
                 slot,
@@ -182,6 +214,7 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                         (false, false) => DiskAccess::Write,
                     },
                     serial,
+                    limits: limits(bps, bps_burst, (iops, iops_burst), "requests")?,
                 }),
             },
             DeviceTable::Net {
@@ -190,16 +223,21 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 tap,
                 netns,
                 mac,
+                bps,
+                bps_burst,
+                pps,
+                pps_burst,
             } => {
                 if tap.is_none() && netns.is_some() {
                     return Err("netns says where a tap is: say tap too".to_owned());
                 }
                 let tap = tap.map(|tap| TapSpec::new(&tap, netns.as_deref()));
                 let tap = tap.transpose()?;
+                let limits = limits(bps, bps_burst, (pps, pps_burst), "packets")?;
                 Self {
                     id,
                     slot,
-                    kind: DeviceKind::Net(NetParts { tap, mac }),
+                    kind: DeviceKind::Net(NetParts { tap, mac, limits }),
                 }
             }
         })
@@ -227,6 +265,7 @@ impl From<&DeviceSpec> for DeviceTable {
                 path,
                 access,
                 serial,
+                limits,
             }) => Self::Block {
                 id,
                 slot,
@@ -234,14 +273,38 @@ impl From<&DeviceSpec> for DeviceTable {
                 readonly: access == DiskAccess::Read,
                 snapshot: access == DiskAccess::Snapshot,
                 serial,
+                bps: limits.bytes.map(Rate::per_second).map(Bytes),
+                bps_burst: limits.bytes.map(Rate::burst).map(Bytes),
+                iops: limits.requests.map(Rate::per_second),
+                iops_burst: limits.requests.map(Rate::burst),
             },
-            DeviceKind::Net(NetParts { tap, mac }) => Self::Net {
+            DeviceKind::Net(NetParts { tap, mac, limits }) => Self::Net {
                 id,
                 slot,
                 netns: (tap.as_ref()).and_then(|tap| tap.namespace().map(str::to_owned)),
                 tap: tap.map(|tap| tap.name().to_owned()),
                 mac,
+                bps: limits.bytes.map(Rate::per_second).map(Bytes),
+                bps_burst: limits.bytes.map(Rate::burst).map(Bytes),
+                pps: limits.requests.map(Rate::per_second),
+                pps_burst: limits.requests.map(Rate::burst),
             },
         }
     }
+}
+
+/// The limits of bytes and of what a device has beside.
+pub fn limits(
+    bps: Option<Bytes>,
+    bps_burst: Option<Bytes>,
+    (rate, rate_burst): (Option<u64>, Option<u64>),
+    what: &'static str,
+) -> Result<Limits, String> {
+    let bytes = |bytes: Option<Bytes>| bytes.map(|bytes| bytes.0);
+    let bytes = Rate::new(bytes(bps), bytes(bps_burst), "bytes");
+    let requests = Rate::new(rate, rate_burst, what);
+    Ok(Limits {
+        bytes: bytes.map_err(|fault| fault.to_string())?,
+        requests: requests.map_err(|fault| fault.to_string())?,
+    })
 }

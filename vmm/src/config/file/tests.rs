@@ -186,13 +186,17 @@ fn the_schema_in_the_documents_is_that_of_this_program() {
 #[test]
 fn devices_are_read_and_printed_again() {
     let text = "kernel = 'k'\n\
-        [[device]]\nkind = 'virtio-blk'\npath = 'a.img'\nreadonly = true\nserial = 's'\n\
+        [[device]]\nkind = 'virtio-blk'\npath = 'a.img'\nreadonly = true\nserial = 's'\nbps = '20M'\niops = 90\niops_burst = 7\n\
         [[device]]\nkind = 'virtio-rng'\nslot = 7\n\
         [[device]]\nkind = 'virtio-blk'\nid = 'data'\npath = 'b.img'\nsnapshot = true\n";
     let file = MachineFile::from_toml(text).unwrap();
     let (spec, boot) = crate::config::resolve_file(&file).unwrap();
     let slots: Vec<_> = spec.devices().iter().map(|d| (d.id(), d.slot())).collect();
     assert_eq!(slots, [("disk0", 1), ("rng0", 7), ("data", 2)]);
+    let limits = spec.devices()[0].limits();
+    let rates = [limits.bytes, limits.requests]
+        .map(|rate| rate.map(|rate| (rate.per_second(), rate.burst())));
+    assert_eq!(rates, [Some((20 << 20, 2 << 20)), Some((90, 7))]);
     let printed = MachineFile::of(&spec, Some(&boot), None);
     let again = MachineFile::from_toml(&printed.to_toml().unwrap()).unwrap();
     assert_eq!(crate::config::resolve_file(&again).unwrap().0, spec);

@@ -6,8 +6,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::OnceLock;
 use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
 
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 /// A bell: what is rung before somebody sleeps is not lost.
 #[derive(Debug, Default)]
@@ -33,16 +34,20 @@ impl Bell {
         }
     }
 
-    /// Sleeps until the bell is rung or the source is readable; whether the source is.
-    pub(super) fn sleep(&self, source: Option<&OwnedFd>) -> bool {
+    /// Sleeps until the bell is rung, the source is readable, or it is `until`; whether the source is readable.
+    pub(super) fn sleep(&self, source: Option<&OwnedFd>, until: Option<Instant>) -> bool {
+        let time = until.map(|until| until.saturating_duration_since(Instant::now()));
         let Some(event) = self.0.get() else {
-            thread::park();
+            match time {
+                Some(time) => thread::park_timeout(time),
+                None => thread::park(),
+            }
             return false;
         };
         let mut descriptors = vec![PollFd::new(event, PollFlags::IN)];
         descriptors.extend(source.map(|source| PollFd::new(source, PollFlags::IN)));
         // Interrupted, or out of memory: whoever sleeps looks around and sleeps again.
-        let _ = poll(&mut descriptors, None);
+        let _ = poll(&mut descriptors, time.map(timespec).as_ref());
         let is_ready = |at: usize| {
             descriptors
                 .get(at)
@@ -53,5 +58,13 @@ impl Bell {
             let _ = rustix::io::read(event, &mut [0_u8; 8]);
         }
         has_input
+    }
+}
+
+/// A time that the kernel takes; one that is longer than it can count is that long.
+fn timespec(time: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: time.subsec_nanos().into(),
     }
 }

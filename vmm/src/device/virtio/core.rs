@@ -4,10 +4,11 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
-use super::device::{Interrupt, VirtioDevice};
-use super::inbound;
-use super::queue::{QueueError, VirtQueue};
+use super::device::{Begun, Interrupt, MAX_UNDER_WAY, VirtioDevice};
+use super::inbound::{self, Left};
+use super::queue::{Chain, QueueError, VirtQueue};
 use crate::memory::guest::GuestRam;
 
 /// Most requests that are worked on for one kick before others get their turn.
@@ -25,6 +26,10 @@ pub struct Core {
     outside: Option<Outside>,
     pub(super) is_active: bool,
     pub(super) is_paused: bool,
+    /// Queues whose next request has to wait for its device's limit, a bit for each.
+    pub(super) limited: u64,
+    /// How long something has to wait for a limit, as the last round found it.
+    pub(super) wait: Option<Duration>,
     /// How often the guest has broken it.
     failures: u64,
 }
@@ -58,6 +63,8 @@ impl Core {
             outside: None,
             is_active: false,
             is_paused: false,
+            limited: 0,
+            wait: None,
             failures: 0,
         }
     }
@@ -70,6 +77,7 @@ impl Core {
     /// Takes guest memory and interrupts away again.
     pub(super) fn disconnect(&mut self) {
         self.is_active = false;
+        (self.limited, self.wait) = (0, None);
         self.outside = None;
     }
 
@@ -80,7 +88,8 @@ impl Core {
         }
     }
 
-    /// Works on the queues in `bits`; returns those that have more. Ends early when it `is_over`.
+    /// Works on the queues in `bits`, and on those that a limit holds up; returns those that have more. Ends
+    /// early when it `is_over`.
     pub(super) fn round(
         &mut self,
         bits: u64,
@@ -89,6 +98,8 @@ impl Core {
         let Some(outside) = self.outside.clone() else {
             return Ok(bits);
         };
+        self.wait = None;
+        let bits = bits | std::mem::take(&mut self.limited);
         let (bits, inbound) = self.look(bits);
         let is_inbound = |number: &usize| inbound >> number & 1 != 0;
         let (mut left, mut stalled) = (0, Vec::new());
@@ -172,62 +183,142 @@ impl Core {
             return Ok(false);
         };
         let (ram, interrupt) = (&*outside.ram, &*outside.interrupt);
-        inbound::deliver(
+        let left = inbound::deliver(
             device,
             (number, queue),
             ram,
             interrupt,
             ROUND_REQUESTS,
             is_over,
-        )
+        )?;
+        if let Left::Later(time) = left {
+            self.wait_for(time);
+        }
+        Ok(matches!(left, Left::More))
     }
 
-    /// Works on one queue; whether it has more.
+    /// Something has to wait: another round is due when the first of all has waited.
+    fn wait_for(&mut self, time: Duration) {
+        self.wait = Some(self.wait.map_or(time, |other| other.min(time)));
+    }
+
+    /// Works on one queue; whether it has more. Nothing is under way when this returns: whoever has the core
+    /// next finds a device that rests.
     fn serve(
         &mut self,
         number: usize,
         outside: &Outside,
         is_over: &dyn Fn() -> bool,
     ) -> Result<bool, QueueError> {
-        let Some(queue) = ready_queue(&mut self.queues, number, &outside.ram)? else {
-            return Ok(false);
-        };
+        let has_more = self.take(number, outside, is_over);
+        while let Some(answer) = self.device.finish(&outside.ram) {
+            // A queue that is broken takes no answers, and the device is reset.
+            if has_more.is_ok() {
+                self.answer(number, outside, &answer)?;
+            }
+        }
+        has_more
+    }
+
+    /// Takes requests and works on them; some may be under way when it returns.
+    fn take(
+        &mut self,
+        number: usize,
+        outside: &Outside,
+        is_over: &dyn Fn() -> bool,
+    ) -> Result<bool, QueueError> {
         let ram = &*outside.ram;
-        let (mut done, mut has_more) = (0, true);
+        let (mut done, mut under_way, mut has_more) = (0, 0, true);
         while has_more {
+            let Some(queue) = ready_queue(&mut self.queues, number, ram)? else {
+                return Ok(false);
+            };
             queue.hush(ram)?;
             loop {
                 if !self.device.is_ready(number) {
                     // It is served again when that has changed.
                     return Ok(false);
                 }
-                let Some(chain) = queue.pop(ram)? else {
-                    break;
+                let Some(queue) = self.queues.get_mut(number) else {
+                    return Ok(false);
                 };
-                let bytes = if chain.is_malformed() {
-                    Some(0)
+                let is_full = under_way >= MAX_UNDER_WAY;
+                let chain = if is_full { None } else { queue.pop(ram)? };
+                let Some(chain) = chain else {
+                    // More may have been asked for when one of these is done.
+                    let Some(answer) = self.device.finish(ram) else {
+                        break;
+                    };
+                    under_way -= 1;
+                    self.answer(number, outside, &answer)?;
+                    continue;
+                };
+                let has_company = under_way > 0 || queue.has_next(ram)?;
+                if let Some((limiter, bytes)) = self.device.limit(number, &chain) {
+                    // Who stands still finishes: what is done then is counted, and waited for later.
+                    let wait = limiter.wait(bytes).filter(|_| !self.is_paused);
+                    if let Some(time) = wait {
+                        queue.put_back(1);
+                        self.limited |= 1 << number;
+                        self.wait_for(time);
+                        return Ok(false);
+                    }
+                    limiter.count(bytes);
+                }
+                let begun = if chain.is_malformed() {
+                    Begun::Done(chain, 0)
+                } else if has_company {
+                    self.device.start(number, chain, ram)
                 } else {
-                    self.device.attempt(number, &chain, ram)
+                    match self.device.attempt(number, &chain, ram) {
+                        Some(bytes) => Begun::Done(chain, bytes),
+                        None => Begun::NotNow,
+                    }
                 };
-                let Some(bytes) = bytes else {
-                    queue.put_back(1);
-                    return Ok(self.device.is_ready(number));
-                };
-                queue.push(ram, &chain, bytes)?;
-                if queue.wants_interrupt(ram)? {
-                    outside.interrupt.queue(number);
+                match begun {
+                    Begun::Done(chain, bytes) => {
+                        self.answer(number, outside, &(chain, bytes))?;
+                    }
+                    Begun::UnderWay => under_way += 1,
+                    Begun::NotNow => {
+                        let Some(queue) = self.queues.get_mut(number) else {
+                            return Ok(false);
+                        };
+                        queue.put_back(1);
+                        return Ok(self.device.is_ready(number));
+                    }
                 }
                 done += 1;
                 if done >= ROUND_REQUESTS || is_over() {
                     break;
                 }
             }
+            let Some(queue) = self.queues.get_mut(number) else {
+                return Ok(false);
+            };
             has_more = queue.listen(ram)?;
             if done >= ROUND_REQUESTS || is_over() {
                 break;
             }
         }
         Ok(has_more)
+    }
+
+    /// Gives a request back to the guest.
+    fn answer(
+        &mut self,
+        number: usize,
+        outside: &Outside,
+        (chain, bytes): &(Chain, u32),
+    ) -> Result<(), QueueError> {
+        let Some(queue) = self.queues.get_mut(number) else {
+            return Ok(());
+        };
+        queue.push(&outside.ram, chain, *bytes)?;
+        if queue.wants_interrupt(&outside.ram)? {
+            outside.interrupt.queue(number);
+        }
+        Ok(())
     }
 
     /// Writes down how the guest broke a queue.

@@ -8,6 +8,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
 use super::inbound::Inbound;
+use super::limit::Limiter;
 use super::queue::Chain;
 use crate::memory::guest::GuestRam;
 
@@ -28,6 +29,20 @@ pub struct DeviceType {
     pub pci_class: u32,
     /// Size of each queue.
     pub queues: &'static [u16],
+}
+
+/// Most requests of a device that are under way at once.
+pub const MAX_UNDER_WAY: usize = 32;
+
+/// What became of a request that was begun.
+#[derive(Debug)]
+pub enum Begun {
+    /// It is done, and so many bytes of its memory were written.
+    Done(Chain, u32),
+    /// [`VirtioDevice::finish`] gives it back.
+    UnderWay,
+    /// Nothing: it stays in its queue, as with [`VirtioDevice::attempt`].
+    NotNow,
 }
 
 /// A device: what its requests mean. It is called from one thread at a time.
@@ -54,10 +69,31 @@ pub trait VirtioDevice: Send + fmt::Debug {
         Some(self.process(queue, request, ram))
     }
 
+    /// Begins what a request asks for, where others wait behind it or are under way: several are done at once.
+    /// No more than [`MAX_UNDER_WAY`] are begun before [`Self::finish`].
+    fn start(&mut self, queue: usize, request: Chain, ram: &GuestRam) -> Begun {
+        match self.attempt(queue, &request, ram) {
+            Some(bytes) => Begun::Done(request, bytes),
+            None => Begun::NotNow,
+        }
+    }
+
+    /// Waits for one of the requests that are under way, in any order; `None` where none is.
+    fn finish(&mut self, _ram: &GuestRam) -> Option<(Chain, u32)> {
+        None
+    }
+
     /// Whether it can take a request of a queue now. One that cannot is asked again when it has given
     /// something to the guest.
     fn is_ready(&self, _queue: usize) -> bool {
         true
+    }
+
+    /// What limits requests of a queue, where something does, and how many bytes of this one count there. Of
+    /// the sizes alone, which the guest cannot change any more: it must not say one thing here and another to
+    /// [`Self::process`].
+    fn limit(&mut self, _queue: usize, _request: &Chain) -> Option<(&mut Limiter, u64)> {
+        None
     }
 
     /// How often [`Self::config`] changed.
@@ -75,7 +111,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// taken for that, as a state of the machine may be kept from now on.
     fn settle(&mut self) {}
 
-    /// The guest has reset the device, or has broken it.
+    /// The guest has reset the device, or has broken it. What is under way is over when this returns.
     fn reset(&mut self) {}
 
     /// The machine is about to run: takes what it was connected to meanwhile. Whether the guest is to

@@ -5,6 +5,7 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::device::Interrupt;
 use super::queue::{Chain, QueueError, VirtQueue};
@@ -15,6 +16,8 @@ use crate::memory::guest::GuestRam;
 pub enum Want {
     /// Nothing: there is nothing to say.
     Nothing,
+    /// Nothing before this time has passed: it has a limit.
+    Later(Duration),
     /// A request to fill.
     Room,
     /// Requests that have this many bytes together, to be filled with one thing.
@@ -60,8 +63,17 @@ pub trait Inbound: fmt::Debug {
     fn returned(&mut self, _queue: usize) {}
 }
 
-/// Fills requests until nothing is wanted, the guest gives none, `most` were used, or it `is_over`;
-/// whether there is more to do.
+/// What is left when requests were filled.
+pub(super) enum Left {
+    /// Nothing, until something happens outside or the guest gives room.
+    Nothing,
+    /// More to do.
+    More,
+    /// More to do when this time has passed.
+    Later(Duration),
+}
+
+/// Fills requests until nothing is wanted, the guest gives none, `most` were used, or it `is_over`.
 pub(super) fn deliver(
     inbound: &mut dyn Inbound,
     (number, queue): (usize, &mut VirtQueue),
@@ -69,14 +81,15 @@ pub(super) fn deliver(
     interrupt: &dyn Interrupt,
     most: u32,
     is_over: &dyn Fn() -> bool,
-) -> Result<bool, QueueError> {
+) -> Result<Left, QueueError> {
     let mut done = 0;
     loop {
         match inbound.wants(number) {
-            Want::Nothing => return Ok(false),
-            Want::Return if !queue.has_grown(ram)? => return Ok(false),
+            Want::Nothing => return Ok(Left::Nothing),
+            Want::Later(time) => return Ok(Left::Later(time)),
+            Want::Return if !queue.has_grown(ram)? => return Ok(Left::Nothing),
             Want::Return => inbound.returned(number),
-            Want::Room | Want::Bytes(_) if done >= most || is_over() => return Ok(true),
+            Want::Room | Want::Bytes(_) if done >= most || is_over() => return Ok(Left::More),
             Want::Bytes(bytes) => match gather(queue, ram, bytes)? {
                 Found::Enough(requests) => {
                     done = done.saturating_add(u32::try_from(requests.len()).unwrap_or(u32::MAX));
@@ -86,7 +99,7 @@ pub(super) fn deliver(
                         interrupt.queue(number);
                     }
                 }
-                Found::TooFew => return Ok(false),
+                Found::TooFew => return Ok(Left::Nothing),
                 Found::Never => {
                     done = done.saturating_add(queue.size().into());
                     inbound.lose(number);
@@ -99,7 +112,7 @@ pub(super) fn deliver(
                     if queue.listen(ram)? {
                         continue;
                     }
-                    return Ok(false);
+                    return Ok(Left::Nothing);
                 };
                 let bytes = if request.is_malformed() {
                     // It has no room; the guest gets it back.

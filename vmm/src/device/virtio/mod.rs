@@ -8,6 +8,8 @@
 //! machine that is made nor one that is restored has one before. [`inbound`] is for what comes to a device
 //! without being asked for; its thread also waits for the outside, from when the machine runs.
 //!
+//! [`limit`] is how fast requests may be worked on. A device that is too early sleeps until its time.
+//!
 //! Every device has the same files: `device`, `request` where requests have a form, `backend`, `state`
 //! where it has one of its own.
 //!
@@ -21,6 +23,7 @@ pub mod console;
 pub mod core;
 pub mod device;
 pub mod inbound;
+pub mod limit;
 pub mod net;
 pub mod queue;
 pub mod rng;

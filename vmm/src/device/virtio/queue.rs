@@ -237,6 +237,11 @@ impl VirtQueue {
         Ok(Some(chain))
     }
 
+    /// Whether the guest has made another request available.
+    pub fn has_next(&self, ram: &GuestRam) -> Result<bool, QueueError> {
+        Ok(self.available(ram)? != self.queue.next_avail())
+    }
+
     /// Gives a request back, with the number of bytes that were written to its memory.
     pub fn push(&mut self, ram: &GuestRam, chain: &Chain, bytes: u32) -> Result<(), QueueError> {
         self.queue

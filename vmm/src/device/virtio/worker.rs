@@ -13,7 +13,8 @@
 //! The thread is started by the first kick. A machine in which no guest asks anything of a device
 //! has no thread for it: not one that was made, not one that was restored. A device to which something can
 //! come from outside has its thread from when the guest has set it up, or the machine goes on: the
-//! thread waits for kicks and for the source of what comes.
+//! thread waits for kicks and for the source of what comes. A device that is held up by a limit has its
+//! thread sleep until the limit lets the next request go; a pause does not wait for that.
 
 use std::fmt;
 use std::io;
@@ -21,6 +22,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -145,9 +147,10 @@ impl Worker {
         self.look_outside();
     }
 
-    /// Has the worker look whether something came from outside, where something can.
+    /// Has the worker look whether something came from outside, where something can, and wait for it, or for
+    /// a limit.
     fn look_outside(&self) {
-        if self.with_core(Core::source).is_some() {
+        if self.with_core(|core| core.wait.is_some() || core.source().is_some()) {
             self.shared.kicked.fetch_or(SOURCE, Ordering::SeqCst);
             self.wake(true);
         }
@@ -157,6 +160,7 @@ impl Worker {
     pub fn reset(&self) {
         self.with_core(|core| {
             core.is_active = false;
+            (core.limited, core.wait) = (0, None);
             for queue in &mut core.queues {
                 queue.reset();
             }
@@ -243,7 +247,8 @@ impl Worker {
     pub fn pause(&self) {
         self.with_core(|core| {
             core.is_paused = true;
-            let mut bits = self.shared.kicked.swap(0, Ordering::SeqCst);
+            core.wait = None;
+            let mut bits = self.shared.kicked.swap(0, Ordering::SeqCst) | core.limited;
             // A guest that stands still can have no more than its queues hold.
             for _ in 0..=core.queues.len() {
                 if bits == 0 {
@@ -299,12 +304,19 @@ impl Drop for Worker {
 /// The body of the thread. Between two looks it sleeps; a wake-up that comes first is not lost.
 fn work(shared: &Shared) {
     let mut source: Option<Arc<OwnedFd>> = None;
+    // When a limit lets something go.
+    let mut until: Option<Instant> = None;
     while !shared.quit.load(Ordering::SeqCst) {
+        if until.is_some_and(|until| until <= Instant::now()) {
+            until = None;
+            shared.kicked.fetch_or(SOURCE, Ordering::SeqCst);
+        }
         let must_wait = || shared.waiting.load(Ordering::SeqCst) != 0;
         let is_due = shared.kicked.load(Ordering::SeqCst) != 0;
         if must_wait() || !is_due {
             // Whoever waits for the core wakes this thread if there is something to do.
-            if shared.bell.sleep(source.as_deref().filter(|_| !is_due)) {
+            let source = source.as_deref().filter(|_| !is_due);
+            if shared.bell.sleep(source, until.filter(|_| !is_due)) {
                 shared.kicked.fetch_or(SOURCE, Ordering::SeqCst);
             }
             continue;
@@ -312,8 +324,8 @@ fn work(shared: &Shared) {
         let mut core = lock(&shared.core);
         if core.is_paused {
             drop(core);
-            source = None;
-            shared.bell.sleep(None);
+            (source, until) = (None, None);
+            shared.bell.sleep(None, None);
             continue;
         }
         let is_over = || must_wait() || shared.quit.load(Ordering::SeqCst);
@@ -322,6 +334,8 @@ fn work(shared: &Shared) {
         let left = shared.round(&mut core, bits, &is_over);
         shared.kicked.fetch_or(left, Ordering::SeqCst);
         source = core.source();
+        // A time that no clock has is never.
+        until = (core.wait).and_then(|wait| Instant::now().checked_add(wait));
         drop(core);
     }
 }

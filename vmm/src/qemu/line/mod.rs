@@ -20,6 +20,7 @@ mod ports;
 pub mod refused;
 pub mod said;
 pub mod smp;
+mod throttle;
 pub mod vsock;
 pub mod wanted;
 

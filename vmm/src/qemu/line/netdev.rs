@@ -96,7 +96,11 @@ impl NetDevice {
     ) -> Result<NetParts, OptionError> {
         let mac = self.mac;
         let tap = self.netdev.as_deref().map(tap_of).transpose()?;
-        Ok(NetParts { tap, mac })
+        Ok(NetParts {
+            tap,
+            mac,
+            ..NetParts::default()
+        })
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
+use super::throttle;
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
@@ -183,6 +184,7 @@ impl PciDevices {
         only(&mut props, "cache", &["writeback"])?;
         only(&mut props, "aio", &["threads"])?;
         only(&mut props, "discard", &["unmap", "on"])?;
+        let limits = throttle::limits(&mut props)?;
         let read_only = props.switch("readonly")?;
         let read_only = read_only.or(props.switch("read-only")?).unwrap_or(false);
         let is_snapshot = props.switch("snapshot")?.unwrap_or(false);
@@ -195,7 +197,13 @@ impl PciDevices {
             (false, true) => DiskAccess::Snapshot,
             (false, false) => DiskAccess::Write,
         };
-        self.add(id.clone(), path.into(), access)?;
+        let disk = DiskParts {
+            path: path.into(),
+            access,
+            serial: None,
+            limits,
+        };
+        self.add(id.clone(), disk)?;
         if interface == "virtio" {
             self.devices.push(Device {
                 id: Some(id.clone()),
@@ -211,15 +219,10 @@ impl PciDevices {
         Ok(())
     }
 
-    fn add(&mut self, id: String, path: PathBuf, access: DiskAccess) -> Result<(), OptionError> {
+    fn add(&mut self, id: String, disk: DiskParts) -> Result<(), OptionError> {
         if self.images.iter().any(|image| image.id == id) {
             return Err(OptionError::new(format!("Duplicate ID '{id}' for drive")));
         }
-        let disk = DiskParts {
-            path,
-            access,
-            serial: None,
-        };
         self.images.push(Image {
             id,
             disk,
@@ -418,7 +421,7 @@ pub fn blockdev(mut props: Props, images: &[Image]) -> Result<Image, OptionError
         disk: DiskParts {
             path,
             access,
-            serial: None,
+            ..DiskParts::default()
         },
         file_node,
         is_drive: false,

@@ -17,7 +17,7 @@ use crate::qemu::outputs;
 use crate::qemu::qmp::message::QmpError;
 use crate::qemu::words::Props;
 use crate::report::one_line;
-use crate::spec::{DeviceSpec, DiskAccess, DiskParts};
+use crate::spec::{DeviceSpec, DiskAccess, DiskParts, Rate};
 
 /// Most images that there can be: each may hold a descriptor.
 const MAX_IMAGES: usize = 256;
@@ -265,12 +265,13 @@ fn open(image: &Image) -> Result<Disk, String> {
 
 /// `BlockDeviceInfo`
 fn inserted(node: &Node) -> Value {
-    let path = &node.image.disk.path;
+    let DiskParts { path, limits, .. } = &node.image.disk;
     let facts = fs::metadata(path).ok();
     let size = facts.as_ref().map_or(0, Metadata::len);
     let stored = facts.as_ref().map_or(0, |facts| facts.blocks() * 512);
     let file = path.display().to_string();
-    json!({
+    let per_second = |rate: Option<Rate>| rate.map_or(0, Rate::per_second);
+    let mut info = json!({
         "node-name": node.image.id,
         "file": file,
         "drv": "raw",
@@ -280,8 +281,8 @@ fn inserted(node: &Node) -> Value {
         "active": true,
         "detect_zeroes": "off",
         "write_threshold": 0,
-        "bps": 0, "bps_rd": 0, "bps_wr": 0,
-        "iops": 0, "iops_rd": 0, "iops_wr": 0,
+        "bps": per_second(limits.bytes), "bps_rd": 0, "bps_wr": 0,
+        "iops": per_second(limits.requests), "iops_rd": 0, "iops_wr": 0,
         "cache": {"writeback": true, "direct": false, "no-flush": false},
         "image": {
             "filename": file,
@@ -290,5 +291,11 @@ fn inserted(node: &Node) -> Value {
             "actual-size": stored,
             "dirty-flag": false,
         },
-    })
+    });
+    for (key, rate) in [("bps_max", limits.bytes), ("iops_max", limits.requests)] {
+        if let Some(rate) = rate {
+            info[key] = json!(rate.burst());
+        }
+    }
+    info
 }

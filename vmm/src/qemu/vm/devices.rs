@@ -113,7 +113,10 @@ impl Vm {
             return Ok(Attachment::Nothing);
         };
         let tap = self.netdevs.take(netdev)?;
-        Ok(Attachment::Net(NetConnection { tap, mac: None }))
+        Ok(Attachment::Net(NetConnection {
+            tap,
+            ..NetConnection::default()
+        }))
     }
 
     /// `device_del`

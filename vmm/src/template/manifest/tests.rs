@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 use super::*;
 use crate::template::device_entry::{DiskEntry, PortEntry};
+use crate::template::limits_entry::{LimitsEntry, RateEntry};
 use crate::template::machine_entry::{DimmEntry, NodeEntry};
 use proptest::prelude::*;
 
@@ -64,7 +65,7 @@ fn a_newer_format_is_named_even_with_fields_unknown_here() {
     assert!(
         error
             .to_string()
-            .contains("has format 9, and this pando reads formats up to 4")
+            .contains("has format 9, and this pando reads formats up to 5")
     );
 }
 
@@ -247,6 +248,7 @@ fn with_devices() -> ManifestFile {
         cid,
         mac: None,
         ports: None,
+        limits: None,
     };
     let mut console = device("console0", 6, "virtio-console", None, None);
     console.ports = Some(vec![PortEntry {
@@ -273,6 +275,43 @@ fn with_devices() -> ManifestFile {
         console,
     ];
     file
+}
+
+#[test]
+fn limits_are_those_of_the_device() {
+    let rate = |per_second| RateEntry {
+        per_second,
+        burst: 500,
+    };
+    let limits = |per_second| {
+        Some(LimitsEntry {
+            bytes: None,
+            requests: Some(rate(per_second)),
+        })
+    };
+    let mut file = with_devices();
+    file.format = 5;
+    file.devices[1].limits = limits(9);
+    let manifest = Manifest::seal(path(), file.clone()).unwrap();
+    let read = Manifest::parse(path(), &manifest.to_json()).unwrap();
+    let found = read.spec().devices()[1].limits();
+    let found_rate = found.requests.unwrap();
+    assert_eq!((found_rate.per_second(), found_rate.burst()), (9, 500));
+    assert_eq!(LimitsEntry::of(&found), limits(9));
+    assert_eq!(format_of(read.spec(), &None, &None), 5);
+    let refused = |change: fn(&mut ManifestFile)| {
+        let mut file = file.clone();
+        change(&mut file);
+        Manifest::seal(path(), file).unwrap_err().to_string()
+    };
+    assert!(refused(|file| file.format = 4).contains("format 4 has no limits"));
+    assert!(
+        refused(|file| file.devices[0].limits = file.devices[1].limits)
+            .contains("rng0 is a \"virtio-rng\" with limits")
+    );
+    file.devices[1].limits = limits(0);
+    let error = Manifest::seal(path(), file).unwrap_err().to_string();
+    assert!(error.contains("root: 0 requests cannot be"), "{error}");
 }
 
 #[test]

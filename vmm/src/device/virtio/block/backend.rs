@@ -190,8 +190,36 @@ impl Disk {
         self.writes.are_pending.load(Ordering::SeqCst)
     }
 
+    /// The file that has all of an extent to be read, for who reads it by itself.
+    pub(super) fn file_to_read(&self, extent: Extent) -> Option<Arc<File>> {
+        match &self.image {
+            Image::ReadOnly(file) | Image::Writable(file) => Some(Arc::clone(file)),
+            Image::Layered(layered) => lock(layered).file_of(extent),
+            Image::Memory(_) => None,
+        }
+    }
+
+    /// The file that is written, for who writes or flushes it by itself, and says so: [`Self::written`],
+    /// [`Self::begin_flush`].
+    pub(super) fn file_to_write(&self) -> Option<Arc<File>> {
+        match &self.image {
+            Image::Writable(file) => Some(Arc::clone(file)),
+            Image::ReadOnly(_) | Image::Memory(_) | Image::Layered(_) => None,
+        }
+    }
+
+    /// What is written until now will be durable.
+    pub(super) fn begin_flush(&self) {
+        self.writes.are_pending.store(false, Ordering::SeqCst);
+    }
+
+    /// A flush has failed.
+    pub(super) fn flush_failed(&self) {
+        self.writes.failed.fetch_add(1, Ordering::Relaxed);
+    }
+
     /// Notes that something is written, and whether that failed.
-    fn written(&self, done: io::Result<()>) -> io::Result<()> {
+    pub(super) fn written(&self, done: io::Result<()>) -> io::Result<()> {
         if !self.is_readonly() {
             // One that failed may have been done in part.
             self.writes.are_pending.store(true, Ordering::SeqCst);
@@ -233,11 +261,9 @@ impl Disk {
     /// Returns when everything that was written will survive the host's end. What a clone writes
     /// ends with the clone: there is nothing to do.
     pub fn flush(&self) -> io::Result<()> {
-        self.writes.are_pending.store(false, Ordering::SeqCst);
+        self.begin_flush();
         match &self.image {
-            Image::Writable(file) => file.sync_data().inspect_err(|_| {
-                self.writes.failed.fetch_add(1, Ordering::Relaxed);
-            }),
+            Image::Writable(file) => file.sync_data().inspect_err(|_| self.flush_failed()),
             Image::ReadOnly(_) | Image::Memory(_) | Image::Layered(_) => Ok(()),
         }
     }

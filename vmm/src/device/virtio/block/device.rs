@@ -10,11 +10,13 @@ use virtio_bindings::virtio_blk::{
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::backend::Disk;
+use super::flight::{Flights, Job, Landed};
 use super::request::{
     Extent, HEAD_BYTES, MAX_RANGE_SECTORS, MAX_RANGES, Request, SECTOR_BYTES, Status,
 };
 use super::state::BlockState;
-use crate::device::virtio::device::{DeviceType, VirtioDevice, VirtioStateError};
+use crate::device::virtio::device::{Begun, DeviceType, VirtioDevice, VirtioStateError};
+use crate::device::virtio::limit::Limiter;
 use crate::device::virtio::queue::{Chain, MAX_REQUEST_BYTES};
 use crate::memory::guest::GuestRam;
 use crate::spec::MAX_SERIAL_BYTES;
@@ -51,9 +53,11 @@ pub struct Block {
     serial: [u8; MAX_SERIAL_BYTES],
     config: [u8; CONFIG_BYTES],
     buffer: Vec<u8>,
+    flights: Flights,
     failures: u64,
     /// A guest that does not flush may take what is answered to be durable (virtio 1.2, 5.2.6.2).
     is_write_through: bool,
+    limiter: Option<Limiter>,
 }
 
 impl Block {
@@ -68,9 +72,28 @@ impl Block {
             disk,
             serial: padded,
             buffer: Vec::new(),
+            flights: Flights::default(),
             failures: 0,
             is_write_through: false,
+            limiter: None,
         }
+    }
+
+    /// The same disk with a limit to how fast it is used. A reset of the device leaves the limit as it is.
+    #[must_use]
+    pub fn with_limiter(self, limiter: Option<Limiter>) -> Self {
+        Self { limiter, ..self }
+    }
+
+    /// The same disk, with its ring for writes of any length, or on a host that refuses rings.
+    #[cfg(test)]
+    pub(in crate::device::virtio) fn with_ring(self, has_ring: bool) -> Self {
+        let flights = if has_ring {
+            Flights::eager()
+        } else {
+            Flights::refused()
+        };
+        Self { flights, ..self }
     }
 
     /// Does what is asked for; how many bytes the guest got.
@@ -152,6 +175,80 @@ impl Block {
         Ok(())
     }
 
+    /// Begins what can be under way with others; gives back what cannot.
+    fn take_off(&mut self, chain: Chain, ram: &GuestRam) -> Result<(), Chain> {
+        // A guest that does not flush has each request made durable before the next.
+        if self.is_write_through {
+            return Err(chain);
+        }
+        let (job, file) = match Request::parse(&chain, ram, self.disk.bytes()) {
+            Ok(Request::Read(extent)) => (Job::Read(extent), self.disk.file_to_read(extent)),
+            Ok(Request::Write(extent)) => (Job::Write(extent), self.disk.file_to_write()),
+            Ok(Request::Flush) => (Job::Flush, self.disk.file_to_write()),
+            _ => return Err(chain),
+        };
+        let Some(file) = file else {
+            return Err(chain);
+        };
+        if !self.flights.takes(job) || !self.flights.can_start() {
+            return Err(chain);
+        }
+        let mut buffer = self.flights.buffer(job);
+        if matches!(job, Job::Write(_)) && chain.read(ram, HEAD_BYTES, &mut buffer).is_err() {
+            return Err(chain);
+        }
+        if job == Job::Flush {
+            self.disk.begin_flush();
+        }
+        self.flights.start(chain, job, file, buffer)
+    }
+
+    /// What became of a request that was under way; how many bytes the guest got.
+    fn land(&mut self, landed: &mut Landed, ram: &GuestRam) -> Result<u64, Status> {
+        let result = std::mem::replace(&mut landed.result, Ok(()));
+        let buffer = &mut landed.buffer;
+        match landed.job {
+            Job::Flush => {
+                // Not again: what has failed once is forgotten by the kernel.
+                let result = result.inspect_err(|_| self.disk.flush_failed());
+                self.noted("flushed", |_| result).map(|()| 0)
+            }
+            Job::Read(extent) => {
+                self.noted("read", |disk| match result {
+                    Ok(()) => Ok(()),
+                    Err(_) if !buffer.is_empty() => disk.read_at(extent.offset, buffer),
+                    Err(error) => Err(error),
+                })?;
+                let written = landed.chain.write(ram, 0, buffer);
+                written.map_err(|_| Status::Failed)?;
+                Ok(extent.bytes)
+            }
+            Job::Write(extent) => {
+                self.noted("written", |disk| match result {
+                    Err(_) if !buffer.is_empty() => disk.write_at(extent.offset, buffer),
+                    result => disk.written(result),
+                })?;
+                Ok(0)
+            }
+        }
+    }
+
+    /// Says how a request went; how many bytes of its memory were written.
+    fn say(&self, request: &Chain, ram: &GuestRam, served: Result<u64, Status>) -> u32 {
+        let Some(last) = request.writable_bytes().checked_sub(1) else {
+            // There is nowhere to say it.
+            return 0;
+        };
+        let (status, bytes) = match served {
+            Ok(bytes) => (Status::Ok, bytes),
+            Err(status) => (status, 0),
+        };
+        match request.write(ram, last, &[status.code()]) {
+            Ok(()) => u32::try_from(bytes + 1).unwrap_or(u32::MAX),
+            Err(_) => 0,
+        }
+    }
+
     /// The buffer, as long as what is left or as it can be.
     fn take_buffer(&mut self, left: u64) -> Vec<u8> {
         let mut buffer = std::mem::take(&mut self.buffer);
@@ -202,18 +299,52 @@ impl VirtioDevice for Block {
     }
 
     fn process(&mut self, _queue: usize, request: &Chain, ram: &GuestRam) -> u32 {
-        let Some(last) = request.writable_bytes().checked_sub(1) else {
+        if request.writable_bytes() == 0 {
             // There is nowhere to say how it went.
             return 0;
-        };
-        let (status, bytes) = match self.serve(request, ram) {
-            Ok(bytes) => (Status::Ok, bytes),
-            Err(status) => (status, 0),
-        };
-        match request.write(ram, last, &[status.code()]) {
-            Ok(()) => u32::try_from(bytes + 1).unwrap_or(u32::MAX),
-            Err(_) => 0,
         }
+        let served = self.serve(request, ram);
+        self.say(request, ram, served)
+    }
+
+    fn start(&mut self, queue: usize, request: Chain, ram: &GuestRam) -> Begun {
+        let begun = if request.writable_bytes() == 0 {
+            Err(request)
+        } else {
+            self.take_off(request, ram)
+        };
+        match begun {
+            Ok(()) => Begun::UnderWay,
+            Err(request) => {
+                let bytes = self.process(queue, &request, ram);
+                Begun::Done(request, bytes)
+            }
+        }
+    }
+
+    fn finish(&mut self, ram: &GuestRam) -> Option<(Chain, u32)> {
+        let mut landed = self.flights.finish()?;
+        let served = self.land(&mut landed, ram);
+        let Landed { chain, buffer, .. } = landed;
+        self.flights.keep(buffer);
+        let bytes = self.say(&chain, ram, served);
+        Some((chain, bytes))
+    }
+
+    fn reset(&mut self) {
+        // What the guest asked for and hears no more of is done all the same.
+        while let Some(landed) = self.flights.finish() {
+            if let Job::Write(_) = landed.job {
+                let _noted = self.disk.written(landed.result);
+            }
+        }
+    }
+
+    fn limit(&mut self, _queue: usize, request: &Chain) -> Option<(&mut Limiter, u64)> {
+        // All between the head and the status: what is read or written, or says what to discard.
+        let out_bytes = request.readable_bytes().saturating_sub(HEAD_BYTES);
+        let in_bytes = request.writable_bytes().saturating_sub(1);
+        Some((self.limiter.as_mut()?, out_bytes + in_bytes))
     }
 
     fn activate(&mut self, features: u64) -> Result<(), VirtioStateError> {
@@ -224,6 +355,7 @@ impl VirtioDevice for Block {
     fn settle(&mut self) {
         // What fails is in the log, and counted.
         let _noted = self.flush_pending();
+        self.flights.rest();
     }
 
     fn save(&self) -> Vec<u8> {

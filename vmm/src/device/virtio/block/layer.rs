@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::FallocateFlags;
 
@@ -22,7 +23,7 @@ const WORD_BITS: u64 = 64;
 /// An image that is only read, and what was written over it.
 #[derive(Debug)]
 pub struct Layered {
-    base: File,
+    base: Arc<File>,
     bytes: u64,
     /// Where the file of the layer is made.
     folder: PathBuf,
@@ -31,7 +32,7 @@ pub struct Layered {
 
 #[derive(Debug)]
 struct Layer {
-    file: File,
+    file: Arc<File>,
     /// A bit for each block that is here.
     present: Vec<u64>,
 }
@@ -56,7 +57,7 @@ impl Layered {
     /// An image of `bytes` bytes; what is written over it goes to a file in `folder`.
     pub fn new(base: File, bytes: u64, folder: &Path) -> Self {
         Self {
-            base,
+            base: Arc::new(base),
             bytes,
             folder: folder.to_owned(),
             layer: None,
@@ -80,12 +81,26 @@ impl Layered {
             }
             let length = usize::try_from(stop.min(end) - at).unwrap_or(rest.len());
             let (part, behind) = rest.split_at_mut(length.min(rest.len()));
-            let file = if is_present { &layer.file } else { &self.base };
+            let file: &File = if is_present { &layer.file } else { &self.base };
             file.read_exact_at(part, at)?;
             at += part.len() as u64;
             rest = behind;
         }
         Ok(())
+    }
+
+    /// The file that has all of an extent, where one has.
+    pub fn file_of(&self, extent: Extent) -> Option<Arc<File>> {
+        let Some(layer) = &self.layer else {
+            return Some(Arc::clone(&self.base));
+        };
+        let end = extent.offset + extent.bytes;
+        let mut blocks = extent.offset / BLOCK_BYTES..end.div_ceil(BLOCK_BYTES);
+        let is_present = layer.is_present(blocks.start);
+        let file = if is_present { &layer.file } else { &self.base };
+        blocks
+            .all(|block| layer.is_present(block) == is_present)
+            .then(|| Arc::clone(file))
     }
 
     /// Writes `bytes` from `offset` on.
@@ -170,7 +185,10 @@ impl Layered {
                 .try_reserve_exact(words)
                 .map_err(|_| io::ErrorKind::OutOfMemory)?;
             present.resize(words, 0);
-            self.layer = Some(Layer { file, present });
+            self.layer = Some(Layer {
+                file: Arc::new(file),
+                present,
+            });
         }
         self.layer
             .as_mut()

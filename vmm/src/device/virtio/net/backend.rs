@@ -16,7 +16,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
 use super::request::HEAD_BYTES;
-use crate::spec::{MacAddress, TapSpec};
+use crate::spec::{Limits, MacAddress, TapSpec};
 use crate::sys::tap::{self, Offload};
 
 /// Where `ip netns` keeps namespaces that have a name.
@@ -149,6 +149,8 @@ pub struct NetConnection {
     pub tap: Option<Tap>,
     /// The device's hardware address, where it is not the one that it has.
     pub mac: Option<MacAddress>,
+    /// How fast packets go, where that is not as the device has it.
+    pub limits: Option<Limits>,
 }
 
 /// Where a connection waits for its device to take it: a machine may be made before it is known.

@@ -15,13 +15,14 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::backend::{NetPort, Tap};
-use super::request::{Command, MAX_PACKET_BYTES, sent_packet, set_buffers};
+use super::request::{Command, HEAD_BYTES, MAX_PACKET_BYTES, sent_packet, set_buffers};
 use super::state::NetState;
 use crate::device::virtio::device::{DeviceType, VirtioDevice, VirtioStateError};
 use crate::device::virtio::inbound::{Inbound, Want};
+use crate::device::virtio::limit::{Clock, HostClock, Limiter};
 use crate::device::virtio::queue::Chain;
 use crate::memory::guest::GuestRam;
-use crate::spec::MacAddress;
+use crate::spec::{Limits, MacAddress};
 use crate::sys::tap::Offload;
 
 /// The queue of room for packets that come.
@@ -69,6 +70,7 @@ pub struct Net {
     is_tap_gone: bool,
     /// The address that it was given with a connection.
     given_mac: Option<MacAddress>,
+    given_limits: Option<Limits>,
     /// Its address unless the guest sets another one.
     own_mac: MacAddress,
     mac: MacAddress,
@@ -83,6 +85,10 @@ pub struct Net {
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
     incoming_bytes: usize,
+    clock: Arc<dyn Clock>,
+    /// How fast packets go, and how fast they come: each way has the whole limit.
+    transmit_limit: Option<Limiter>,
+    receive_limit: Option<Limiter>,
     failures: u64,
 }
 
@@ -94,6 +100,7 @@ impl Net {
             tap: None,
             is_tap_gone: false,
             given_mac: None,
+            given_limits: None,
             own_mac: mac,
             mac,
             status: 0,
@@ -104,11 +111,28 @@ impl Net {
             outgoing: Vec::new(),
             incoming: Vec::new(),
             incoming_bytes: 0,
+            clock: Arc::new(HostClock::default()),
+            transmit_limit: None,
+            receive_limit: None,
             failures: 0,
         };
         net.take_connection();
         net.show();
         net
+    }
+
+    /// The same device with a limit each way, unless its connection has another. A reset of the device leaves
+    /// the limit as it is.
+    #[must_use]
+    pub fn with_limits(mut self, limits: &Limits, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self.set_limits(&self.given_limits.unwrap_or(*limits));
+        self
+    }
+
+    fn set_limits(&mut self, limits: &Limits) {
+        self.transmit_limit = Limiter::new(limits, Arc::clone(&self.clock));
+        self.receive_limit = Limiter::new(limits, Arc::clone(&self.clock));
     }
 
     fn has(&self, feature: u32) -> bool {
@@ -123,6 +147,10 @@ impl Net {
         self.tap = connection.tap;
         self.is_tap_gone = false;
         self.given_mac = connection.mac;
+        self.given_limits = connection.limits;
+        if let Some(limits) = connection.limits {
+            self.set_limits(&limits);
+        }
         if let Some(mac) = connection.mac {
             (self.own_mac, self.mac) = (mac, mac);
         }
@@ -250,6 +278,12 @@ impl VirtioDevice for Net {
         self.control(request, ram)
     }
 
+    fn limit(&mut self, queue: usize, request: &Chain) -> Option<(&mut Limiter, u64)> {
+        let limiter = self.transmit_limit.as_mut().filter(|_| queue == TRANSMIT)?;
+        let bytes = request.readable_bytes();
+        Some((limiter, bytes.saturating_sub(HEAD_BYTES as u64)))
+    }
+
     fn generation(&self) -> u8 {
         self.generation
     }
@@ -319,6 +353,11 @@ impl VirtioDevice for Net {
 }
 
 impl Net {
+    /// How many bytes of the packet that has come a limit counts: it has none for the header.
+    fn counted_bytes(&self) -> u64 {
+        self.incoming_bytes.saturating_sub(HEAD_BYTES) as u64
+    }
+
     /// Whether a packet waits to be delivered; takes the next in where none does.
     fn take_in(&mut self) -> bool {
         if self.incoming_bytes > 0 || self.is_tap_gone {
@@ -366,7 +405,12 @@ impl Inbound for Net {
 
     fn wants(&mut self, queue: usize) -> Want {
         if queue != RECEIVE || !self.take_in() {
-            Want::Nothing
+            return Want::Nothing;
+        }
+        let bytes = self.counted_bytes();
+        let limiter = self.receive_limit.as_mut();
+        if let Some(time) = limiter.and_then(|limiter| limiter.wait(bytes)) {
+            Want::Later(time)
         } else if self.has(VIRTIO_NET_F_MRG_RXBUF) {
             Want::Bytes(self.incoming_bytes as u64)
         } else {
@@ -380,6 +424,10 @@ impl Inbound for Net {
     }
 
     fn fill_all(&mut self, _: usize, requests: &[Chain], ram: &GuestRam) -> Vec<u32> {
+        let counted = self.counted_bytes();
+        if let Some(limiter) = &mut self.receive_limit {
+            limiter.count(counted);
+        }
         let length = std::mem::take(&mut self.incoming_bytes);
         let packet = self.incoming.get_mut(..length).unwrap_or_default();
         set_buffers(packet, u16::try_from(requests.len()).unwrap_or(u16::MAX));

@@ -163,17 +163,27 @@ impl Driver {
     }
 
     pub(super) fn kick(&mut self) {
-        // Where notifications go by index: of the next answer.
+        self.listen();
+        self.write(0x3000, 2, 0);
+    }
+
+    /// Where notifications go by index: of the next answer.
+    pub(super) fn listen(&mut self) {
         let used_event = DRIVER_RING + 4 + u64::from(QUEUE_SIZE) * 2;
         self.ram
             .write(used_event, &self.used.to_le_bytes())
             .unwrap();
-        self.write(0x3000, 2, 0);
     }
 
     /// Waits for an interrupt; its data says whose.
     pub(super) fn wait(&self) -> u32 {
         self.interrupts.recv_timeout(LIMIT).unwrap().data
+    }
+
+    /// Whether there is no interrupt for a while.
+    pub(super) fn is_quiet(&self) -> bool {
+        let moment = Duration::from_millis(30);
+        self.interrupts.recv_timeout(moment).is_err()
     }
 
     /// What was used since the last call: descriptor and length.

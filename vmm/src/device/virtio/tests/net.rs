@@ -61,9 +61,27 @@ impl Namespace {
 
     pub(super) fn connection(&self) -> NetConnection {
         let spec = TapSpec::new("tap0", Some(&self.name)).unwrap();
+        let tap = Tap::open(&spec).unwrap();
+        self.wait_until_up();
         NetConnection {
-            tap: Some(Tap::open(&spec).unwrap()),
+            tap: Some(tap),
             mac: None,
+            limits: None,
+        }
+    }
+
+    /// The kernel sees a while later that there is somebody at the tap, and loses what is sent until then.
+    fn wait_until_up(&self) {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let show = ["-n", &self.name, "-o", "link", "show", "tap0"];
+            let output = Command::new("ip").args(show).output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout).into_owned();
+            if text.contains("state UP") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "{text}");
+            thread::sleep(Duration::from_millis(2));
         }
     }
 
@@ -404,6 +422,8 @@ fn a_tap_that_is_deleted_is_a_link_that_is_down() {
     guest.set_up(MERGE | ANNOUNCE);
     assert_eq!(guest.driver.read(0x2006, 2), 1);
     let generation = guest.driver.read(21, 1);
+    // A packet of the host's own that waits for room would have the tap left alone.
+    guest.offer(0, &[(BUFFERS + 0x1000, 2048, true); 16]);
     ip(&["-n", &namespace.name, "link", "delete", "tap0"]);
     let deadline = Instant::now() + LIMIT;
     while guest.driver.read(0x2006, 2) != 0 {
@@ -425,8 +445,17 @@ fn what_waited_at_the_tap_before_the_driver_is_not_delivered() {
     let mut guest = Guest::new(connection);
     guest.set_up(MERGE);
     socket.send_to(b"in time", (GUEST, 5555)).unwrap();
-    guest.offer(0, &[(BUFFERS, 2048, true), (BUFFERS + 2048, 2048, true)]);
-    let used = guest.wait(0, 1);
-    let length = usize::try_from(used[0].1).unwrap();
-    assert!(is_packet(&guest.bytes(BUFFERS, length), b"in time"));
+    let place = |number: u64| BUFFERS + number * 2048;
+    let room: Vec<_> = (0..16).map(|n| (place(n), 2048, true)).collect();
+    guest.offer(0, &room);
+    // The host's own chatter may come before it.
+    for answers in 1..=16 {
+        let (at, length) = guest.wait(0, answers)[answers - 1];
+        let packet = guest.bytes(place(at.into()), usize::try_from(length).unwrap());
+        assert!(!is_packet(&packet, b"too early"));
+        if is_packet(&packet, b"in time") {
+            return;
+        }
+    }
+    panic!("it was not delivered");
 }

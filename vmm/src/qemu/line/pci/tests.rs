@@ -23,9 +23,21 @@ fn disk(id: Option<&str>, slot: Option<u8>, access: DiskAccess) -> DeviceParts {
         kind: DeviceKind::Block(DiskParts {
             path: "d.img".into(),
             access,
-            serial: None,
+            ..DiskParts::default()
         }),
     }
+}
+
+#[test]
+fn a_drive_keeps_its_limits_in_its_device() {
+    let drive = "file=d.img,if=none,id=a,throttling.iops-total=50,throttling.iops-total-max=80";
+    let parts = read(&[("drive", drive), ("device", "virtio-blk-pci,drive=a")]).unwrap();
+    let DeviceKind::Block(disk) = &parts[0].kind else {
+        panic!("{parts:?}");
+    };
+    let rate = disk.limits.requests.unwrap();
+    assert_eq!((rate.per_second(), rate.burst()), (50, 80));
+    assert_eq!(disk.limits.bytes, None);
 }
 
 #[test]
@@ -94,8 +106,8 @@ fn what_cannot_be_had_is_refused_by_name() {
             "cache=none cannot be had",
         ),
         (
-            &[("drive", "file=a,if=virtio,bps=5")],
-            "Invalid parameter 'bps'",
+            &[("drive", "file=a,if=virtio,throttle=5")],
+            "Invalid parameter 'throttle'",
         ),
         (
             &[
