@@ -16,6 +16,15 @@ use crate::device::irq::IrqLine;
 /// Bytes that the receive FIFO holds.
 pub const RECEIVE_FIFO_BYTES: usize = 64;
 
+// Registers, and bits of them (PC16550D, 8.0).
+const INTERRUPT_ENABLE: u8 = 1;
+const DATA_ENABLED: u8 = 1;
+const INTERRUPT_ID: u8 = 2;
+const NO_INTERRUPT: u8 = 1;
+const DATA_AVAILABLE: u8 = 4;
+const LINE_CONTROL: u8 = 3;
+const DIVISOR_ACCESS: u8 = 0x80;
+
 /// Why a saved UART is refused.
 #[derive(Debug, Error)]
 pub enum SerialError {
@@ -154,10 +163,28 @@ impl fmt::Debug for Serial {
     }
 }
 
+impl Serial {
+    fn read_register(&mut self, register: u8) -> u8 {
+        let value = self.uart.read(register);
+        // The UART forgets that it has data with the first byte that is read; a real one does with the last.
+        // A driver that takes so many and no more looks here whether there is more, and is not interrupted again.
+        if register == INTERRUPT_ID && value & NO_INTERRUPT != 0 && self.has_data_to_tell_of() {
+            return value & !NO_INTERRUPT | DATA_AVAILABLE;
+        }
+        value
+    }
+
+    fn has_data_to_tell_of(&mut self) -> bool {
+        let is_divisor = self.uart.read(LINE_CONTROL) & DIVISOR_ACCESS != 0;
+        let has_data = self.uart.fifo_capacity() < RECEIVE_FIFO_BYTES;
+        has_data && !is_divisor && self.uart.read(INTERRUPT_ENABLE) & DATA_ENABLED != 0
+    }
+}
+
 impl PioDevice for Serial {
     fn read(&mut self, offset: u16, data: &mut [u8]) {
         for (register, byte) in (offset..).zip(data) {
-            *byte = u8::try_from(register).map_or(0xff, |r| self.uart.read(r));
+            *byte = u8::try_from(register).map_or(0xff, |r| self.read_register(r));
         }
     }
 
@@ -181,8 +208,8 @@ mod tests {
     use proptest::prelude::*;
 
     const DATA: u16 = 0;
-    const INTERRUPT_ENABLE: u16 = 1;
-    const INTERRUPT_ID: u16 = 2;
+    const INTERRUPT_ENABLE: u16 = super::INTERRUPT_ENABLE as u16;
+    const INTERRUPT_ID: u16 = super::INTERRUPT_ID as u16;
     const LINE_STATUS: u16 = 5;
     const SCRATCH: u16 = 7;
 
@@ -196,6 +223,25 @@ mod tests {
         let mut data = [0xff];
         serial.read(register, &mut data);
         data[0]
+    }
+
+    /// Linux takes at most 256 bytes, then looks whether there are more.
+    #[test]
+    fn data_is_told_of_until_the_last_byte_is_read() {
+        let (mut serial, _irq) = serial();
+        serial.write(INTERRUPT_ENABLE, &[1]);
+        serial.enqueue(b"abc");
+        for left in [3, 2, 1] {
+            let told = read(&mut serial, INTERRUPT_ID);
+            assert_eq!(told & 0xf, 4, "{left} are left");
+            read(&mut serial, DATA);
+        }
+        assert_eq!(read(&mut serial, INTERRUPT_ID) & 0xf, 1);
+        // Nobody asked to be told.
+        serial.enqueue(b"d");
+        serial.write(INTERRUPT_ENABLE, &[0]);
+        read(&mut serial, INTERRUPT_ID);
+        assert_eq!(read(&mut serial, INTERRUPT_ID) & 0xf, 1);
     }
 
     #[test]
