@@ -23,7 +23,7 @@ pub fn write(ram: &GuestRam, identity: &Identity) -> Result<(), GuestMemoryError
     ram.write(SMBIOS_ADDRESS, &tables(SMBIOS_ADDRESS, &system, uuid))
 }
 
-/// Gives the system another UUID, where [`write`] has written tables.
+/// Gives the system another UUID, where [`write()`] has written tables.
 pub fn write_uuid(ram: &GuestRam, uuid: Uuid) -> Result<(), GuestMemoryError> {
     let address = SMBIOS_ADDRESS + ENTRY_BYTES + UUID_OFFSET;
     ram.write(address, &in_memory(uuid.0))
