@@ -229,7 +229,7 @@ mod tests {
     #[test]
     fn data_is_told_of_until_the_last_byte_is_read() {
         let (mut serial, _irq) = serial();
-        serial.write(INTERRUPT_ENABLE, &[1]);
+        let _ = serial.write(INTERRUPT_ENABLE, &[1]);
         serial.enqueue(b"abc");
         for left in [3, 2, 1] {
             let told = read(&mut serial, INTERRUPT_ID);
@@ -239,7 +239,7 @@ mod tests {
         assert_eq!(read(&mut serial, INTERRUPT_ID) & 0xf, 1);
         // Nobody asked to be told.
         serial.enqueue(b"d");
-        serial.write(INTERRUPT_ENABLE, &[0]);
+        let _ = serial.write(INTERRUPT_ENABLE, &[0]);
         read(&mut serial, INTERRUPT_ID);
         assert_eq!(read(&mut serial, INTERRUPT_ID) & 0xf, 1);
     }
