@@ -1,7 +1,13 @@
 # shellcheck shell=dash
 # How fast a guest's disk and network are under Pando and under QEMU: one guest, one command line, one after the
-# other, five times each. What is measured is emulated twice, so only the ratio tells anything. Run by hand:
-# docs/performance.md has the command. Functions of l1-lib.sh.
+# other, five times each. What is measured is emulated twice, so only the ratio tells anything. Functions of
+# l1-lib.sh. Run by hand:
+#   target/debug/rig --kernel 6.12 --script tests/rig/throughput.sh --limit 3000 \
+#       --program target/debug/pando=/bin/pando --program target/debug/say=/bin/say \
+#       --program /usr/bin/qemu-system-x86_64=/usr/bin/qemu \
+#       --file /usr/share/seabios/bios-256k.bin=/rig/firmware/bios-256k.bin \
+#       --file /usr/share/qemu/linuxboot_dma.bin=/rig/firmware/linuxboot_dma.bin \
+#       --file /usr/share/qemu/kvmvapic.bin=/rig/firmware/kvmvapic.bin
 
 folder=/tmp/throughput rounds=${ROUNDS:-5}
 mkdir -p "$folder/extra" /var/tmp

@@ -11,7 +11,10 @@ use pando_vmm::device::pci::msix::{Message, MessageSink};
 use pando_vmm::device::virtio::block::backend::Disk;
 use pando_vmm::device::virtio::block::device::Block;
 use pando_vmm::device::virtio::block::document::{Document, DocumentPort};
+use pando_vmm::device::virtio::console::backend::ConsolePort;
+use pando_vmm::device::virtio::console::device::Console;
 use pando_vmm::device::virtio::device::VirtioDevice;
+use pando_vmm::device::virtio::limit::{HostClock, Limiter};
 use pando_vmm::device::virtio::net::backend::NetPort;
 use pando_vmm::device::virtio::net::device::Net;
 use pando_vmm::device::virtio::rng::device::Rng;
@@ -20,7 +23,7 @@ use pando_vmm::device::virtio::vsock::backend::VsockPort;
 use pando_vmm::device::virtio::vsock::device::Vsock;
 use pando_vmm::memory::guest::{GuestRam, RamBacking};
 use pando_vmm::memory::layout::RamLayout;
-use pando_vmm::spec::{DiskAccess, MacAddress};
+use pando_vmm::spec::{ConsoleParts, DiskAccess, Limits, MacAddress, PortParts, Rate};
 
 const RAM_BYTES: u64 = 1 << 20;
 const ADDRESS: u64 = 0xc000_8000;
@@ -31,9 +34,13 @@ const QUEUE_SIZE: u64 = 16;
 /// Where requests have their bytes.
 const BUFFERS: u64 = 0x8_0000;
 const VERSION_1: u64 = 1 << 32;
+/// A disk's guest says when writes are to be durable: several are done at once.
+const FLUSH: u64 = 1 << 9;
+/// A console's guest takes control messages.
+const MULTIPORT: u64 = 1 << 1;
 const IMAGE_BYTES: u64 = 64 << 10;
 /// How many kinds of devices there are.
-const KINDS: u8 = 7;
+const KINDS: u8 = 9;
 
 /// Nobody hears it.
 struct Silence;
@@ -86,19 +93,39 @@ fn device(kind: u8, image: &File) -> Option<Box<dyn VirtioDevice>> {
         let image = image.try_clone().ok()?;
         let folder = std::env::temp_dir();
         let disk = Disk::from_file(image, "image".as_ref(), access, &folder).ok()?;
-        Some(Box::new(Block::new(disk, "aspen")) as Box<dyn VirtioDevice>)
+        Some(Block::new(disk, "aspen"))
     };
+    let block = |block: Option<Block>| block.map(|block| Box::new(block) as Box<dyn VirtioDevice>);
     match kind {
         0 => Some(Box::new(Rng::default())),
-        1 => disk(DiskAccess::Write),
-        2 => disk(DiskAccess::Snapshot),
-        3 => disk(DiskAccess::Read),
+        1 => block(disk(DiskAccess::Write)),
+        2 => block(disk(DiskAccess::Snapshot)),
+        3 => block(disk(DiskAccess::Read)),
         4 => {
             let port = DocumentPort::default();
             port.put(vec![7; 1000]);
             Some(Box::new(Document::new(port)))
         }
         5 => Some(Box::new(Net::new(MacAddress::DEFAULT, NetPort::default()))),
+        6 => {
+            let port = |number, is_console| PortParts {
+                number: Some(number),
+                is_console,
+                ..PortParts::default()
+            };
+            let parts = ConsoleParts {
+                ports: vec![port(0, true), port(1, false)],
+            };
+            Some(Box::new(Console::new(&parts, ConsolePort::default())))
+        }
+        7 => {
+            let limits = Limits {
+                bytes: None,
+                requests: Rate::new(Some(100), Some(2), "requests").ok()?,
+            };
+            let limiter = Limiter::new(&limits, Arc::new(HostClock::default()));
+            block(disk(DiskAccess::Write).map(|disk| disk.with_limiter(limiter)))
+        }
         _ => Some(Box::new(Vsock::new(3, VsockPort::default()))),
     }
 }
@@ -281,7 +308,12 @@ pub fn run(data: &[u8]) {
     let Some(mut guest) = Guest::new(kind) else {
         return;
     };
-    guest.set_up(VERSION_1);
+    let more = match kind {
+        1..=3 | 7 => FLUSH,
+        6 => MULTIPORT,
+        _ => 0,
+    };
+    guest.set_up(VERSION_1 | more);
     let mut bytes = Bytes(content);
     while guest.step(&mut bytes).is_some() {}
     guest.is_as_good_as_new();
@@ -307,10 +339,22 @@ pub fn seeds() -> Vec<Vec<u8>> {
     let write = request(0, &[piece(0, 16, 0), piece(100, 512, 0), piece(300, 1, 1)]);
     let room = request(0, &[piece(0, 256, 1)]);
     let packet = request(1, &[piece(0, 64, 0)]);
+    // Two are under way at once.
+    let both = [&read[..read.len() - 2], &write].concat();
     let again = vec![7, 8];
     (0..KINDS)
         .map(|kind| {
-            let steps = [&read[..], &write, &room, &packet, &again, &[6], &[0; 8]].concat();
+            let steps = [
+                &read[..],
+                &write,
+                &room,
+                &packet,
+                &both,
+                &again,
+                &[6],
+                &[0; 8],
+            ]
+            .concat();
             crate::parts::of(kind, &steps)
         })
         .collect()

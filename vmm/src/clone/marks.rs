@@ -1,9 +1,11 @@
 #![forbid(unsafe_code)]
 //! By what a clone is told apart from others of its template: its UUID, and the document that says it all.
 
-use std::fs;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags};
 use rustix::rand::{GetRandomFlags, getrandom};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -11,6 +13,7 @@ use sha2::{Digest, Sha256};
 use super::control::WorkerConfig;
 use super::instantiate::CloneError;
 use super::nets;
+use crate::device::virtio::block::document::MAX_DOCUMENT_BYTES;
 use crate::machine::{Document, Marks, Role, check_document_name, check_document_size};
 use crate::spec::{DeviceSpec, MachineSpec, Uuid};
 use crate::template::Template;
@@ -18,7 +21,7 @@ use crate::template::Template;
 /// What stands for a clone's number in a path.
 const NUMBER: &str = "%d";
 /// Names of files that are not the caller's to choose.
-const OWN: [&str; 6] = ["role", "clone", "template", "uuid", "cid", "entropy"];
+const OWN: [&str; 7] = ["role", "clone", "template", "uuid", "cid", "entropy", "end"];
 /// How many random bytes a clone is given to stir into what its guest draws from.
 const ENTROPY_BYTES: usize = 64;
 
@@ -73,9 +76,20 @@ pub fn check(patterns: &[DocumentPattern], spec: &MachineSpec) -> Result<(), Str
                 "{name:?} is a file that every document has: choose another name"
             ));
         }
-        let mut before = patterns.iter().take(at);
-        if before.any(|other| other.name == name) {
+        let before = || patterns.iter().take(at).map(|other| other.name.as_str());
+        if before().any(|other| other == name) {
             return Err(format!("{name:?} is given twice"));
+        }
+        let is_below = |one: &str, other: &str| {
+            one.strip_prefix(other)
+                .is_some_and(|rest| rest.starts_with('/'))
+        };
+        let own = OWN.into_iter().chain(["hostname"]);
+        let mut others = own.chain(before());
+        if let Some(other) = others.find(|other| is_below(name, other) || is_below(other, name)) {
+            return Err(format!(
+                "{name:?} and {other:?} cannot both be there: one is a folder of the other"
+            ));
         }
     }
     Ok(())
@@ -132,7 +146,7 @@ fn document(template: &Template, config: &WorkerConfig, uuid: Uuid) -> Result<Ve
         .map_err(|errno| failed(format!("there is no entropy for it: {errno}")))?;
     document.put("entropy", entropy);
     for plan in &config.documents {
-        let content = fs::read(&plan.path).map_err(|error| {
+        let content = content(&plan.path).map_err(|error| {
             failed(format!(
                 "{}: cannot read {}: {error}",
                 plan.name,
@@ -143,6 +157,22 @@ fn document(template: &Template, config: &WorkerConfig, uuid: Uuid) -> Result<Ve
     }
     check_document_size(&document).map_err(failed)?;
     Ok(document.archive())
+}
+
+/// The content of a file of a document. Nothing is waited for, and no more is read than a document can have.
+fn content(path: &Path) -> io::Result<Vec<u8>> {
+    // A FIFO would wait for its other end.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    let mut content = Vec::new();
+    let most = MAX_DOCUMENT_BYTES as u64;
+    if file.take(most + 1).read_to_end(&mut content)? as u64 > most {
+        return Err(io::Error::other(format!("it has more than {most} bytes")));
+    }
+    Ok(content)
 }
 
 #[cfg(test)]
@@ -182,12 +212,39 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_none_or_has_no_end_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let fifo = folder.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &fifo, Mode::RUSR).unwrap();
+        for path in [fifo.as_path(), folder.path(), Path::new("/dev/zero")] {
+            let error = content(path).unwrap_err().to_string();
+            assert!(error.contains("not a regular file"), "{error}");
+        }
+        let big = folder.path().join("big");
+        let file = File::create(&big).unwrap();
+        file.set_len(MAX_DOCUMENT_BYTES as u64).unwrap();
+        assert_eq!(content(&big).unwrap().len(), MAX_DOCUMENT_BYTES);
+        file.set_len(1 << 40).unwrap();
+        let error = content(&big).unwrap_err().to_string();
+        assert!(error.contains("more than 4194304 bytes"), "{error}");
+    }
+
+    #[test]
     fn files_that_no_clone_can_be_given_are_refused() {
         let fault = |patterns: &[DocumentPattern]| check(patterns, &spec(true)).unwrap_err();
         assert!(fault(&[pattern("../x", "f")]).contains("no name of a file"));
         assert!(fault(&[pattern("uuid", "f")]).contains("every document has"));
         assert!(fault(&[pattern("mac-net0", "f")]).contains("every document has"));
         assert!(fault(&[pattern("a", "f"), pattern("a", "g")]).contains("twice"));
+        for two in [["a", "a/b"], ["a/b/c", "a/b"], ["hostname/x", "y"]] {
+            let both = fault(&two.map(|name| pattern(name, "f")));
+            assert!(both.contains("cannot both be there"), "{both}");
+        }
+        check(
+            &["a", "a-b", "ab/c"].map(|name| pattern(name, "f")),
+            &spec(true),
+        )
+        .unwrap();
         let none = check(&[pattern("a", "f")], &spec(false)).unwrap_err();
         assert!(none.contains("create it with --document"), "{none}");
         check(&[], &spec(false)).unwrap();

@@ -13,6 +13,9 @@ const BLOCK_BYTES: usize = 512;
 /// What ends an archive.
 const END_BYTES: usize = 2 * BLOCK_BYTES;
 
+/// The last file.
+const END: &str = "end";
+
 /// What a machine is to its template.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Role {
@@ -69,18 +72,17 @@ impl Document {
     /// How long the archive is.
     pub fn bytes(&self) -> usize {
         let file = |content: &[u8]| BLOCK_BYTES + content.len().next_multiple_of(BLOCK_BYTES);
-        self.0
-            .iter()
-            .map(|(_, content)| file(content))
-            .sum::<usize>()
-            + END_BYTES
+        let files: usize = self.0.iter().map(|(_, content)| file(content)).sum();
+        files + file(&[]) + END_BYTES
     }
 
-    /// The archive (POSIX.1-1988 `ustar`), in the order in which files were added. What does not fit into
-    /// a document, or has no good name, is left out: whoever adds proves that before.
+    /// The archive (POSIX.1-1988 `ustar`), in the order in which files were added, and an empty file [`END`]
+    /// behind all: who sees less than the whole disk sees that. What has no good name is left out: whoever
+    /// adds proves that before.
     pub fn archive(&self) -> Vec<u8> {
         let mut archive = tar::Builder::new(Vec::with_capacity(self.bytes()));
-        for (name, content) in &self.0 {
+        let end = (END.to_owned(), Vec::new());
+        for (name, content) in self.0.iter().chain([&end]) {
             if let Err(error) = append(&mut archive, name, content) {
                 tracing::error!(name, "it is not in the document: {error}");
             }
@@ -157,6 +159,7 @@ mod tests {
             ("uuid", uuid),
             ("opt/com.example/key", vec![7; 1000]),
             ("hostname", b"b\n".to_vec()),
+            (END, Vec::new()),
         ];
         let found = unpacked(&archive);
         let found: Vec<_> = found

@@ -112,6 +112,14 @@ impl FileRing {
         Ok(())
     }
 
+    /// Hands what was begun to the kernel, where there is anything.
+    pub fn hand_over(&mut self) {
+        if !self.ring.submission().is_empty() {
+            // What cannot be taken now is handed over with the next, or by `wait`, which says why not.
+            let _ = self.ring.submit();
+        }
+    }
+
     /// Hands what was begun to the kernel, and waits until something is done; `None` where nothing is under
     /// way. After an error the ring is of no use any more.
     pub fn wait(&mut self) -> io::Result<Option<FileDone>> {

@@ -18,7 +18,7 @@ use super::machine_entry::{self, MachineEntry};
 use super::seal::Seal;
 use crate::arch::x86_64::cpuid::CpuidEntry;
 use crate::report::one_line;
-use crate::spec::{BackendSpec, CpuCount, MachineSpec};
+use crate::spec::{BackendSpec, CpuCount, DeviceKind, DeviceSpec, MachineSpec};
 
 /// The newest format that this version reads. It writes the oldest one that can say what there is.
 pub const FORMAT: u32 = 5;
@@ -283,7 +283,11 @@ pub fn format_of(
     machine: &Option<MachineEntry>,
     identity: &Option<IdentityEntry>,
 ) -> u32 {
-    if spec.devices().iter().any(|device| device.limits().is_any()) {
+    let is_later = |device: &DeviceSpec| {
+        let is_new = matches!(device.kind(), DeviceKind::Console(_) | DeviceKind::Document);
+        is_new || device.limits().is_any()
+    };
+    if spec.devices().iter().any(is_later) {
         return limits_entry::FIRST_FORMAT;
     }
     if spec.has_pci() || spec.has_generation_id() {

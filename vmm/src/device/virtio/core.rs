@@ -247,6 +247,11 @@ impl Core {
                 let Some(chain) = chain else {
                     // More may have been asked for when one of these is done.
                     let Some(answer) = self.device.finish(ram) else {
+                        if is_full {
+                            // It lost count; nothing is under way.
+                            under_way = 0;
+                            continue;
+                        }
                         break;
                     };
                     under_way -= 1;
@@ -278,6 +283,16 @@ impl Core {
                 match begun {
                     Begun::Done(chain, bytes) => {
                         self.answer(number, outside, &(chain, bytes))?;
+                        // Nor do those that were begun before wait for all that are done at once.
+                        let earlier = if under_way > 0 {
+                            self.device.finish(ram)
+                        } else {
+                            None
+                        };
+                        if let Some(answer) = earlier {
+                            under_way -= 1;
+                            self.answer(number, outside, &answer)?;
+                        }
                     }
                     Begun::UnderWay => under_way += 1,
                     Begun::NotNow => {

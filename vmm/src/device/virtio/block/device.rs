@@ -3,6 +3,7 @@
 
 use std::io;
 
+use rustix::io::Errno;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -22,7 +23,7 @@ use crate::memory::guest::GuestRam;
 use crate::spec::MAX_SERIAL_BYTES;
 
 /// Entries of the queue.
-const QUEUE_SIZE: u16 = 256;
+pub(super) const QUEUE_SIZE: u16 = 256;
 /// Most pieces of data of one request: head and status take a descriptor each.
 const MAX_PIECES: u32 = QUEUE_SIZE as u32 - 2;
 /// Most bytes of a piece: with the most pieces, less than a request can have.
@@ -209,15 +210,21 @@ impl Block {
         let buffer = &mut landed.buffer;
         match landed.job {
             Job::Flush => {
-                // Not again: what has failed once is forgotten by the kernel.
-                let result = result.inspect_err(|_| self.disk.flush_failed());
-                self.noted("flushed", |_| result).map(|()| 0)
+                self.noted("flushed", |disk| match result {
+                    // Not again: what has failed once is forgotten by the kernel.
+                    Err(error) if was_tried(&error) => {
+                        disk.flush_failed();
+                        Err(error)
+                    }
+                    Err(_) => disk.flush(),
+                    Ok(()) => Ok(()),
+                })?;
+                Ok(0)
             }
             Job::Read(extent) => {
                 self.noted("read", |disk| match result {
                     Ok(()) => Ok(()),
-                    Err(_) if !buffer.is_empty() => disk.read_at(extent.offset, buffer),
-                    Err(error) => Err(error),
+                    Err(_) => disk.read_at(extent.offset, buffer),
                 })?;
                 let written = landed.chain.write(ram, 0, buffer);
                 written.map_err(|_| Status::Failed)?;
@@ -225,8 +232,8 @@ impl Block {
             }
             Job::Write(extent) => {
                 self.noted("written", |disk| match result {
-                    Err(_) if !buffer.is_empty() => disk.write_at(extent.offset, buffer),
-                    result => disk.written(result),
+                    Err(_) => disk.write_at(extent.offset, buffer),
+                    Ok(()) => disk.written(Ok(())),
                 })?;
                 Ok(0)
             }
@@ -316,6 +323,8 @@ impl VirtioDevice for Block {
         match begun {
             Ok(()) => Begun::UnderWay,
             Err(request) => {
+                // What was asked for before is worked on meanwhile.
+                self.flights.hand_over();
                 let bytes = self.process(queue, &request, ram);
                 Begun::Done(request, bytes)
             }
@@ -324,7 +333,11 @@ impl VirtioDevice for Block {
 
     fn finish(&mut self, ram: &GuestRam) -> Option<(Chain, u32)> {
         let mut landed = self.flights.finish()?;
-        let served = self.land(&mut landed, ram);
+        let served = if landed.is_lost {
+            self.serve(&landed.chain, ram)
+        } else {
+            self.land(&mut landed, ram)
+        };
         let Landed { chain, buffer, .. } = landed;
         self.flights.keep(buffer);
         let bytes = self.say(&chain, ram, served);
@@ -386,6 +399,18 @@ impl VirtioDevice for Block {
         }
         Ok(())
     }
+}
+
+/// Whether the kernel has done what failed, and not only failed to begin.
+fn was_tried(error: &io::Error) -> bool {
+    let never = [
+        Errno::CANCELED,
+        Errno::AGAIN,
+        Errno::BUSY,
+        Errno::INTR,
+        Errno::NOMEM,
+    ];
+    Errno::from_io_error(error).is_some_and(|errno| !never.contains(&errno))
 }
 
 /// The registers (virtio 1.2, 5.2.4).

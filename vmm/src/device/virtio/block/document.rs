@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use virtio_bindings::virtio_ids::VIRTIO_ID_BLOCK;
 
 use super::backend::Disk;
-use super::device::Block;
+use super::device::{Block, QUEUE_SIZE};
 use super::request::SECTOR_BYTES;
 use super::state::BlockState;
 use crate::device::virtio::device::{DeviceType, VirtioDevice, VirtioStateError};
@@ -24,7 +24,7 @@ static TYPE: DeviceType = DeviceType {
     kind: "document",
     version: 1,
     pci_class: 0x01_0000,
-    queues: &[16],
+    queues: &[QUEUE_SIZE],
 };
 
 /// Where a document is put that its device takes when the machine begins.

@@ -51,6 +51,8 @@ pub(super) struct Landed {
     pub(super) buffer: Vec<u8>,
     /// Whether all of it was; else maybe a part.
     pub(super) result: io::Result<()>,
+    /// The ring broke: what became of it is not known, and it is done again.
+    pub(super) is_lost: bool,
 }
 
 /// The ring, as far as there is one.
@@ -201,6 +203,7 @@ impl Flights {
                         job,
                         buffer: done.buffer,
                         result,
+                        is_lost: false,
                     });
                 }
                 Err(error) => {
@@ -217,7 +220,15 @@ impl Flights {
             job,
             buffer: Vec::new(),
             result: Err(io::Error::other("the ring broke")),
+            is_lost: true,
         })
+    }
+
+    /// Hands what was begun to the kernel, without waiting for it.
+    pub(super) fn hand_over(&mut self) {
+        if let State::Ring(ring) = &mut self.state {
+            ring.hand_over();
+        }
     }
 
     /// Gives buffers back that nothing needs while the disk rests.
