@@ -190,7 +190,7 @@ fn restored(
         .map_err(MachineError::vm("cannot restore the interrupt chips"))?;
     // Devices last: what they have raised meets chips and vCPUs that are complete.
     shell.connect_devices()?;
-    shell.devices.renew_generation(&shell.vm, &shell.ram)?;
+    shell.devices.renew_identity(&shell.vm, &shell.ram)?;
     timer.done("state");
     Ok(Unstarted {
         shell,

@@ -60,8 +60,6 @@ pub enum Attachment {
     Net(NetConnection),
     /// The host's side of a vsock.
     Vsock(VsockConnection),
-    /// Where the ports of a console device lead to.
-    Console(ConsoleConnection),
 }
 
 impl From<Disk> for Attachment {
@@ -166,7 +164,7 @@ pub fn open_consoles(spec: &MachineSpec) -> Result<Vec<(String, ConsoleConnectio
 }
 
 /// What the ports of one device lead to, if it is a console.
-pub fn open_console_of(device: &DeviceSpec) -> Result<Option<ConsoleConnection>, MachineError> {
+fn open_console_of(device: &DeviceSpec) -> Result<Option<ConsoleConnection>, MachineError> {
     let Some(console) = device.console() else {
         return Ok(None);
     };

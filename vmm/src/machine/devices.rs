@@ -192,8 +192,9 @@ impl Devices {
         self.generation.map_or(Ok(()), |id| id.write(ram))
     }
 
-    /// As [`Self::write_generation`], in a machine whose guest knows another: it is told.
-    pub(super) fn renew_generation(&self, vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
+    /// Gives a machine that goes on its own UUID and generation ID, where its guest knows others. Of the latter
+    /// the guest is told.
+    pub(super) fn renew_identity(&self, vm: &Vm, ram: &GuestRam) -> Result<(), MachineError> {
         if let Some(uuid) = self.uuid {
             write_uuid(ram, uuid)?;
         }

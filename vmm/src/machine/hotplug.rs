@@ -19,7 +19,7 @@ use super::devices::Devices;
 use super::driver::Message;
 use super::error::MachineError;
 use super::lifecycle::MachineHandle;
-use super::pci::{PciDevices, Ports, console_ports, lock, make, net_ports};
+use super::pci::{PciDevices, Ports, lock, make, net_ports};
 use super::request::Phase;
 
 /// Registers that describe a function to whoever asks.
@@ -194,18 +194,18 @@ impl PciDevices {
         }
         let id = spec.id().to_owned();
         let (mut disks, mut nets) = (Vec::new(), Vec::new());
-        let (vsock, mut consoles) = (VsockPort::default(), Vec::new());
+        let vsock = VsockPort::default();
         match attachment {
             Attachment::Nothing => (),
             Attachment::Disk(disk) => disks.push((id, *disk)),
             Attachment::Net(connection) => nets.push((id, connection)),
             Attachment::Vsock(connection) => vsock.put(connection),
-            Attachment::Console(connection) => consoles.push((id, connection)),
         }
         let ports = Ports {
             nets: net_ports(std::slice::from_ref(spec), nets),
             document: DocumentPort::default(),
-            consoles: console_ports(std::slice::from_ref(spec), consoles),
+            // Ports are not plugged.
+            consoles: Vec::new(),
             vsock,
         };
         let device = make(spec, &mut disks, &ports)?;

@@ -23,8 +23,8 @@ mod timer;
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
 pub use connections::{
-    Attachment, Connections, Disks, Marks, open_console_of, open_consoles, open_disks, open_taps,
-    open_vsock, open_vsock_of, scratch_folder,
+    Attachment, Connections, Disks, Marks, open_consoles, open_disks, open_taps, open_vsock,
+    open_vsock_of, scratch_folder,
 };
 pub use document::{
     Document, Role, check_name as check_document_name, check_size as check_document_size,

@@ -266,7 +266,7 @@ pub(super) fn net_ports(
 }
 
 /// A place for the connection of each console device, with it where that is known.
-pub(super) fn console_ports(
+fn console_ports(
     devices: &[DeviceSpec],
     consoles: Vec<(String, ConsoleConnection)>,
 ) -> Vec<(String, ConsolePort)> {

@@ -309,7 +309,7 @@ impl Vm {
             .connections()
             .map_err(|error| LoadError::invalid(error.to_string()))?;
         let spec = &self.plan.spec;
-        // QEMU leaves the guest what it knows. There are tables only where the saved machine had a UUID.
+        // Unlike QEMU, which leaves the guest the UUID of the saved machine. That had tables if it had one.
         let (was, is) = (load.saved.uuid.map(Uuid), spec.identity().uuid);
         connections.marks.uuid = is.filter(|_| was.is_some() && was != is);
         let machine = Machine::restore(spec, made.ram, &state, connections, HostCheck::Due)
