@@ -18,6 +18,7 @@ use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use super::discard::{BackendDiscards, DiscardGate, Discards};
 use super::layout::RamLayout;
 use super::slots::{HostMemory, Slots};
 use crate::observe::memory::ram::MemoryPlace;
@@ -139,6 +140,34 @@ impl RamBacking {
         Ok(())
     }
 
+    /// What a discard makes of this memory, where nobody says more: what is a template's stays.
+    fn discards(&self) -> Discards {
+        match self {
+            Self::Shared(_) | Self::Anonymous(_) => Discards::Allowed,
+            Self::Rom(_) | Self::Private(_) | Self::Paged(_) => Discards::Refused,
+        }
+    }
+
+    /// Gives pages of memory that is nobody's template back to the host: they read as zero. Of a file that
+    /// is the memory they become a hole. `offset_bytes` and `bytes` are whole pages inside.
+    pub(super) fn discard(&self, offset_bytes: u64, bytes: u64) -> io::Result<()> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let advice = match self {
+            Self::Shared(_) => Advice::LinuxRemove,
+            Self::Anonymous(_) => Advice::LinuxDontNeed,
+            Self::Rom(_) | Self::Private(_) | Self::Paged(_) => return Err(invalid()),
+        };
+        let end = offset_bytes.checked_add(bytes);
+        end.filter(|&end| end <= self.bytes()).ok_or_else(invalid)?;
+        let offset = usize::try_from(offset_bytes).map_err(|_| invalid())?;
+        let length = usize::try_from(bytes).map_err(|_| invalid())?;
+        let start = self.host_address().wrapping_add(offset);
+        // SAFETY: the range lies in this backing's mapping, as was just checked, and no reference into it
+        // exists: all access is by volatile copy, which finds zeros from now on.
+        unsafe { rustix::mm::madvise(start.cast(), length, advice) }?;
+        Ok(())
+    }
+
     /// Whether the guest can only read it.
     pub fn is_rom(&self) -> bool {
         matches!(self, Self::Rom(_))
@@ -198,6 +227,7 @@ pub struct GuestRam {
     slots: Slots,
     layout: RamLayout,
     backings: Vec<RamBacking>,
+    gate: DiscardGate,
 }
 
 impl GuestRam {
@@ -254,12 +284,29 @@ impl GuestRam {
                 guest_address: 0,
                 reason: e.to_string(),
             })?;
+        let named = (0..)
+            .zip(&backings)
+            .map(|(number, backing)| BackendDiscards {
+                id: format!("number {number}"),
+                discards: backing.discards(),
+            });
         Ok(Self {
             regions,
             slots,
             layout,
+            gate: DiscardGate::new(named.collect()),
             backings,
         })
+    }
+
+    /// The same, with a gate that knows backends by their names and what is to become of discards.
+    pub fn with_gate(self, gate: DiscardGate) -> Self {
+        Self { gate, ..self }
+    }
+
+    /// Who is asked before any of it is discarded.
+    pub fn gate(&self) -> &DiscardGate {
+        &self.gate
     }
 
     /// The KVM memory slots of this RAM.

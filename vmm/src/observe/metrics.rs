@@ -112,6 +112,10 @@ fn describe() {
         "Pages of the working set that were held back from recorded clones, by whether they asked for them"
     );
     describe_counter!(
+        "pando_discard_refused_total",
+        "Discards of guest memory that were refused because it is a template's, by who wanted them"
+    );
+    describe_counter!(
         "pando_pager_restarts_total",
         "Pager processes that were lost, and replaced as often as that is allowed"
     );
@@ -212,6 +216,11 @@ pub fn count_failure(template: &str) {
 
 fn lessons(template: &str, result: &'static str) -> metrics::Counter {
     counter!("pando_clone_lessons_total", "template" => template.to_owned(), "result" => result)
+}
+
+/// Counts discards of guest RAM that were refused, by who wanted them.
+pub fn count_discard_refused(source: &'static str, attempts: u64) {
+    counter!("pando_discard_refused_total", "source" => source).increment(attempts);
 }
 
 /// Counts a clone that was recorded in passing, by what became of it.
