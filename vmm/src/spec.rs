@@ -6,6 +6,7 @@
 //! place that says no.
 
 pub mod backend;
+mod balloon;
 mod console;
 mod device;
 mod dimm;
@@ -25,6 +26,7 @@ use crate::memory::layout::{Placed, RamLayout};
 
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
+pub use balloon::BalloonParts;
 pub use console::{ConsoleFault, ConsoleParts, PortParts, PortTarget};
 pub use console::{MAX_CONSOLE_PORTS, MAX_PORT_NAME_BYTES, MAX_SOCKET_PATH_BYTES};
 pub use device::VsockParts;

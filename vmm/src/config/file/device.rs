@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::port::PortTable;
 use super::{Bytes, is_default};
 use crate::spec::{
-    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits, MacAddress,
-    NetParts, PortParts, Rate, TapSpec, VsockParts,
+    BalloonParts, ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits,
+    MacAddress, NetParts, PortParts, Rate, TapSpec, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -141,6 +141,27 @@ pub enum DeviceTable {
         /// Its ports: at most 16.
         ports: Vec<PortTable>,
     },
+    /// Memory that the guest gives away and takes back.
+    #[serde(rename = "virtio-balloon")]
+    Balloon {
+        /// What it is called; `balloon0` if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// Whether the guest takes memory back before it ends programs for want of it.
+        #[serde(default, skip_serializing_if = "is_default", rename = "deflate-on-oom")]
+        deflate_on_oom: bool,
+        /// Whether the guest says which of its pages are free, so that they are discarded.
+        #[serde(
+            default,
+            skip_serializing_if = "is_default",
+            rename = "free-page-reporting"
+        )]
+        free_page_reporting: bool,
+    },
 }
 
 impl DeviceTable {
@@ -153,6 +174,7 @@ impl DeviceTable {
             Self::Vsock { id, .. } => (id, "virtio-vsock"),
             Self::Document { id, .. } => (id, "document"),
             Self::Console { id, .. } => (id, "virtio-console"),
+            Self::Balloon { id, .. } => (id, "virtio-balloon"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -191,6 +213,19 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                     kind: DeviceKind::Console(ConsoleParts { ports: ports? }),
                 }
             }
+            DeviceTable::Balloon {
+                id,
+                slot,
+                deflate_on_oom,
+                free_page_reporting,
+            } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Balloon(BalloonParts {
+                    deflate_on_oom,
+                    free_page_reporting,
+                }),
+            },
             DeviceTable::Block {
                 id,
                 slot,
@@ -260,6 +295,15 @@ impl From<&DeviceSpec> for DeviceTable {
                 id,
                 slot,
                 ports: ports.iter().map(PortTable::from).collect(),
+            },
+            DeviceKind::Balloon(BalloonParts {
+                deflate_on_oom,
+                free_page_reporting,
+            }) => Self::Balloon {
+                id,
+                slot,
+                deflate_on_oom,
+                free_page_reporting,
             },
             DeviceKind::Block(DiskParts {
                 path,

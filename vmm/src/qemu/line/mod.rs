@@ -3,6 +3,8 @@
 //! content the caller brings.
 
 pub mod argv;
+mod balloon;
+mod blockdev;
 pub mod chardev;
 pub mod choices;
 pub mod console;

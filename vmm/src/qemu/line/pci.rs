@@ -3,8 +3,7 @@
 //! monitors say of them (`blockdev-add`, `device_add`) is read here too. What networks have of their own is
 //! in [`super::netdev`].
 
-use std::path::PathBuf;
-
+use super::balloon;
 use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
@@ -12,7 +11,11 @@ use super::throttle;
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
-use crate::spec::{DeviceKind, DeviceParts, DiskAccess, DiskParts, TapSpec, VsockParts};
+use crate::spec::{
+    BalloonParts, DeviceKind, DeviceParts, DiskAccess, DiskParts, TapSpec, VsockParts,
+};
+
+pub use super::blockdev::{blockdev, is_file_node, no_drive};
 
 /// Drivers of `-device`, each with its other names.
 const BLOCK_DRIVERS: [&str; 3] = [
@@ -77,6 +80,7 @@ enum What {
     Vsock(VsockParts),
     Net(NetDevice),
     Console(console::Bus),
+    Balloon(BalloonParts),
 }
 
 impl PciDevices {
@@ -286,7 +290,9 @@ impl Device {
         let is_vsock = vsock::DRIVERS.contains(&driver.as_str());
         let is_net = NET_DRIVERS.contains(&driver.as_str());
         let is_console = console::DRIVERS.contains(&driver.as_str());
-        let is_other = is_vsock || is_net || is_console || RNG_DRIVERS.contains(&driver.as_str());
+        let is_balloon = balloon::DRIVERS.contains(&driver.as_str());
+        let is_virtual = is_vsock || is_net || is_console || is_balloon;
+        let is_other = is_virtual || RNG_DRIVERS.contains(&driver.as_str());
         if !is_block && !is_other {
             props.add("driver", &driver);
             return Ok(Err(props));
@@ -311,6 +317,8 @@ impl Device {
             What::Net(NetDevice::read(&mut props)?)
         } else if is_console {
             What::Console(console::Bus::read(&mut props)?)
+        } else if is_balloon {
+            What::Balloon(balloon::parts(&mut props)?)
         } else {
             What::Rng {
                 source: props.text("rng")?,
@@ -366,6 +374,7 @@ impl Device {
             What::Vsock(vsock) => DeviceKind::Vsock(vsock.clone()),
             What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
             What::Console(bus) => DeviceKind::Console(bus.parts()?),
+            What::Balloon(parts) => DeviceKind::Balloon(*parts),
             What::Block { drive, serial } => {
                 let mut disk = disk_of(drive)?;
                 disk.serial.clone_from(serial);
@@ -377,85 +386,6 @@ impl Device {
             slot: self.slot,
             kind,
         })
-    }
-}
-
-/// Why a device cannot have a drive: another has it, or there is none.
-pub fn no_drive(drive: &str, is_known: bool) -> OptionError {
-    OptionError::new(if is_known {
-        format!("Drive '{drive}' is already in use by another block device")
-    } else {
-        format!("Property 'virtio-blk-device.drive' can't find value '{drive}'")
-    })
-}
-
-/// Whether one of these images has another one as its file.
-pub fn is_file_node(images: &[Image], id: &str) -> bool {
-    let mut files = images.iter().filter_map(|image| image.file_node.as_deref());
-    files.any(|file| file == id)
-}
-
-/// Reads a blockdev, which may have another one of `images` as its file.
-pub fn blockdev(mut props: Props, images: &[Image]) -> Result<Image, OptionError> {
-    let driver = props.required("driver")?;
-    let node = props
-        .text("node-name")?
-        .ok_or_else(|| OptionError::new("'node-name' must be specified for the root node"))?;
-    if images.iter().any(|image| image.id == node) {
-        return Err(OptionError::new(format!(
-            "Duplicate nodes with node-name='{node}'"
-        )));
-    }
-    let read_only = props.switch("read-only")?.unwrap_or(false);
-    only(&mut props, "discard", &["unmap"])?;
-    only(&mut props, "cache.direct", &["off"])?;
-    only(&mut props, "cache.no-flush", &["off"])?;
-    only(&mut props, "auto-read-only", &["off"])?;
-    let asked = if read_only {
-        DiskAccess::Read
-    } else {
-        DiskAccess::Write
-    };
-    let image = |path: PathBuf, access, file_node| Image {
-        id: node.clone(),
-        disk: DiskParts {
-            path,
-            access,
-            ..DiskParts::default()
-        },
-        file_node,
-        is_drive: false,
-    };
-    match driver.as_str() {
-        "file" => {
-            let path = props.required("filename")?;
-            only(&mut props, "aio", &["threads"])?;
-            props.finish()?;
-            Ok(image(path.into(), asked, None))
-        }
-        "raw" => {
-            if let Some(file) = props.text("file")? {
-                props.finish()?;
-                let inner = images.iter().find(|image| image.id == file);
-                let inner = inner.ok_or_else(|| {
-                    OptionError::new(format!("Cannot find device='' nor node-name='{file}'"))
-                })?;
-                // Never more than what it is made of may be asked for.
-                let access = match inner.disk.access {
-                    DiskAccess::Write => asked,
-                    narrow if asked == DiskAccess::Write => narrow,
-                    _ => DiskAccess::Read,
-                };
-                return Ok(image(inner.disk.path.clone(), access, Some(file)));
-            }
-            only(&mut props, "file.driver", &["file"])?;
-            let path = props.required("file.filename")?;
-            props.finish()?;
-            Ok(image(path.into(), asked, None))
-        }
-        other => Err(OptionError::new(format!(
-            "driver '{other}' cannot be had: images are raw files, so say driver=file or driver=raw"
-        ))),
     }
 }
 
