@@ -19,12 +19,21 @@ use crate::memory::CloneMemory;
 use crate::page::{PageIndex, PageRange};
 use crate::region::Region;
 use crate::root_memory::RootMemory;
+use crate::sys::discard_map::DiscardMap;
 use crate::sys::mmap::ServedMapping;
 use crate::sys::userfaultfd::{self as uffd_sys, Opened, Tracking};
 
 /// Most regions of one image that was inherited. Where there are more, one region takes all in: pages
 /// between them are there, and raise nothing.
 const MAX_INHERITED: usize = 1024;
+
+/// A map for the pages of a clone's memory.
+pub(crate) fn discard_map(memory: &CloneMemory) -> Result<DiscardMap, PagerError> {
+    DiscardMap::new(memory.region().pages().count()).map_err(|source| PagerError::Setup {
+        what: "a map of discarded pages",
+        source,
+    })
+}
 
 /// Memory that is registered and not served yet, image after image.
 #[derive(Debug)]
@@ -34,6 +43,8 @@ pub struct Registration {
     /// All of each image's memory. The clone's to hold: what it dropped is not there here either.
     memories: Vec<Region>,
     regions: Vec<ClientRegion>,
+    /// Maps of discarded pages, by the number of the image.
+    discards: Vec<(ImageId, Arc<DiscardMap>)>,
 }
 
 impl Registration {
@@ -60,6 +71,7 @@ impl Registration {
             tracking: opened.tracking,
             memories: Vec::new(),
             regions: Vec::new(),
+            discards: Vec::new(),
         }
     }
 
@@ -115,6 +127,29 @@ impl Registration {
         let memory = CloneMemory::new(mapping, own);
         self.memories.push(memory.region());
         Ok(memory)
+    }
+
+    /// From now on the clone may discard pages of this memory for good (`CloneMemory::discard_to_zero`): whoever
+    /// serves it is to be given the map ([`Self::discard_maps`]). `memory` was mapped or inherited here.
+    pub fn allow_discards(&mut self, memory: &mut CloneMemory) -> Result<(), PagerError> {
+        let base = memory.region().base();
+        let mut memories = self.memories.iter();
+        let number = memories.position(|region| region.base() == base);
+        let number = number.and_then(|number| u32::try_from(number).ok());
+        let number = number.ok_or_else(|| PagerError::Failed {
+            reason: "memory of another registration".to_owned(),
+        })?;
+        let map = Arc::new(discard_map(memory)?);
+        self.discards.push((ImageId::new(number), Arc::clone(&map)));
+        memory.set_discards(map);
+        Ok(())
+    }
+
+    /// The maps of discarded pages, to be handed over: files without names.
+    pub fn discard_maps(&self) -> impl Iterator<Item = (ImageId, BorrowedFd<'_>)> {
+        self.discards
+            .iter()
+            .map(|(image, map)| (*image, map.as_fd()))
     }
 
     /// Whether the kernel will know which pages were written.

@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +27,7 @@ use crate::serve::{Attach, Client, Command, Served, ServedImage, Tells};
 use crate::shard::{self, Shard, ShardPlan};
 use crate::source::PageSource;
 use crate::sys::adopt::adopt;
+use crate::sys::discard_map::DiscardMap;
 use crate::sys::userfaultfd::Tracking;
 use crate::working_set::Trace;
 
@@ -206,12 +208,16 @@ impl SharedPager {
         if let Some(run) = unknown {
             return Err(SpecError::UnknownImage { image: run.image });
         }
+        let discards = adopt_maps(std::mem::take(&mut spec.discards), &images)?;
         let regions: Vec<Served> = spec
             .regions
             .iter()
             .map(|region| {
                 let image = Arc::clone(&images[region.image.index()]);
-                Served::new(image, Region::other(region.address, region.pages))
+                let mut served = Served::new(image, Region::other(region.address, region.pages));
+                let map = discards.iter().find(|(of, _)| *of == region.image);
+                served.discards = map.map(|(_, map)| Arc::clone(map));
+                served
             })
             .collect();
         let tracking = Tracking::wanted(spec.track_writes);
@@ -311,6 +317,24 @@ impl Drop for SharedPager {
             metrics.serving(path.name(), false);
         }
     }
+}
+
+/// The maps of discarded pages that a client brings, each of an image that there is.
+fn adopt_maps(
+    given: Vec<(ImageId, OwnedFd)>,
+    images: &[Arc<ServedImage>],
+) -> Result<Vec<(ImageId, Arc<DiscardMap>)>, SpecError> {
+    let adopt = |(image, file): (ImageId, OwnedFd)| {
+        let known = images.get(image.index());
+        let pages = known
+            .ok_or(SpecError::UnknownImage { image })?
+            .image()
+            .pages();
+        let map = DiscardMap::adopt(file, pages);
+        let map = map.map_err(|source| SpecError::Discards { image, source })?;
+        Ok((image, Arc::new(map)))
+    };
+    given.into_iter().map(adopt).collect()
 }
 
 /// One shard of a shared pager.

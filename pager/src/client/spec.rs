@@ -110,6 +110,8 @@ pub struct ClientSpec {
     /// Install pages write-protected, so that the kernel knows which were written: the regions are
     /// registered for write protection too, with UFFD_FEATURE_WP_ASYNC.
     pub track_writes: bool,
+    /// Maps of the pages that it discards for good (`Registration::discard_maps`), by image.
+    pub discards: Vec<(ImageId, OwnedFd)>,
 }
 
 impl ClientSpec {
@@ -124,6 +126,7 @@ impl ClientSpec {
             record: None,
             ahead: Vec::new(),
             track_writes: false,
+            discards: Vec::new(),
         }
     }
 }

@@ -18,6 +18,7 @@ use thiserror::Error;
 use super::guest::GuestRam;
 use super::layout::PAGE_BYTES;
 use crate::observe::metrics::count_discard_refused;
+use crate::spec::{BackendSpec, FileAccess, FileSource, MachineSpec};
 
 /// How often refusals are told at most; they are counted all the same.
 const TELL_EACH: Duration = Duration::from_secs(1);
@@ -148,6 +149,25 @@ pub struct BackendDiscards {
     pub discards: Discards,
 }
 
+impl BackendDiscards {
+    /// What becomes of discards of a backend's memory.
+    pub fn of(backend: &BackendSpec) -> Self {
+        let access = backend.file().map(FileSource::access);
+        let discards = match access {
+            None | Some(FileAccess::Template) => Discards::Allowed,
+            // QEMU, which has it open for writing, punches holes into other clones' template.
+            Some(FileAccess::Private | FileAccess::Clone) if backend.discards_to_zero() => {
+                Discards::Zero
+            }
+            Some(_) => Discards::Refused,
+        };
+        Self {
+            id: backend.id().to_owned(),
+            discards,
+        }
+    }
+}
+
 /// The gate of one machine.
 #[derive(Debug, Default)]
 pub struct DiscardGate {
@@ -170,6 +190,21 @@ impl DiscardGate {
             backends,
             ..Self::default()
         }
+    }
+
+    /// A gate for the backends of a machine.
+    pub fn of(spec: &MachineSpec) -> Self {
+        let backends = spec.backends().iter();
+        Self::new(backends.map(BackendDiscards::of).collect())
+    }
+
+    /// A gate for a clone of a machine, all of whose memory is the template's.
+    pub fn of_clone(spec: &MachineSpec, discards: Discards) -> Self {
+        let of_template = |backend: &BackendSpec| BackendDiscards {
+            id: backend.id().to_owned(),
+            discards,
+        };
+        Self::new(spec.backends().iter().map(of_template).collect())
     }
 
     /// What becomes of discards, backend by backend.
@@ -209,6 +244,14 @@ impl DiscardGate {
     pub fn release(&self, device: &str) {
         let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
         holders.retain(|holder| holder.device != device);
+    }
+
+    /// Names of the devices that cannot do without discarding memory of the backend of this id.
+    pub fn holders_of(&self, id: &str) -> Vec<String> {
+        let backend = self.backends.iter().position(|backend| backend.id == id);
+        let holders = backend.map(|backend| self.holders(backend));
+        let holders = holders.into_iter().flatten();
+        holders.map(|holder| holder.device).collect()
     }
 
     /// Devices that cannot do without discarding memory of a backend.

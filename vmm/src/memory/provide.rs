@@ -15,6 +15,7 @@ use pando_pager::{Idle, Pager, PagerError, PagerOptions, Serving};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use thiserror::Error;
 
+use super::discard::DiscardGate;
 use super::guest::{GuestMemoryError, GuestRam, MemoryAdvice, RamBacking};
 use super::open::{OpenError, OpenedFile, open};
 use crate::spec::{BackendSource, BackendSpec, FileAccess, FileSource, MachineSpec};
@@ -162,7 +163,8 @@ impl HeldFiles {
         for (backend, backing) in spec.backends().iter().zip(&backings) {
             advise(backend, backing)?;
         }
-        Ok((GuestRam::new(spec.layout(), backings)?, pager))
+        let ram = GuestRam::new(spec.layout(), backings)?;
+        Ok((ram.with_gate(DiscardGate::of(spec)), pager))
     }
 
     /// Removes what was made for a machine that then could not be.

@@ -26,7 +26,8 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("info memory_size_summary", "RAM and modules"),
     ("info numa", "nodes"),
     ("info migrate", "the last save or load"),
-    ("info balloon", "there is none"),
+    ("info balloon", "how much memory the guest has"),
+    ("balloon", "MEBIBYTES: how much it is to have"),
     ("info pci", "the bus and what is on it"),
     ("info block", "images"),
     ("device_add", "DRIVER[,PROPERTY=VALUE...]: plug a device"),
@@ -78,6 +79,7 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
         ["device_add", ..] => device_add(vm, line),
         ["netdev_add", ..] => netdev_add(vm, line),
         ["netdev_del", id] => vm.netdev_del(id).map(|()| String::new()),
+        ["balloon", size] => balloon(vm, size).map(|()| String::new()),
         ["device_del", id] => vm.device_del(id).map(|()| String::new()),
         ["migrate_set_capability", name, state @ ("on" | "off")] => {
             set_capability(vm, name, *state == "on")
@@ -99,6 +101,13 @@ fn help() -> String {
             let _ = writeln!(text, "{name} -- {about}");
             text
         })
+}
+
+/// How much memory the guest is to have, in mebibytes.
+fn balloon(vm: &mut Vm, size: &str) -> Result<(), QmpError> {
+    let mebibytes = size.strip_suffix(['M', 'm']).unwrap_or(size).parse::<i64>();
+    let bytes = mebibytes.ok().and_then(|size| size.checked_mul(1 << 20));
+    vm.set_balloon(bytes.unwrap_or(-1))
 }
 
 fn device_add(vm: &mut Vm, line: &str) -> Result<String, QmpError> {
@@ -163,7 +172,8 @@ fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
         ["pci"] => pci_text(&query_pci(&vm.functions()?)),
         ["block"] => vm.block_text(),
         ["balloon"] => {
-            return Err(QmpError::generic("No balloon device has been activated"));
+            let bytes = vm.query_balloon()?["actual"].as_u64().unwrap_or(0);
+            format!("balloon: actual={}\n", bytes >> 20)
         }
         _ => {
             return Err(QmpError::generic(format!(
@@ -196,7 +206,7 @@ fn memdev(backend: &Value) -> String {
     let word = |name: &str| backend[name].as_str().unwrap_or("").to_owned();
     format!(
         "memory backend: {}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n  share: {}\n  reserve: {}\n  \
-         policy: {}\n  host nodes: \n",
+         policy: {}\n  host nodes: \n  discard: {}{}\n",
         word("id"),
         backend["size"],
         backend["merge"],
@@ -205,6 +215,10 @@ fn memdev(backend: &Value) -> String {
         backend["share"],
         backend["reserve"],
         word("policy"),
+        word("discard"),
+        each(&backend["discard-required-by"], |device| {
+            format!(", required by {}", device.as_str().unwrap_or(""))
+        }),
     )
 }
 

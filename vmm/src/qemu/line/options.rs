@@ -83,7 +83,7 @@ pub const OPTIONS: &[OptionInfo] = &[
     with(
         "object",
         "memory-backend-file|-ram|-memfd,id=ID,size=SIZE[,...] | rng-random|rng-builtin,id=ID",
-        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data; or the kernel's entropy",
+        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data, and for a clone discard=zero; or the kernel's entropy",
     ),
     with(
         "numa",

@@ -90,6 +90,7 @@ pub const EVENTS: Members = &[
     ("POWERDOWN", ""),
     ("MIGRATION", "MigrationEvent"),
     ("MIGRATION_PASS", "MigrationPassEvent"),
+    ("BALLOON_CHANGE", "BalloonInfo"),
     ("DEVICE_DELETED", "DeviceDeletedEvent"),
     ("DEVICE_UNPLUG_GUEST_ERROR", "DeviceAndPath"),
 ];
@@ -220,6 +221,8 @@ pub const TYPES: &[(&str, Shape)] = &[
             ("reserve?", "bool"),
             ("host-nodes", "[int]"),
             ("policy", "HostMemPolicy"),
+            ("discard", "DiscardKind"),
+            ("discard-required-by", "[str]"),
         ]),
     ),
     (
@@ -299,6 +302,7 @@ pub const TYPES: &[(&str, Shape)] = &[
             ("offset?", "int"),
             ("align?", "int"),
             ("discard-data?", "bool"),
+            ("discard?", "DiscardKind"),
             ("size", "int"),
             ("share?", "bool"),
             ("merge?", "bool"),
@@ -307,6 +311,7 @@ pub const TYPES: &[(&str, Shape)] = &[
             ("reserve?", "bool"),
         ]),
     ),
+    ("DiscardKind", Shape::Enum(&["off", "on", "zero"])),
     ("OnOffAuto", Shape::Enum(&["auto", "on", "off"])),
     (
         "MigrationChannel",
