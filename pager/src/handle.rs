@@ -18,7 +18,7 @@ use crate::port::IoPath;
 use crate::range_faults::RangeFaults;
 use crate::record::Recorder;
 use crate::region::Region;
-use crate::registration::{Registration, discard_map};
+use crate::registration::Registration;
 use crate::residency::PageState;
 use crate::root_memory::RootMemory;
 use crate::serve::{Attach, Client, Command, Served, ServedImage, Stop, Tells};
@@ -142,16 +142,16 @@ impl Pager<Idle> {
         Ok(memory)
     }
 
-    /// From now on the clone may discard pages of this memory for good (`CloneMemory::discard_to_zero`).
-    /// `memory` was attached to this pager.
-    pub fn allow_discards(&mut self, memory: &mut CloneMemory) -> Result<(), PagerError> {
-        let map = Arc::new(discard_map(memory)?);
-        let base = memory.region().base();
-        let regions = self.state.regions.iter_mut();
-        for served in regions.filter(|served| served.region().base() == base) {
-            served.discards = Some(Arc::clone(&map));
+    /// From now on the clone may discard pages of all memory that was attached for good
+    /// (`CloneMemory::discard_to_zero`): `memories` are in the order in which they were attached.
+    pub fn allow_discards<'a>(
+        &mut self,
+        memories: impl Iterator<Item = &'a mut CloneMemory>,
+    ) -> Result<(), PagerError> {
+        let maps = self.state.registration.make_discard_maps(memories)?;
+        for (served, map) in self.state.regions.iter_mut().zip(maps) {
+            served.discards = Some(map);
         }
-        memory.set_discards(map);
         Ok(())
     }
 

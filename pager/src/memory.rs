@@ -26,7 +26,7 @@ pub struct CloneMemory {
     mapping: Arc<ServedMapping>,
     uffd: Option<OwnedFd>,
     /// Which pages were discarded, where that is allowed.
-    discards: Option<Arc<DiscardMap>>,
+    discards: Option<DiscardMap>,
 }
 
 impl CloneMemory {
@@ -78,7 +78,7 @@ impl CloneMemory {
     }
 
     /// From now on [`Self::discard_to_zero`] may be used. Whoever brings pages must know this map.
-    pub(crate) fn set_discards(&mut self, map: Arc<DiscardMap>) {
+    pub(crate) fn set_discards(&mut self, map: DiscardMap) {
         self.discards = Some(map);
     }
 
@@ -88,7 +88,7 @@ impl CloneMemory {
             return Ok(false);
         }
         let pages = self.region().pages().count();
-        self.discards = Some(Arc::new(DiscardMap::new(pages)?));
+        self.discards = DiscardMap::new(&[pages])?.pop();
         Ok(true)
     }
 

@@ -27,14 +27,6 @@ use crate::sys::userfaultfd::{self as uffd_sys, Opened, Tracking};
 /// between them are there, and raise nothing.
 const MAX_INHERITED: usize = 1024;
 
-/// A map for the pages of a clone's memory.
-pub(crate) fn discard_map(memory: &CloneMemory) -> Result<DiscardMap, PagerError> {
-    DiscardMap::new(memory.region().pages().count()).map_err(|source| PagerError::Setup {
-        what: "a map of discarded pages",
-        source,
-    })
-}
-
 /// Memory that is registered and not served yet, image after image.
 #[derive(Debug)]
 pub struct Registration {
@@ -43,8 +35,8 @@ pub struct Registration {
     /// All of each image's memory. The clone's to hold: what it dropped is not there here either.
     memories: Vec<Region>,
     regions: Vec<ClientRegion>,
-    /// Maps of discarded pages, by the number of the image.
-    discards: Vec<(ImageId, Arc<DiscardMap>)>,
+    /// The map of discarded pages of the first image, and so the file of all.
+    discards: Option<DiscardMap>,
 }
 
 impl Registration {
@@ -71,7 +63,7 @@ impl Registration {
             tracking: opened.tracking,
             memories: Vec::new(),
             regions: Vec::new(),
-            discards: Vec::new(),
+            discards: None,
         }
     }
 
@@ -129,27 +121,40 @@ impl Registration {
         Ok(memory)
     }
 
-    /// From now on the clone may discard pages of this memory for good (`CloneMemory::discard_to_zero`): whoever
-    /// serves it is to be given the map ([`Self::discard_maps`]). `memory` was mapped or inherited here.
-    pub fn allow_discards(&mut self, memory: &mut CloneMemory) -> Result<(), PagerError> {
-        let base = memory.region().base();
-        let mut memories = self.memories.iter();
-        let number = memories.position(|region| region.base() == base);
-        let number = number.and_then(|number| u32::try_from(number).ok());
-        let number = number.ok_or_else(|| PagerError::Failed {
-            reason: "memory of another registration".to_owned(),
-        })?;
-        let map = Arc::new(discard_map(memory)?);
-        self.discards.push((ImageId::new(number), Arc::clone(&map)));
-        memory.set_discards(map);
-        Ok(())
+    /// From now on the clone may discard pages of all its memory for good (`CloneMemory::discard_to_zero`):
+    /// whoever serves it is to be given the map ([`Self::discard_map`]). `memories` are in the order in which
+    /// they were mapped or inherited.
+    pub fn allow_discards<'a>(
+        &mut self,
+        memories: impl Iterator<Item = &'a mut CloneMemory>,
+    ) -> Result<(), PagerError> {
+        self.make_discard_maps(memories).map(|_| ())
     }
 
-    /// The maps of discarded pages, to be handed over: files without names.
-    pub fn discard_maps(&self) -> impl Iterator<Item = (ImageId, BorrowedFd<'_>)> {
-        self.discards
+    /// The same; the maps.
+    pub(crate) fn make_discard_maps<'a>(
+        &mut self,
+        memories: impl Iterator<Item = &'a mut CloneMemory>,
+    ) -> Result<Vec<DiscardMap>, PagerError> {
+        let images: Vec<_> = self
+            .memories
             .iter()
-            .map(|(image, map)| (*image, map.as_fd()))
+            .map(|memory| memory.pages().count())
+            .collect();
+        let maps = DiscardMap::new(&images).map_err(|source| PagerError::Setup {
+            what: "a map of discarded pages",
+            source,
+        })?;
+        for (memory, map) in memories.zip(&maps) {
+            memory.set_discards(map.clone());
+        }
+        self.discards = maps.first().cloned();
+        Ok(maps)
+    }
+
+    /// The map of discarded pages, to be handed over: a file without a name; `None` where none may be.
+    pub fn discard_map(&self) -> Option<BorrowedFd<'_>> {
+        self.discards.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether the kernel will know which pages were written.

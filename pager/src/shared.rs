@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -208,15 +207,19 @@ impl SharedPager {
         if let Some(run) = unknown {
             return Err(SpecError::UnknownImage { image: run.image });
         }
-        let discards = adopt_maps(std::mem::take(&mut spec.discards), &images)?;
+        let pages: Vec<_> = images.iter().map(|image| image.image().pages()).collect();
+        let discards = spec.discards.take();
+        let discards = discards
+            .map(|file| DiscardMap::adopt(file, &pages))
+            .transpose();
+        let discards = discards.map_err(SpecError::Discards)?.unwrap_or_default();
         let regions: Vec<Served> = spec
             .regions
             .iter()
             .map(|region| {
                 let image = Arc::clone(&images[region.image.index()]);
                 let mut served = Served::new(image, Region::other(region.address, region.pages));
-                let map = discards.iter().find(|(of, _)| *of == region.image);
-                served.discards = map.map(|(_, map)| Arc::clone(map));
+                served.discards = discards.get(region.image.index()).cloned();
                 served
             })
             .collect();
@@ -317,24 +320,6 @@ impl Drop for SharedPager {
             metrics.serving(path.name(), false);
         }
     }
-}
-
-/// The maps of discarded pages that a client brings, each of an image that there is.
-fn adopt_maps(
-    given: Vec<(ImageId, OwnedFd)>,
-    images: &[Arc<ServedImage>],
-) -> Result<Vec<(ImageId, Arc<DiscardMap>)>, SpecError> {
-    let adopt = |(image, file): (ImageId, OwnedFd)| {
-        let known = images.get(image.index());
-        let pages = known
-            .ok_or(SpecError::UnknownImage { image })?
-            .image()
-            .pages();
-        let map = DiscardMap::adopt(file, pages);
-        let map = map.map_err(|source| SpecError::Discards { image, source })?;
-        Ok((image, Arc::new(map)))
-    };
-    given.into_iter().map(adopt).collect()
 }
 
 /// One shard of a shared pager.

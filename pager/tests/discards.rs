@@ -27,7 +27,7 @@ fn serve(
     let pager = Pager::new(options).unwrap();
     let mut pager = pager.with_source(|inner| Box::new(Faulty::new(inner, plan)));
     let mut memory = pager.attach(template.image()).unwrap();
-    pager.allow_discards(&mut memory).unwrap();
+    pager.allow_discards(std::iter::once(&mut memory)).unwrap();
     (pager.serve().unwrap(), memory)
 }
 

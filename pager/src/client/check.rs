@@ -103,14 +103,8 @@ pub enum SpecError {
         limit: usize,
     },
     /// What is to be the map of its discarded pages is none.
-    #[error("its map of discarded pages of {image} cannot be used")]
-    Discards {
-        /// Of which image.
-        image: ImageId,
-        /// Why not.
-        #[source]
-        source: std::io::Error,
-    },
+    #[error("its map of discarded pages cannot be used")]
+    Discards(#[source] std::io::Error),
     /// Its userfaultfd cannot do what serving takes.
     #[error("its userfaultfd cannot be used: {what}")]
     Uffd {

@@ -92,7 +92,7 @@ pub(crate) struct Served {
     /// the order to forget a page and its end it is still there.
     forgotten: Option<Vec<u64>>,
     /// Pages that the clone has discarded, where it may: they are zero, whatever the image has.
-    pub(crate) discards: Option<Arc<DiscardMap>>,
+    pub(crate) discards: Option<DiscardMap>,
 }
 
 impl Served {

@@ -13,6 +13,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -23,48 +24,61 @@ use crate::page::{PageCount, PageIndex, PageRange};
 const WORD_BYTES: u64 = 8;
 const WORD_PAGES: u64 = 64;
 
-/// The map of one image's pages.
+/// The maps of a client, in one file: those of its images one behind the other.
 #[derive(Debug)]
-pub(crate) struct DiscardMap {
+struct MapFile {
     mapping: MmapRaw,
     file: File,
+}
+
+/// The map of one image's pages.
+#[derive(Debug, Clone)]
+pub(crate) struct DiscardMap {
+    maps: Arc<MapFile>,
+    /// Where its words begin.
+    first_word: u64,
     pages: PageCount,
 }
 
 impl DiscardMap {
-    /// A map of `pages` pages, none of which was discarded.
-    pub(crate) fn new(pages: PageCount) -> io::Result<Self> {
+    /// Maps of images of so many pages, none of which was discarded.
+    pub(crate) fn new(images: &[PageCount]) -> io::Result<Vec<Self>> {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = File::from(memfd_create("pando-discarded", flags)?);
-        file.set_len(bytes_for(pages))?;
+        file.set_len(bytes_for(images))?;
         fcntl_add_seals(&file, seals() | SealFlags::SEAL)?;
-        Self::map(file, pages)
+        Self::map(file, images)
     }
 
-    /// The map that somebody else made for as many pages.
-    pub(crate) fn adopt(file: OwnedFd, pages: PageCount) -> io::Result<Self> {
+    /// The maps that somebody else made for the same images.
+    pub(crate) fn adopt(file: OwnedFd, images: &[PageCount]) -> io::Result<Vec<Self>> {
         let file = File::from(file);
         let invalid = |why| io::Error::new(io::ErrorKind::InvalidInput, why);
         if !fcntl_get_seals(&file)?.contains(seals()) {
-            return Err(invalid("the map of discarded pages could shrink"));
+            return Err(invalid("it could shrink"));
         }
-        if file.metadata()?.len() != bytes_for(pages) {
-            return Err(invalid(
-                "the map of discarded pages is of another size than the image",
-            ));
+        if file.metadata()?.len() != bytes_for(images) {
+            return Err(invalid("it is of another size than the images"));
         }
-        Self::map(file, pages)
+        Self::map(file, images)
     }
 
-    fn map(file: File, pages: PageCount) -> io::Result<Self> {
-        let length = usize::try_from(bytes_for(pages))
+    fn map(file: File, images: &[PageCount]) -> io::Result<Vec<Self>> {
+        let length = usize::try_from(bytes_for(images))
             .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         let mapping = MmapOptions::new().len(length).map_raw(&file)?;
-        Ok(Self {
-            mapping,
-            file,
-            pages,
-        })
+        let maps = Arc::new(MapFile { mapping, file });
+        let mut first_word = 0;
+        let each = images.iter().map(|&pages| {
+            let map = Self {
+                maps: Arc::clone(&maps),
+                first_word,
+                pages,
+            };
+            first_word += words_for(pages);
+            map
+        });
+        Ok(each.collect())
     }
 
     /// These pages are discarded now.
@@ -94,26 +108,33 @@ impl DiscardMap {
     }
 
     fn word(&self, number: u64) -> Option<&AtomicU64> {
+        let number = self.first_word.checked_add(number)?;
         let offset = usize::try_from(number.checked_mul(WORD_BYTES)?).ok()?;
-        if offset >= self.mapping.len() {
+        let mapping = &self.maps.mapping;
+        if offset >= mapping.len() {
             return None;
         }
-        let word = self.mapping.as_mut_ptr().wrapping_add(offset).cast::<u64>();
+        let word = mapping.as_mut_ptr().wrapping_add(offset).cast::<u64>();
         // SAFETY: the word lies in the mapping, which begins at a page, is a whole number of words long, and
-        // is mapped as long as `self`; its file cannot shrink. Everybody who has it uses atomic words.
+        // is mapped as long as `self`; the file cannot shrink. Everybody who has it uses atomic words.
         Some(unsafe { AtomicU64::from_ptr(word) })
     }
 }
 
 impl AsFd for DiscardMap {
-    /// The file, to be handed over.
+    /// The file of all maps, to be handed over.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
+        self.maps.file.as_fd()
     }
 }
 
-fn bytes_for(pages: PageCount) -> u64 {
-    pages.get().div_ceil(WORD_PAGES).max(1) * WORD_BYTES
+fn words_for(pages: PageCount) -> u64 {
+    pages.get().div_ceil(WORD_PAGES)
+}
+
+fn bytes_for(images: &[PageCount]) -> u64 {
+    let words: u64 = images.iter().map(|&pages| words_for(pages)).sum();
+    words.max(1) * WORD_BYTES
 }
 
 fn seals() -> SealFlags {
@@ -130,9 +151,11 @@ mod tests {
         fn it_is_a_set_that_two_mappings_see(
             runs in prop::collection::vec((0u64..300, 0u64..140), 0..20),
         ) {
-            let pages = PageCount::new(257);
-            let map = DiscardMap::new(pages).unwrap();
-            let other = DiscardMap::adopt(map.as_fd().try_clone_to_owned().unwrap(), pages).unwrap();
+            let images = [PageCount::new(70), PageCount::new(257), PageCount::new(1)];
+            let maps = DiscardMap::new(&images).unwrap();
+            let file = maps[0].as_fd().try_clone_to_owned().unwrap();
+            let others = DiscardMap::adopt(file, &images).unwrap();
+            let (map, other) = (&maps[1], &others[1]);
             let mut model = [false; 512];
             for (start, count) in runs {
                 map.insert(PageRange::new(PageIndex::new(start), PageCount::new(count)));
@@ -142,23 +165,28 @@ mod tests {
             }
             for (page, &is_in) in (0..).zip(&model) {
                 prop_assert_eq!(other.contains(PageIndex::new(page)), is_in, "{}", page);
+                for neighbour in [&others[0], &others[2]] {
+                    prop_assert!(!neighbour.contains(PageIndex::new(page)), "{}", page);
+                }
             }
         }
     }
 
     #[test]
     fn a_file_that_could_shrink_or_is_too_small_is_refused() {
-        let pages = PageCount::new(1000);
+        let images = [PageCount::new(1000)];
         let plain = memfd_create("plain", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).unwrap();
-        File::from(plain.try_clone().unwrap())
-            .set_len(bytes_for(pages))
-            .unwrap();
-        let refused = |file, pages| DiscardMap::adopt(file, pages).unwrap_err().to_string();
-        assert!(refused(plain, pages).contains("could shrink"));
-        let map = DiscardMap::new(pages).unwrap();
-        let file = || map.as_fd().try_clone_to_owned().unwrap();
-        assert!(refused(file(), PageCount::new(1025)).contains("another size"));
+        let file = File::from(plain.try_clone().unwrap());
+        file.set_len(bytes_for(&images)).unwrap();
+        let refused = |file, images: &[PageCount]| {
+            let refused = DiscardMap::adopt(file, images).unwrap_err();
+            refused.to_string()
+        };
+        assert!(refused(plain, &images).contains("could shrink"));
+        let maps = DiscardMap::new(&images).unwrap();
+        let file = maps[0].as_fd().try_clone_to_owned().unwrap();
+        assert!(refused(file, &[PageCount::new(1025)]).contains("another size"));
         let not_sealable = tempfile::tempfile().unwrap();
-        DiscardMap::adopt(not_sealable.into(), pages).unwrap_err();
+        DiscardMap::adopt(not_sealable.into(), &images).unwrap_err();
     }
 }

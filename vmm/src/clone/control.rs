@@ -92,6 +92,8 @@ pub struct PagerConfig {
     pub give_back: Option<Policy>,
     /// Where it runs.
     pub place: PagerPlace,
+    /// Whether memory that a balloon or the like discards goes back to the host and reads as zero.
+    pub discard_to_zero: bool,
 }
 
 /// Where the pager of a clone runs.
@@ -116,6 +118,7 @@ impl Default for PagerConfig {
             learn: Learn::Off,
             give_back: None,
             place: PagerPlace::Own,
+            discard_to_zero: false,
         }
     }
 }
@@ -194,6 +197,8 @@ pub struct ClientMemory {
     pub cpu: Option<u32>,
     /// Whether pages are to be installed so that the kernel knows which were written.
     pub track_writes: bool,
+    /// Whether a map of discarded pages comes with it.
+    pub discards: bool,
 }
 
 /// A run of pages of an image in the address space of a client, as the client says; not proven.

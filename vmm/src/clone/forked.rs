@@ -8,13 +8,14 @@ use anyhow::Context;
 use pando_pager::RootMemory;
 use pando_pager::working_set::Plan;
 
+use super::Engine;
 use super::attend::{
     Ready, run_to_end, send, send_metrics, stop_with, watch_signals, watch_to_end,
 };
 use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
-use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
+use super::instantiate::{CloneError, Handover, gate, inherited, keeper, to_bring};
 use super::marks;
 use super::nets;
 use super::placement::Placement;
@@ -105,6 +106,7 @@ fn work(
     };
     let (backings, paging) = inherited(&template, memories, &config, record, &brought, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
+    let ram = ram.with_gate(gate(&template, Engine::Root, &config));
     let mut ready = Ready {
         channel,
         relay,

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::io;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
-use pando_pager::CloneMemory;
+use pando_pager::{ByteOffset, CloneMemory, PageCount, PageIndex, PageRange};
 use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
@@ -144,18 +144,24 @@ impl RamBacking {
     fn discards(&self) -> Discards {
         match self {
             Self::Shared(_) | Self::Anonymous(_) => Discards::Allowed,
+            Self::Paged(memory) if memory.discards_to_zero() => Discards::Zero,
             Self::Rom(_) | Self::Private(_) | Self::Paged(_) => Discards::Refused,
         }
     }
 
-    /// Gives pages of memory that is nobody's template back to the host: they read as zero. Of a file that
+    /// Gives pages of memory that is nobody's template, or a clone's that may, back to the host: they read as zero. Of a file that
     /// is the memory they become a hole. `offset_bytes` and `bytes` are whole pages inside.
     pub(super) fn discard(&self, offset_bytes: u64, bytes: u64) -> io::Result<()> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let advice = match self {
             Self::Shared(_) => Advice::LinuxRemove,
             Self::Anonymous(_) => Advice::LinuxDontNeed,
-            Self::Rom(_) | Self::Private(_) | Self::Paged(_) => return Err(invalid()),
+            Self::Paged(memory) => {
+                let first = PageIndex::containing(ByteOffset::new(offset_bytes));
+                let count = PageCount::from_bytes(bytes).ok_or_else(invalid)?;
+                return memory.discard_to_zero(PageRange::new(first, count));
+            }
+            Self::Rom(_) | Self::Private(_) => return Err(invalid()),
         };
         let end = offset_bytes.checked_add(bytes);
         end.filter(|&end| end <= self.bytes()).ok_or_else(invalid)?;
@@ -166,6 +172,14 @@ impl RamBacking {
         // exists: all access is by volatile copy, which finds zeros from now on.
         unsafe { rustix::mm::madvise(start.cast(), length, advice) }?;
         Ok(())
+    }
+
+    /// The memory that a pager fills, if it is that.
+    pub(super) fn served(&mut self) -> Option<&mut CloneMemory> {
+        match self {
+            Self::Paged(memory) => Some(memory),
+            _ => None,
+        }
     }
 
     /// Whether the guest can only read it.

@@ -155,10 +155,17 @@ impl HeldFiles {
             options,
             pager: None,
         };
-        let backings = (0..)
+        let mut backings = (0..)
             .zip(spec.backends())
             .map(|(position, backend)| making.backing(position, backend))
             .collect::<Result<Vec<_>, _>>()?;
+        if spec.backends().iter().any(BackendSpec::discards_to_zero)
+            && let Some(pager) = &mut making.pager
+        {
+            // Whose may be is the gate's to say.
+            let served = backings.iter_mut().filter_map(RamBacking::served);
+            pager.allow_discards(served)?;
+        }
         let pager = making.pager.take().map(Pager::<Idle>::serve).transpose()?;
         for (backend, backing) in spec.backends().iter().zip(&backings) {
             advise(backend, backing)?;

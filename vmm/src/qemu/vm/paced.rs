@@ -13,7 +13,7 @@ const PACE: Duration = Duration::from_secs(1);
 
 /// What was sent, and what waits.
 #[derive(Debug, Default)]
-pub struct Paced {
+pub(super) struct Paced {
     /// By the event, and what it is about.
     kinds: BTreeMap<(&'static str, String), Kind>,
 }
@@ -26,7 +26,7 @@ struct Kind {
 
 impl Paced {
     /// Takes an event about something; gives it back if it is to be sent now.
-    pub fn take(
+    pub(super) fn take(
         &mut self,
         event: &'static str,
         about: &str,
@@ -49,7 +49,7 @@ impl Paced {
     }
 
     /// What has waited long enough.
-    pub fn due(&mut self, now: Instant) -> Vec<(&'static str, Value)> {
+    pub(super) fn due(&mut self, now: Instant) -> Vec<(&'static str, Value)> {
         let mut due = Vec::new();
         for ((event, _), kind) in &mut self.kinds {
             if now.saturating_duration_since(kind.sent) >= PACE
@@ -63,7 +63,7 @@ impl Paced {
     }
 
     /// Tells when something is due.
-    pub fn when(&self) -> Receiver<Instant> {
+    pub(super) fn when(&self) -> Receiver<Instant> {
         let waiting = self.kinds.values().filter(|kind| kind.waiting.is_some());
         let next = waiting.map(|kind| kind.sent + PACE).min();
         next.map_or_else(never, at)
