@@ -1,4 +1,9 @@
 //! Pages that a clone discards for good are zero from then on, never the template's, whatever else happens.
+#![allow(
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    reason = "helpers of tests"
+)]
 
 mod common;
 

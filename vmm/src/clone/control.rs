@@ -94,6 +94,8 @@ pub struct PagerConfig {
     pub place: PagerPlace,
     /// Whether memory that a balloon or the like discards goes back to the host and reads as zero.
     pub discard_to_zero: bool,
+    /// How much of its memory each clone's guest is asked to give away.
+    pub inflate_bytes: Option<u64>,
 }
 
 /// Where the pager of a clone runs.
@@ -119,6 +121,7 @@ impl Default for PagerConfig {
             give_back: None,
             place: PagerPlace::Own,
             discard_to_zero: false,
+            inflate_bytes: None,
         }
     }
 }

@@ -21,9 +21,10 @@ use super::control::{
 use super::give_back::keeper::Keeper;
 use super::record::Record;
 use super::vsock::VsockError;
-use crate::machine::{Connections, HostCheck, Machine, MachineError, Paused};
+use crate::machine::{Connections, HostCheck, Machine, MachineError, MachineHandle, Paused};
 use crate::memory::discard::{DiscardGate, Discards};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::memory::layout::PAGE_BYTES;
 use crate::report::chain;
 use crate::template::{Template, TemplateError, working_set};
 
@@ -244,6 +245,18 @@ pub(super) fn gate(template: &Template, engine: Engine, config: &PagerConfig) ->
         Discards::Refused
     };
     DiscardGate::of_clone(template.spec(), discards)
+}
+
+/// Asks the guest for the memory that it is to give away. It hears of it when it runs.
+pub(super) fn inflate(handle: &MachineHandle, config: &PagerConfig) -> Result<(), CloneError> {
+    let Some(bytes) = config.inflate_bytes else {
+        return Ok(());
+    };
+    if let Some(balloon) = handle.balloon()? {
+        let pages = u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
+        balloon.set_target(pages);
+    }
+    Ok(())
 }
 
 fn backings(memories: Vec<CloneMemory>) -> Vec<RamBacking> {

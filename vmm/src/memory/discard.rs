@@ -17,7 +17,7 @@ use thiserror::Error;
 
 use super::guest::GuestRam;
 use super::layout::PAGE_BYTES;
-use crate::observe::metrics::count_discard_refused;
+use crate::observe::metrics::{DISCARD_SOURCES, count_discard_refused};
 use crate::spec::{BackendSpec, FileAccess, FileSource, MachineSpec};
 
 /// How often refusals are told at most; they are counted all the same.
@@ -50,13 +50,7 @@ impl DiscardSource {
 
     /// The source as metrics have it.
     pub const fn word(self) -> &'static str {
-        match self {
-            Self::Balloon => "balloon",
-            Self::FreePageReporting => "free-page-reporting",
-            Self::VirtioMem => "virtio-mem",
-            Self::ReleaseRam => "release-ram",
-            Self::Postcopy => "postcopy",
-        }
+        DISCARD_SOURCES[self as usize]
     }
 }
 

@@ -224,7 +224,7 @@ mod tests {
         assert!(refused(vec![]).contains("0 descriptors"));
         let null = OwnedFd::from(File::open("/dev/null").unwrap());
         assert!(refused(vec![uffd(), own_pidfd(), null]).contains("neither shrink nor grow"));
-        assert!(prove(vec![uffd(), own_pidfd(), map()], false).is_err());
+        prove(vec![uffd(), own_pidfd(), map()], false).unwrap_err();
     }
 
     fn registration_map() -> Option<OwnedFd> {

@@ -2,6 +2,7 @@
 //! All that a command line wants, option by option: checked by itself, not against machines or this
 //! host.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::argv::Argument;
@@ -96,6 +97,8 @@ pub struct ProgramOptions {
     pub timestamps: bool,
     /// `-print-machine`
     pub print_machine: bool,
+    /// `-metrics`
+    pub metrics: Option<SocketAddr>,
 }
 
 /// A monitor.
@@ -257,6 +260,15 @@ impl Wanted {
             "D" => program.log_file = Some(value.into()),
             "d" => program.log_items = log_items(value)?,
             "print-machine" => program.print_machine = true,
+            "metrics" => {
+                let address = value.parse::<SocketAddr>();
+                let wrong = |_| {
+                    OptionError::new(format!(
+                        "'{value}' is no ADDRESS:PORT, as in 127.0.0.1:9300"
+                    ))
+                };
+                program.metrics = Some(address.map_err(wrong)?);
+            }
             // Both were done already.
             "help" | "h" | "version" => (),
             "msg" => {
