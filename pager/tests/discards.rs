@@ -7,14 +7,19 @@
 
 mod common;
 
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use common::shared::{shared_options, start};
 use common::sys::memory::{read_page, read_word, write_word};
 use common::{MODES, PAGE, Random, Template, content, options};
 use pando_pager::source::faulty::{FaultPlan, Faulty};
-use pando_pager::{CloneMemory, PageCount, PageIndex, PageRange, Pager, PagerOptions, Serving};
+use pando_pager::{
+    ClientId, ClientSpec, CloneMemory, PageCount, PageIndex, PageRange, Pager, PagerOptions,
+    Registration, Serving, SharedPager,
+};
 
 fn every_third(page: u64) -> bool {
     page.is_multiple_of(3)
@@ -139,4 +144,73 @@ fn a_page_is_never_the_templates_again_under_faults_of_others() {
         let counts = pager.stop().unwrap();
         assert_eq!(counts.poisoned, 0, "{counts:?}");
     }
+}
+
+/// Has a pager of its own kind serve what is registered, as if nobody had before.
+fn attach(pager: &SharedPager, template: &Template, registration: &Registration) {
+    pager.add_image(template.image(), "test").unwrap();
+    let uffd = registration.as_fd().try_clone_to_owned().unwrap();
+    let map = registration.discard_map().unwrap();
+    let spec = ClientSpec {
+        wake: true,
+        discards: Some(map.try_clone_to_owned().unwrap()),
+        ..ClientSpec::new(uffd, registration.regions().to_vec())
+    };
+    pager.attach(ClientId::new(1), spec).unwrap();
+}
+
+#[test]
+fn what_was_discarded_stays_so_when_another_pager_takes_over() {
+    let template = Template::new(64, all);
+    for mode in MODES {
+        let mut registration = Registration::new().unwrap();
+        let mut memory = registration.map(&template.image()).unwrap();
+        registration
+            .allow_discards(std::iter::once(&mut memory))
+            .unwrap();
+        let (first, _) = start(shared_options(mode, FaultPlan::default()).0);
+        attach(&first, &template, &registration);
+        assert_eq!(read_page(&memory, 5), content(5));
+        memory.discard_to_zero(pages(4, 4)).unwrap();
+        drop(first);
+        // Nobody serves: what is discarded now is remembered all the same.
+        memory.discard_to_zero(pages(20, 4)).unwrap();
+        let (second, _) = start(shared_options(mode, FaultPlan::default()).0);
+        attach(&second, &template, &registration);
+        for page in (0..64).rev() {
+            let is_zero = (4..8).contains(&page) || (20..24).contains(&page);
+            let expected = if is_zero { [0; PAGE] } else { content(page) };
+            assert_eq!(read_page(&memory, page), expected, "page {page}");
+        }
+    }
+}
+
+#[test]
+fn a_map_of_another_size_is_refused_and_nothing_is_served() {
+    let template = Template::new(64, all);
+    let other = Template::new(65, all);
+    let mut registration = Registration::new().unwrap();
+    let mut memory = registration.map(&template.image()).unwrap();
+    registration
+        .allow_discards(std::iter::once(&mut memory))
+        .unwrap();
+    let (pager, _) = start(shared_options(MODES[0], FaultPlan::default()).0);
+    pager.add_image(template.image(), "test").unwrap();
+    pager.add_image(other.image(), "test").unwrap();
+    let spec = ClientSpec {
+        discards: Some(
+            registration
+                .discard_map()
+                .unwrap()
+                .try_clone_to_owned()
+                .unwrap(),
+        ),
+        ..ClientSpec::new(
+            registration.as_fd().try_clone_to_owned().unwrap(),
+            registration.regions().to_vec(),
+        )
+    };
+    let error = pager.attach(ClientId::new(1), spec).unwrap_err();
+    let source = std::error::Error::source(&error).unwrap().to_string();
+    assert!(source.contains("map of discarded pages"), "{source}");
 }

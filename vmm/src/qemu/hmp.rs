@@ -28,6 +28,8 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("info migrate", "the last save or load"),
     ("info balloon", "how much memory the guest has"),
     ("balloon", "MEBIBYTES: how much it is to have"),
+    ("qom-get", "PATH PROPERTY: a property of an object"),
+    ("qom-set", "PATH PROPERTY VALUE: change it"),
     ("info pci", "the bus and what is on it"),
     ("info block", "images"),
     ("device_add", "DRIVER[,PROPERTY=VALUE...]: plug a device"),
@@ -79,6 +81,8 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
         ["device_add", ..] => device_add(vm, line),
         ["netdev_add", ..] => netdev_add(vm, line),
         ["netdev_del", id] => vm.netdev_del(id).map(|()| String::new()),
+        ["qom-get", path, name] => property(vm, path, name),
+        ["qom-set", path, name, value] => set_property(vm, path, name, value),
         ["balloon", size] => balloon(vm, size).map(|()| String::new()),
         ["device_del", id] => vm.device_del(id).map(|()| String::new()),
         ["migrate_set_capability", name, state @ ("on" | "off")] => {
@@ -101,6 +105,28 @@ fn help() -> String {
             let _ = writeln!(text, "{name} -- {about}");
             text
         })
+}
+
+fn property(vm: &mut Vm, path: &str, name: &str) -> Result<String, QmpError> {
+    let arguments = serde_json::json!({"path": path, "property": name});
+    let value = command(vm, "qom-get", arguments)?;
+    // Of JSON there is always a text.
+    Ok(serde_json::to_string_pretty(&value).unwrap_or_default() + "\n")
+}
+
+/// The value is JSON, or else a word.
+fn set_property(vm: &mut Vm, path: &str, name: &str, value: &str) -> Result<String, QmpError> {
+    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+    let arguments = serde_json::json!({"path": path, "property": name, "value": value});
+    command(vm, "qom-set", arguments).map(|_| String::new())
+}
+
+/// Does a command of the other monitor.
+fn command(vm: &mut Vm, name: &str, arguments: Value) -> Result<Value, QmpError> {
+    let Value::Object(arguments) = arguments else {
+        return Err(QmpError::generic("arguments are an object"));
+    };
+    super::qmp::commands::execute(vm, name, arguments)
 }
 
 /// How much memory the guest is to have, in mebibytes.
