@@ -102,7 +102,7 @@ clone() {
 refuses() {
     clone c1 9301 ""
     c1=$pid
-    check c1-gate within 10 answers c1 "info memdev" 'discard: off'
+    check c1-gate within 10 answers c1 "info memdev" 'discard: off for pc.ram'
     tell c1 "qom-set $balloon guest-stats-polling-interval 1"
     check c1-statistics within 60 answers c1 "qom-get $balloon guest-stats" '"stat-total-memory": [1-9][0-9]\{7,\},\{0,1\}'
     tell c1 "qom-set $balloon guest-stats-polling-interval 0"
@@ -124,7 +124,7 @@ refuses() {
 discards() {
     clone c2 9302 ",discard=zero"
     c2=$pid
-    check c2-gate within 10 answers c2 "info memdev" 'discard: zero'
+    check c2-gate within 10 answers c2 "info memdev" 'discard: zero for pc.ram'
     say c2.com1 "fill; rm /tmp/filler"
     before=$(resident "$c2")
     tell c2 "balloon 160"

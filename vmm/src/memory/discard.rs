@@ -86,12 +86,12 @@ impl Discards {
 /// A discard that is refused. It says what QEMU says, and who wanted what of which memory.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 #[error(
-    "{source_word}: ram_block_discard_range: Discarding RAM with readonly files is not supported: memory backend \
+    "discard by {who}: ram_block_discard_range: Discarding RAM with readonly files is not supported: memory backend \
      {backend} is a template's; give it discard=zero, or memory of its own, to have memory discarded"
 )]
 pub struct DiscardRefusal {
     /// Who asked.
-    pub source_word: &'static str,
+    pub who: &'static str,
     /// Id of the memory backend.
     pub backend: String,
 }
@@ -273,7 +273,7 @@ impl DiscardGate {
         let known = self.backends.get(backend);
         let number = || format!("number {backend}");
         Some(DiscardRefusal {
-            source_word: source.word(),
+            who: source.word(),
             backend: known.map_or_else(number, |backend| backend.id.clone()),
         })
     }
@@ -364,7 +364,7 @@ mod tests {
         for round in 1..=3 {
             let refusal = gate.ask(DiscardSource::Balloon, 0, 256).unwrap_err();
             let text = refusal.to_string();
-            assert!(text.starts_with("balloon: ram_block_discard_range: Discarding RAM with readonly files is not supported"));
+            assert!(text.starts_with("discard by balloon: ram_block_discard_range: Discarding RAM with readonly files is not supported"));
             assert!(text.contains("memory backend pc.ram"), "{text}");
             assert_eq!(gate.refused(DiscardSource::Balloon), 256 * round);
         }

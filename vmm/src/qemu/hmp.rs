@@ -184,7 +184,7 @@ fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
                 cpu["cpu-index"], cpu["thread-id"]
             )
         }),
-        ["memdev"] => each(&vm.query_memdev(), memdev) + "\n",
+        ["memdev"] => each(&vm.query_memdev(), memdev) + "\n" + &vm.discards_text(),
         ["memory-devices"] => each(&vm.query_memory_devices(), dimm),
         ["memory_size_summary"] => {
             let sizes = vm.query_memory_size();
@@ -232,7 +232,7 @@ fn memdev(backend: &Value) -> String {
     let word = |name: &str| backend[name].as_str().unwrap_or("").to_owned();
     format!(
         "memory backend: {}\n  size:  {}\n  merge: {}\n  dump: {}\n  prealloc: {}\n  share: {}\n  reserve: {}\n  \
-         policy: {}\n  host nodes: \n  discard: {}{}\n",
+         policy: {}\n  host nodes: \n",
         word("id"),
         backend["size"],
         backend["merge"],
@@ -241,10 +241,6 @@ fn memdev(backend: &Value) -> String {
         backend["share"],
         backend["reserve"],
         word("policy"),
-        word("discard"),
-        each(&backend["discard-required-by"], |device| {
-            format!(", required by {}", device.as_str().unwrap_or(""))
-        }),
     )
 }
 

@@ -110,10 +110,8 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
         .as_deref()
         .map(PidFile::write)
         .transpose()?;
-    if let Some(address) = program.metrics {
-        let address =
-            metrics::serve(address).map_err(|error| OptionError::new(one_line(&error)))?;
-        tracing::info!("metrics: http://{address}/metrics");
+    if let Some(address) = &program.metrics {
+        serve_metrics(address)?;
     }
     let monitors = plan.wanted.monitors.clone();
     // Before the monitors: who can connect finds a machine.
@@ -149,6 +147,19 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
     };
     end(&started);
     Ok(code)
+}
+
+/// `-metrics`
+fn serve_metrics(address: &str) -> Result<(), OptionError> {
+    let wrong = |_| {
+        OptionError::new(format!(
+            "-metrics {address}: that is no ADDRESS:PORT, as in 127.0.0.1:9300"
+        ))
+    };
+    let address = address.parse().map_err(wrong)?;
+    let served = metrics::serve(address).map_err(|error| OptionError::new(one_line(&error)))?;
+    tracing::info!("metrics: http://{served}/metrics");
+    Ok(())
 }
 
 fn start_log(program: &ProgramOptions) -> Result<(), OptionError> {

@@ -170,7 +170,7 @@ pub enum DeviceFault {
     #[error("there is a document already: what it says is said once")]
     SecondDocument,
     /// Guests have one of them.
-    #[error("Only one balloon device is supported: leave one out")]
+    #[error("there is a balloon already: Only one balloon device is supported")]
     SecondBalloon,
     /// Ports that cannot be.
     #[error(transparent)]

@@ -2,7 +2,6 @@
 //! All that a command line wants, option by option: checked by itself, not against machines or this
 //! host.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::argv::Argument;
@@ -98,7 +97,7 @@ pub struct ProgramOptions {
     /// `-print-machine`
     pub print_machine: bool,
     /// `-metrics`
-    pub metrics: Option<SocketAddr>,
+    pub metrics: Option<String>,
 }
 
 /// A monitor.
@@ -260,15 +259,7 @@ impl Wanted {
             "D" => program.log_file = Some(value.into()),
             "d" => program.log_items = log_items(value)?,
             "print-machine" => program.print_machine = true,
-            "metrics" => {
-                let address = value.parse::<SocketAddr>();
-                let wrong = |_| {
-                    OptionError::new(format!(
-                        "'{value}' is no ADDRESS:PORT, as in 127.0.0.1:9300"
-                    ))
-                };
-                program.metrics = Some(address.map_err(wrong)?);
-            }
+            "metrics" => program.metrics = Some(value.to_owned()),
             // Both were done already.
             "help" | "h" | "version" => (),
             "msg" => {

@@ -97,6 +97,11 @@ pub const COMMANDS: &[Command] = &[
         "RAM and modules in bytes",
         |vm, _| Ok(vm.query_memory_size()),
     ),
+    query(
+        "x-query-discards",
+        "which memory may be discarded, who needs that, and who was refused; QEMU has no such command",
+        |vm, _| Ok(vm.query_discards()),
+    ),
     query("query-balloon", "how much memory the guest has", |vm, _| {
         vm.query_balloon()
     }),

@@ -48,6 +48,7 @@ pub const RETURNS: Members = &[
     ("query-memory-devices", "[MemoryDeviceInfo]"),
     ("query-memory-size-summary", "MemoryInfo"),
     ("query-balloon", "BalloonInfo"),
+    ("x-query-discards", "DiscardInfo"),
     ("query-vm-generation-id", "GuidInfo"),
     ("query-pci", "[PciInfo]"),
     ("query-block", "[BlockInfo]"),
@@ -221,8 +222,6 @@ pub const TYPES: &[(&str, Shape)] = &[
             ("reserve?", "bool"),
             ("host-nodes", "[int]"),
             ("policy", "HostMemPolicy"),
-            ("discard", "DiscardKind"),
-            ("discard-required-by", "[str]"),
         ]),
     ),
     (
@@ -258,6 +257,31 @@ pub const TYPES: &[(&str, Shape)] = &[
     (
         "MemoryInfo",
         object(&[("base-memory", "int"), ("plugged-memory?", "int")]),
+    ),
+    (
+        "DiscardInfo",
+        object(&[
+            ("backends", "[BackendDiscards]"),
+            ("refused", "DiscardsRefused"),
+        ]),
+    ),
+    (
+        "BackendDiscards",
+        object(&[
+            ("id", "str"),
+            ("discard", "DiscardKind"),
+            ("required-by", "[str]"),
+        ]),
+    ),
+    (
+        "DiscardsRefused",
+        object(&[
+            ("balloon", "int"),
+            ("free-page-reporting", "int"),
+            ("virtio-mem", "int"),
+            ("release-ram", "int"),
+            ("postcopy", "int"),
+        ]),
     ),
     ("BalloonInfo", object(&[("actual", "int")])),
     ("GuidInfo", object(&[("guid", "str")])),

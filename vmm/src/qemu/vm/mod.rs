@@ -7,6 +7,7 @@ mod blocks;
 mod compare;
 mod control;
 mod devices;
+mod discards;
 mod functions;
 mod held;
 mod hubs;

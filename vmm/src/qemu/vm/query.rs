@@ -7,7 +7,6 @@ use serde_json::{Value, json};
 
 use super::outgoing::{MigrationStatus, Statistics};
 use super::{RunStatus, Vm};
-use crate::memory::discard::BackendDiscards;
 use crate::qemu::line::Wanted;
 use crate::qemu::migration::capability::{Capabilities, Capability};
 use crate::qemu::qmp::message::QmpError;
@@ -138,7 +137,6 @@ impl Vm {
     }
 
     pub(in crate::qemu) fn query_memdev(&self) -> Value {
-        let ram = self.held.ram();
         self.listed_objects()
             .into_iter()
             .map(|backend| {
@@ -156,10 +154,6 @@ impl Vm {
                     "reserve": backend.reserve(),
                     "policy": "default",
                     "host-nodes": [],
-                    "discard": BackendDiscards::of(backend).discards.word(),
-                    "discard-required-by": ram.as_ref().map_or_else(Vec::new, |ram| {
-                        ram.gate().holders_of(backend.id())
-                    }),
                 })
             })
             .collect()
