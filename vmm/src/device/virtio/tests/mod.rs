@@ -16,6 +16,7 @@ mod requests;
 mod rings;
 mod saved;
 mod taken_out;
+mod vhost_user;
 mod vsock;
 mod vsock_guest;
 mod vsock_host;
