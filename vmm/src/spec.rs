@@ -18,6 +18,7 @@ pub mod parts;
 mod pci;
 mod role;
 mod tap;
+mod vhost_user;
 
 use std::collections::HashSet;
 
@@ -41,6 +42,7 @@ pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
 pub use role::{Role, RoleError};
 pub use tap::TapSpec;
+pub use vhost_user::{VhostUserFunction, VhostUserParts, fault_of_unshared};
 
 /// The most vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 8;

@@ -147,6 +147,9 @@ impl DeviceEntry {
                     limits,
                 })
             }
+            (kind @ ("vhost-user-blk" | "vhost-user-net"), ..) => {
+                return Err(unshared(&self.id, kind));
+            }
             (kind, disk, cid, mac) => {
                 let (disk, cid, mac) = (
                     with(disk.is_some()),
@@ -165,6 +168,14 @@ impl DeviceEntry {
             kind,
         })
     }
+}
+
+/// Why a template has no device in another process.
+pub fn unshared(id: &str, kind: &str) -> String {
+    format!(
+        "device {id} is a {kind:?}: it shares all guest memory with another process, which clones cannot do, \
+         as their memory is share=off: make the template without it, or give it a virtio-blk or virtio-net"
+    )
 }
 
 impl PortEntry {

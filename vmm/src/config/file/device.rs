@@ -10,7 +10,7 @@ use super::port::PortTable;
 use super::{Bytes, is_default};
 use crate::spec::{
     ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits, MacAddress,
-    NetParts, PortParts, Rate, TapSpec, VsockParts,
+    NetParts, PortParts, Rate, TapSpec, VhostUserFunction, VhostUserParts, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -141,9 +141,48 @@ pub enum DeviceTable {
         /// Its ports: at most 16.
         ports: Vec<PortTable>,
     },
+    /// A disk that another process serves (vhost-user): all memory must be shared with it.
+    #[serde(rename = "vhost-user-blk")]
+    VhostUserBlock {
+        /// What it is called; `vhost-user0`, `vhost-user1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The Unix socket on which the process listens.
+        socket: PathBuf,
+    },
+    /// A network device that another process serves (vhost-user): all memory must be shared with it.
+    #[serde(rename = "vhost-user-net")]
+    VhostUserNet {
+        /// What it is called; `vhost-user0`, `vhost-user1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The Unix socket on which the process listens.
+        socket: PathBuf,
+        /// Its hardware address; the first free one from 52:54:00:12:34:56 on if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<String>")]
+        mac: Option<MacAddress>,
+    },
 }
 
 impl DeviceTable {
+    /// The name and the kind of a device that another process serves.
+    pub fn in_other_process(&self) -> Option<(&str, &'static str)> {
+        match self {
+            Self::VhostUserBlock { .. } => Some((self.name(), "vhost-user-blk")),
+            Self::VhostUserNet { .. } => Some((self.name(), "vhost-user-net")),
+            _ => None,
+        }
+    }
+
     /// What it is called, or what it is.
     pub fn name(&self) -> &str {
         let (id, word) = match self {
@@ -153,6 +192,8 @@ impl DeviceTable {
             Self::Vsock { id, .. } => (id, "virtio-vsock"),
             Self::Document { id, .. } => (id, "document"),
             Self::Console { id, .. } => (id, "virtio-console"),
+            Self::VhostUserBlock { id, .. } => (id, "vhost-user-blk"),
+            Self::VhostUserNet { id, .. } => (id, "vhost-user-net"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -191,6 +232,27 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                     kind: DeviceKind::Console(ConsoleParts { ports: ports? }),
                 }
             }
+            DeviceTable::VhostUserBlock { id, slot, socket } => Self {
+                id,
+                slot,
+                kind: DeviceKind::VhostUser(VhostUserParts {
+                    socket,
+                    function: VhostUserFunction::Block,
+                }),
+            },
+            DeviceTable::VhostUserNet {
+                id,
+                slot,
+                socket,
+                mac,
+            } => Self {
+                id,
+                slot,
+                kind: DeviceKind::VhostUser(VhostUserParts {
+                    socket,
+                    function: VhostUserFunction::Net { mac },
+                }),
+            },
             DeviceTable::Block {
                 id,
                 slot,
@@ -260,6 +322,15 @@ impl From<&DeviceSpec> for DeviceTable {
                 id,
                 slot,
                 ports: ports.iter().map(PortTable::from).collect(),
+            },
+            DeviceKind::VhostUser(VhostUserParts { socket, function }) => match function {
+                VhostUserFunction::Block => Self::VhostUserBlock { id, slot, socket },
+                VhostUserFunction::Net { mac } => Self::VhostUserNet {
+                    id,
+                    slot,
+                    socket,
+                    mac,
+                },
             },
             DeviceKind::Block(DiskParts {
                 path,

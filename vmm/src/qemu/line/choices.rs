@@ -62,6 +62,7 @@ pub fn of(argument: &Argument) -> Option<String> {
                 "virtio-serial-pci",
                 "virtconsole",
                 "virtserialport",
+                "vhost-user-blk-pci",
                 "vhost-vsock-pci",
                 "vmgenid",
             ],

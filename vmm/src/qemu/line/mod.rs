@@ -3,6 +3,7 @@
 //! content the caller brings.
 
 pub mod argv;
+pub mod blockdev;
 pub mod chardev;
 pub mod choices;
 pub mod console;
@@ -21,6 +22,7 @@ pub mod refused;
 pub mod said;
 pub mod smp;
 mod throttle;
+pub mod vhost_user;
 pub mod vsock;
 pub mod wanted;
 

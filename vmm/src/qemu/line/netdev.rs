@@ -26,7 +26,7 @@ pub struct Netdev {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetDevice {
     pub(super) netdev: Option<String>,
-    mac: Option<MacAddress>,
+    pub(super) mac: Option<MacAddress>,
 }
 
 /// Reads a netdev.
@@ -35,7 +35,7 @@ pub fn netdev(mut props: Props) -> Result<Netdev, OptionError> {
     if kind != "tap" {
         return Err(OptionError::new(format!(
             "type={kind} cannot be had: a network is a tap, so say tap,id=ID,ifname=NAME,script=no,\
-             downscript=no"
+             downscript=no; or vhost-user, where all memory is shared"
         )));
     }
     let id = props.required("id")?;

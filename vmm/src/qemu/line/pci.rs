@@ -3,12 +3,12 @@
 //! monitors say of them (`blockdev-add`, `device_add`) is read here too. What networks have of their own is
 //! in [`super::netdev`].
 
-use std::path::PathBuf;
-
+use super::blockdev::blockdev;
 use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
 use super::throttle;
+use super::vhost_user::{self, Backend, VhostUser};
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
@@ -37,6 +37,8 @@ pub struct PciDevices {
     netdevs: Vec<Netdev>,
     /// `-device`
     devices: Vec<Device>,
+    /// What leads to devices in other processes.
+    pub(in crate::qemu) vhost_user: VhostUser,
 }
 
 /// An image that a device can name.
@@ -77,6 +79,7 @@ enum What {
     Vsock(VsockParts),
     Net(NetDevice),
     Console(console::Bus),
+    VhostUser(Backend),
 }
 
 impl PciDevices {
@@ -89,8 +92,13 @@ impl PciDevices {
                 self.images.push(image);
             }
             "netdev" => {
-                let new = netdev::netdev(words(value, "type")?)?;
-                if self.netdevs.iter().any(|other| other.id == new.id) {
+                let is_taken = |id: &str| self.netdevs.iter().any(|other| other.id == id);
+                let props = words(value, "type")?;
+                let Some(props) = self.vhost_user.netdev(props, &is_taken, typed)? else {
+                    return Ok(true);
+                };
+                let new = netdev::netdev(props)?;
+                if is_taken(&new.id) || self.vhost_user.has_netdev(&new.id) {
                     return Err(netdev::duplicate(&new.id));
                 }
                 self.netdevs.push(new);
@@ -127,6 +135,9 @@ impl PciDevices {
             Ok(port) => return self.port(port).map(|()| None),
             Err(props) => props,
         };
+        let Some(props) = self.vhost_user.proxy(props, typed)? else {
+            return Ok(None);
+        };
         match Device::read(props, typed)? {
             Ok(device) => {
                 self.devices.push(device);
@@ -156,9 +167,16 @@ impl PciDevices {
         &mut self,
         mut chardev_of: impl FnMut(&str) -> Option<Chardev>,
     ) -> Result<(), OptionError> {
+        self.vhost_user.connect(&mut chardev_of)?;
         for device in &mut self.devices {
-            let What::Console(bus) = &mut device.what else {
-                continue;
+            let bus = match &mut device.what {
+                What::Console(bus) => bus,
+                What::VhostUser(backend) => {
+                    let connected = backend.connect(&mut chardev_of);
+                    connected.map_err(|error| error.at(&device.typed))?;
+                    continue;
+                }
+                _ => continue,
             };
             for port in &mut bus.ports {
                 let chardev = port.chardev.as_deref().and_then(&mut chardev_of);
@@ -237,7 +255,17 @@ impl PciDevices {
         let mut free: Vec<&Image> = self.images.iter().collect();
         free.retain(|image| !is_file_node(&self.images, &image.id));
         let mut cables: Vec<&Netdev> = self.netdevs.iter().collect();
+        let mut sockets = self.vhost_user.free();
         let parts = self.devices.iter().map(|device| {
+            let net = match &device.what {
+                What::Net(net) => sockets.take(net),
+                _ => Ok(None),
+            };
+            match net {
+                Ok(None) => (),
+                Ok(Some(kind)) => return Ok(device.as_parts(kind)),
+                Err(error) => return Err(error.at(&device.typed)),
+            }
             let disk_of = |drive: &str| {
                 let at = free.iter().position(|image| image.id == drive);
                 let known = self.images.iter().any(|image| image.id == drive);
@@ -286,7 +314,9 @@ impl Device {
         let is_vsock = vsock::DRIVERS.contains(&driver.as_str());
         let is_net = NET_DRIVERS.contains(&driver.as_str());
         let is_console = console::DRIVERS.contains(&driver.as_str());
-        let is_other = is_vsock || is_net || is_console || RNG_DRIVERS.contains(&driver.as_str());
+        let is_vhost_user = vhost_user::DRIVERS.contains(&driver.as_str());
+        let is_other = is_vsock || is_net || is_console || is_vhost_user;
+        let is_other = is_other || RNG_DRIVERS.contains(&driver.as_str());
         if !is_block && !is_other {
             props.add("driver", &driver);
             return Ok(Err(props));
@@ -311,6 +341,8 @@ impl Device {
             What::Net(NetDevice::read(&mut props)?)
         } else if is_console {
             What::Console(console::Bus::read(&mut props)?)
+        } else if is_vhost_user {
+            What::VhostUser(Backend::read(&mut props)?)
         } else {
             What::Rng {
                 source: props.text("rng")?,
@@ -346,6 +378,25 @@ impl Device {
         }
     }
 
+    /// Finds the socket of a device in another process: `chardev_of` knows chardevs.
+    pub fn connect(
+        &mut self,
+        mut chardev_of: impl FnMut(&str) -> Option<Chardev>,
+    ) -> Result<(), OptionError> {
+        match &mut self.what {
+            What::VhostUser(backend) => backend.connect(&mut chardev_of),
+            _ => Ok(()),
+        }
+    }
+
+    fn as_parts(&self, kind: DeviceKind) -> DeviceParts {
+        DeviceParts {
+            id: self.id.clone(),
+            slot: self.slot,
+            kind,
+        }
+    }
+
     /// Its parts, with the disk of its drive or the tap of its netdev: `disk_of` and `tap_of` find one that
     /// nobody has.
     pub fn parts(
@@ -366,17 +417,14 @@ impl Device {
             What::Vsock(vsock) => DeviceKind::Vsock(vsock.clone()),
             What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
             What::Console(bus) => DeviceKind::Console(bus.parts()?),
+            What::VhostUser(backend) => backend.disk()?,
             What::Block { drive, serial } => {
                 let mut disk = disk_of(drive)?;
                 disk.serial.clone_from(serial);
                 DeviceKind::Block(disk)
             }
         };
-        Ok(DeviceParts {
-            id: self.id.clone(),
-            slot: self.slot,
-            kind,
-        })
+        Ok(self.as_parts(kind))
     }
 }
 
@@ -393,70 +441,6 @@ pub fn no_drive(drive: &str, is_known: bool) -> OptionError {
 pub fn is_file_node(images: &[Image], id: &str) -> bool {
     let mut files = images.iter().filter_map(|image| image.file_node.as_deref());
     files.any(|file| file == id)
-}
-
-/// Reads a blockdev, which may have another one of `images` as its file.
-pub fn blockdev(mut props: Props, images: &[Image]) -> Result<Image, OptionError> {
-    let driver = props.required("driver")?;
-    let node = props
-        .text("node-name")?
-        .ok_or_else(|| OptionError::new("'node-name' must be specified for the root node"))?;
-    if images.iter().any(|image| image.id == node) {
-        return Err(OptionError::new(format!(
-            "Duplicate nodes with node-name='{node}'"
-        )));
-    }
-    let read_only = props.switch("read-only")?.unwrap_or(false);
-    only(&mut props, "discard", &["unmap"])?;
-    only(&mut props, "cache.direct", &["off"])?;
-    only(&mut props, "cache.no-flush", &["off"])?;
-    only(&mut props, "auto-read-only", &["off"])?;
-    let asked = if read_only {
-        DiskAccess::Read
-    } else {
-        DiskAccess::Write
-    };
-    let image = |path: PathBuf, access, file_node| Image {
-        id: node.clone(),
-        disk: DiskParts {
-            path,
-            access,
-            ..DiskParts::default()
-        },
-        file_node,
-        is_drive: false,
-    };
-    match driver.as_str() {
-        "file" => {
-            let path = props.required("filename")?;
-            only(&mut props, "aio", &["threads"])?;
-            props.finish()?;
-            Ok(image(path.into(), asked, None))
-        }
-        "raw" => {
-            if let Some(file) = props.text("file")? {
-                props.finish()?;
-                let inner = images.iter().find(|image| image.id == file);
-                let inner = inner.ok_or_else(|| {
-                    OptionError::new(format!("Cannot find device='' nor node-name='{file}'"))
-                })?;
-                // Never more than what it is made of may be asked for.
-                let access = match inner.disk.access {
-                    DiskAccess::Write => asked,
-                    narrow if asked == DiskAccess::Write => narrow,
-                    _ => DiskAccess::Read,
-                };
-                return Ok(image(inner.disk.path.clone(), access, Some(file)));
-            }
-            only(&mut props, "file.driver", &["file"])?;
-            let path = props.required("file.filename")?;
-            props.finish()?;
-            Ok(image(path.into(), asked, None))
-        }
-        other => Err(OptionError::new(format!(
-            "driver '{other}' cannot be had: images are raw files, so say driver=file or driver=raw"
-        ))),
-    }
 }
 
 /// Properties of a blockdev or a netdev: words, or JSON.

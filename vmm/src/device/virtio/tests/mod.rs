@@ -17,6 +17,7 @@ mod rings;
 mod saved;
 mod taken_out;
 mod vhost_user;
+mod vhost_user_hostile;
 mod vsock;
 mod vsock_guest;
 mod vsock_host;
