@@ -15,19 +15,25 @@ cat >/bin/becomes <<'BECOMES'
 for try in $(seq 300); do eval "$1" && exit 0; sleep 0.2; done
 exit 1
 BECOMES
-chmod +x /bin/becomes
+cat >/bin/writes <<'WRITES'
+#!/bin/sh
+# Writes the same again and again, until it is killed.
+(while true; do dd if=/tmp/random of=/dev/vda bs=64k oflag=direct; done) >/dev/null 2>&1 </dev/null &
+echo $! >/tmp/writer
+WRITES
+chmod +x /bin/becomes /bin/writes
 PREPARE
 (cd "$folder/extra" && echo prepare | cpio -o -H newc 2>/dev/null) >"$folder/extra.cpio"
 cat /rig/initrd "$folder/extra.cpio" >"$folder/initrd"
 dd if=/dev/zero of="$folder/image" bs=1M count=0 seek=16 2>/dev/null
 
-# serve: the daemon, until it is killed.
+# serve NAME: the daemon, until it is killed.
 serve() {
     rm -f "$folder/socket"
     /rig/qemu-storage-daemon --blockdev file,node-name=disk,filename=image \
-        --export vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path=socket,writable=on &
+        --export vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path=socket,writable=on >>daemon.log 2>&1 &
     daemon=$!
-    within 60 [ -S "$folder/socket" ]
+    check "$1" within 60 [ -S "$folder/socket" ]
 }
 
 # start NAME OPTIONS...: a machine that speaks QMP at NAME.in and NAME.out, COM1 at NAME.com1.
@@ -61,7 +67,7 @@ running() {
     within 20 grep -q '"status": "running"' "$1.out"
 }
 
-check daemon serve
+serve daemon
 start t -object "$(memory share=on)" -machine q35,memory-backend=pc.ram -smp 2 \
     -device vhost-user-blk-pci,chardev=vu,id=vb0,num-queues=1,addr=5 \
     -kernel /rig/vmlinuz -initrd "$folder/initrd" -append "console=ttyS0 quiet panic=-1"
@@ -74,15 +80,14 @@ check disk say t.com1 "becomes '[ -b /dev/vda ]'"
 same sectors 32768 "$(say t.com1 'cat /sys/block/vda/size')"
 
 # What the guest writes is in the image, and what it reads is that.
-check written say t.com1 'dd if=/dev/urandom of=/tmp/random bs=64k count=64 2>/dev/null &&
-    dd if=/tmp/random of=/dev/vda bs=64k oflag=direct conv=fsync 2>/dev/null'
+check written say t.com1 \
+    'dd if=/dev/urandom of=/tmp/random bs=64k count=64 2>/dev/null && dd if=/tmp/random of=/dev/vda bs=64k oflag=direct conv=fsync 2>/dev/null'
 sum=$(say t.com1 'sha256sum </tmp/random')
 same image-has-it "$sum" "$(head -c 4194304 image | sha256sum)"
 same read-back "$sum" "$(say t.com1 'dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum')"
 
 # Stopped while it writes, and it goes on.
-say t.com1 '(while true; do dd if=/tmp/random of=/dev/vda bs=64k oflag=direct; done) >/dev/null 2>&1 </dev/null &
-    echo $! >/tmp/writer'
+say t.com1 writes
 stopped_and_on() {
     tell t stop
     sleep 0.3
@@ -110,6 +115,7 @@ tell r migrate-incoming '"uri": "file:state"'
 check restored within 60 migrated r || cat r.out r.err
 tell r cont
 # The guest still writes in its loop, always the same.
+# shellcheck disable=SC2016
 same restored-reads "$sum" "$(say r.com1 'kill $(cat /tmp/writer); sleep 1; dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum')"
 
 # The daemon is killed: the guest's disk is dead, its machine is not.
@@ -120,9 +126,8 @@ check vm-goes-on running r
 same guest-goes-on alive "$(say r.com1 'echo alive')"
 
 # Another one serves it after the guest's own reset of the device.
-check daemon-again serve
-check reset say r.com1 'echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/unbind;
-    echo 0000:00:05.0 >/sys/bus/pci/drivers/virtio-pci/bind; becomes "[ -b /dev/vda ]"'
+serve daemon-again
+check reset say r.com1 'cd /sys/bus/pci/drivers/virtio-pci; echo 0000:00:05.0 >unbind; echo 0000:00:05.0 >bind; becomes "[ -b /dev/vda ]"'
 same serves-again "$sum" "$(say r.com1 'dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum')"
 
 # Unplugged: only so can clones be made. Plugged again, and out.
