@@ -1,6 +1,6 @@
 # shellcheck shell=dash
-# Debian's kernel on a disk that another process serves (vhost-user): QEMU's storage daemon. Written, read and
-# checked; through a save and a restore, and when the daemon is killed; plugged and unplugged. Then the same machine as a
+# Debian's kernel on a disk that another process serves (vhost-user): QEMU's storage daemon. Written, read,
+# mounted and checked; through a save and a restore, and when the daemon is killed; plugged and unplugged. Then the same machine as a
 # template, and what its clones cannot have. Functions of l1-lib.sh; `say SOCKET COMMAND` runs a command in a guest.
 
 folder=/tmp/vhost
@@ -85,6 +85,12 @@ check written say t.com1 \
 sum=$(say t.com1 'sha256sum </tmp/random')
 same image-has-it "$sum" "$(head -c 4194304 image | sha256sum)"
 same read-back "$sum" "$(say t.com1 'dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum')"
+
+# A file system: mounted, written, unmounted, and whole on the host's side.
+check made /rig/mke2fs -q -t ext4 -F "$folder/image"
+check file-system say t.com1 'mkdir /data && mount -t ext4 /dev/vda /data && cp /tmp/random /data/random && sync && umount /data && mount -t ext4 /dev/vda /data && cmp /tmp/random /data/random && umount /data'
+check whole /rig/e2fsck -fn "$folder/image"
+check written-again say t.com1 'dd if=/tmp/random of=/dev/vda bs=64k oflag=direct conv=fsync 2>/dev/null'
 
 # Stopped while it writes, and it goes on.
 say t.com1 writes

@@ -192,13 +192,14 @@ fn linux_6_12_clones_are_told_apart() -> Result<()> {
 
 #[test]
 fn linux_6_12_uses_a_disk_of_another_process() -> Result<()> {
-    let daemon = system_program("qemu-storage-daemon")?;
-    let report = L1::new("linux-vhost", Series::Linux6_12)
+    let mut l1 = L1::new("linux-vhost", Series::Linux6_12)
         .program(&built_program("pando")?, "/bin/pando")
         .program(&built_program("say")?, "/bin/say")
-        .program(&daemon, "/rig/qemu-storage-daemon")
-        .limit(LIMIT)
-        .run(VHOST)?;
+        .limit(LIMIT);
+    for tool in ["qemu-storage-daemon", "mke2fs", "e2fsck"] {
+        l1 = l1.program(&system_program(tool)?, &format!("/rig/{tool}"));
+    }
+    let report = l1.run(VHOST)?;
     report.record("vhost")?;
     ensure!(report.passed(), "Linux 6.12 with vhost-user:\n{report}");
     Ok(())

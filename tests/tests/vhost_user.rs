@@ -222,7 +222,7 @@ fn backends_that_are_missing_are_named_and_chardevs_that_lead_to_none() -> Resul
     fs::write(dir.path().join("socket"), "")?;
     let said = refused(dir.path(), &with_disk(SHARED))?;
     ensure!(
-        said.contains("vb0") && said.contains("Failed to connect to 'socket'"),
+        said.contains("\"vb0\": failed to connect to 'socket'"),
         "{said}"
     );
     for (chardev, device, text) in [

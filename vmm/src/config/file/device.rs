@@ -232,27 +232,15 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                     kind: DeviceKind::Console(ConsoleParts { ports: ports? }),
                 }
             }
-            DeviceTable::VhostUserBlock { id, slot, socket } => Self {
-                id,
-                slot,
-                kind: DeviceKind::VhostUser(VhostUserParts {
-                    socket,
-                    function: VhostUserFunction::Block,
-                }),
-            },
+            DeviceTable::VhostUserBlock { id, slot, socket } => {
+                vhost_user((id, slot), socket, VhostUserFunction::Block)
+            }
             DeviceTable::VhostUserNet {
                 id,
                 slot,
                 socket,
                 mac,
-            } => Self {
-                id,
-                slot,
-                kind: DeviceKind::VhostUser(VhostUserParts {
-                    socket,
-                    function: VhostUserFunction::Net { mac },
-                }),
-            },
+            } => vhost_user((id, slot), socket, VhostUserFunction::Net { mac }),
             DeviceTable::Block {
                 id,
                 slot,
@@ -303,6 +291,18 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 }
             }
         })
+    }
+}
+
+fn vhost_user(
+    (id, slot): (Option<String>, Option<u8>),
+    socket: PathBuf,
+    function: VhostUserFunction,
+) -> DeviceParts {
+    DeviceParts {
+        id,
+        slot,
+        kind: DeviceKind::VhostUser(VhostUserParts { socket, function }),
     }
 }
 

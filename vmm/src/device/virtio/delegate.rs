@@ -63,8 +63,12 @@ impl Core {
         let (Some(outside), Some(delegate)) = (&self.outside, self.device.delegate()) else {
             return Ok(());
         };
-        let stopped = delegate.stop(&mut self.queues, &outside.ram);
-        stopped.and_then(|()| self.pass_on())
+        delegate.stop(&mut self.queues, &outside.ram)?;
+        if self.is_active {
+            self.pass_on()
+        } else {
+            Ok(())
+        }
     }
 
     /// Gives the guest the interrupts that it is due.

@@ -79,6 +79,8 @@ impl Shared {
     /// Nothing more until the guest resets the device.
     fn fail(&self, core: &mut Core) {
         core.is_active = false;
+        // Why it fails is known already.
+        let _known = core.take_back();
         core.device.reset();
         self.is_active.store(false, Ordering::SeqCst);
         self.is_broken.store(true, Ordering::SeqCst);

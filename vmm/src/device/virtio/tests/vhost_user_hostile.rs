@@ -182,7 +182,7 @@ fn nobody_who_listens_is_an_error() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("none");
     let text = connect(&path).unwrap_err();
-    let wanted = format!("Failed to connect to '{}': No such file", path.display());
+    let wanted = format!("failed to connect to '{}': No such file", path.display());
     assert!(text.starts_with(&wanted), "{text}");
     // Somebody who listens and never accepts, with a line that is full.
     let flags = SocketFlags::CLOEXEC;
@@ -191,7 +191,7 @@ fn nobody_who_listens_is_an_error() {
     listen(&listener, 0).unwrap();
     let _first = UnixStream::connect(&path).unwrap();
     let text = connect(&path).unwrap_err();
-    assert!(text.contains("Failed to connect"), "{text}");
+    assert!(text.contains("failed to connect"), "{text}");
     drop(listener);
 }
 

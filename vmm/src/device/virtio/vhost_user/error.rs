@@ -10,7 +10,7 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum VhostUserError {
     /// Nobody listens.
-    #[error("Failed to connect to '{}'", path.display())]
+    #[error("failed to connect to '{}'", path.display())]
     Connect {
         /// The process's socket.
         path: PathBuf,
