@@ -18,6 +18,7 @@ mod saved;
 mod taken_out;
 mod vhost_user;
 mod vhost_user_hostile;
+mod vhost_user_net;
 mod vsock;
 mod vsock_guest;
 mod vsock_host;
