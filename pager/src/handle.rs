@@ -142,6 +142,19 @@ impl Pager<Idle> {
         Ok(memory)
     }
 
+    /// From now on the clone may discard pages of all memory that was attached for good
+    /// (`CloneMemory::discard_to_zero`): `memories` are in the order in which they were attached.
+    pub fn allow_discards<'a>(
+        &mut self,
+        memories: impl Iterator<Item = &'a mut CloneMemory>,
+    ) -> Result<(), PagerError> {
+        let maps = self.state.registration.make_discard_maps(memories)?;
+        for (served, map) in self.state.regions.iter_mut().zip(maps) {
+            served.discards = Some(map);
+        }
+        Ok(())
+    }
+
     fn serve_in(&mut self, image: Image, memory: &CloneMemory) {
         let counts = self.state.options.fault_counts;
         let state = &mut self.state;

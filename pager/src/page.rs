@@ -159,6 +159,11 @@ impl PageRange {
         self.start().offset()
     }
 
+    /// Whether all of `pages` are among them.
+    pub const fn contains_all(self, pages: Self) -> bool {
+        self.start().get() <= pages.start().get() && pages.end().get() <= self.end().get()
+    }
+
     /// Whether `page` is one of them.
     pub const fn contains(self, page: PageIndex) -> bool {
         page.0 >= self.start && page.0 - self.start < self.count

@@ -19,6 +19,7 @@ use crate::memory::CloneMemory;
 use crate::page::{PageIndex, PageRange};
 use crate::region::Region;
 use crate::root_memory::RootMemory;
+use crate::sys::discard_map::DiscardMap;
 use crate::sys::mmap::ServedMapping;
 use crate::sys::userfaultfd::{self as uffd_sys, Opened, Tracking};
 
@@ -34,6 +35,8 @@ pub struct Registration {
     /// All of each image's memory. The clone's to hold: what it dropped is not there here either.
     memories: Vec<Region>,
     regions: Vec<ClientRegion>,
+    /// The map of discarded pages of the first image, and so the file of all.
+    discards: Option<DiscardMap>,
 }
 
 impl Registration {
@@ -60,6 +63,7 @@ impl Registration {
             tracking: opened.tracking,
             memories: Vec::new(),
             regions: Vec::new(),
+            discards: None,
         }
     }
 
@@ -115,6 +119,42 @@ impl Registration {
         let memory = CloneMemory::new(mapping, own);
         self.memories.push(memory.region());
         Ok(memory)
+    }
+
+    /// From now on the clone may discard pages of all its memory for good (`CloneMemory::discard_to_zero`):
+    /// whoever serves it is to be given the map ([`Self::discard_map`]). `memories` are in the order in which
+    /// they were mapped or inherited.
+    pub fn allow_discards<'a>(
+        &mut self,
+        memories: impl Iterator<Item = &'a mut CloneMemory>,
+    ) -> Result<(), PagerError> {
+        self.make_discard_maps(memories).map(|_| ())
+    }
+
+    /// The same; the maps.
+    pub(crate) fn make_discard_maps<'a>(
+        &mut self,
+        memories: impl Iterator<Item = &'a mut CloneMemory>,
+    ) -> Result<Vec<DiscardMap>, PagerError> {
+        let images: Vec<_> = self
+            .memories
+            .iter()
+            .map(|memory| memory.pages().count())
+            .collect();
+        let maps = DiscardMap::new(&images).map_err(|source| PagerError::Setup {
+            what: "a map of discarded pages",
+            source,
+        })?;
+        for (memory, map) in memories.zip(&maps) {
+            memory.set_discards(map.clone());
+        }
+        self.discards = maps.first().cloned();
+        Ok(maps)
+    }
+
+    /// The map of discarded pages, to be handed over: a file without a name; `None` where none may be.
+    pub fn discard_map(&self) -> Option<BorrowedFd<'_>> {
+        self.discards.as_ref().map(AsFd::as_fd)
     }
 
     /// Whether the kernel will know which pages were written.

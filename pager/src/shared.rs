@@ -26,6 +26,7 @@ use crate::serve::{Attach, Client, Command, Served, ServedImage, Tells};
 use crate::shard::{self, Shard, ShardPlan};
 use crate::source::PageSource;
 use crate::sys::adopt::adopt;
+use crate::sys::discard_map::DiscardMap;
 use crate::sys::userfaultfd::Tracking;
 use crate::working_set::Trace;
 
@@ -206,12 +207,20 @@ impl SharedPager {
         if let Some(run) = unknown {
             return Err(SpecError::UnknownImage { image: run.image });
         }
+        let pages: Vec<_> = images.iter().map(|image| image.image().pages()).collect();
+        let discards = spec.discards.take();
+        let discards = discards
+            .map(|file| DiscardMap::adopt(file, &pages))
+            .transpose();
+        let discards = discards.map_err(SpecError::Discards)?.unwrap_or_default();
         let regions: Vec<Served> = spec
             .regions
             .iter()
             .map(|region| {
                 let image = Arc::clone(&images[region.image.index()]);
-                Served::new(image, Region::other(region.address, region.pages))
+                let mut served = Served::new(image, Region::other(region.address, region.pages));
+                served.discards = discards.get(region.image.index()).cloned();
+                served
             })
             .collect();
         let tracking = Tracking::wanted(spec.track_writes);

@@ -155,12 +155,6 @@ pub const DIFFERENCES: &[Difference] = &[
         "`object-add` makes a backend, and no device can be added that would use it: `device_add` says so",
     ),
     listed(
-        &["bal-noguest", "bal-two"],
-        Kind::NotHere,
-        1,
-        "there is no balloon device yet: refused by name",
-    ),
-    listed(
         &["vmem-*"],
         Kind::NotHere,
         1,

@@ -16,6 +16,7 @@ const DEVICES: &str = include_str!("../rig/linux-devices.sh");
 const HOTPLUG: &str = include_str!("../rig/linux-hotplug.sh");
 const FARM: &str = include_str!("../rig/linux-farm.sh");
 const VHOST: &str = include_str!("../rig/linux-vhost.sh");
+const BALLOON: &str = include_str!("../rig/linux-balloon.sh");
 const NET: &str = include_str!("../rig/linux-net.sh");
 /// The guest above the gap has 5 GiB, of which it touches little.
 const MEMORY_MIB: u32 = 7168;
@@ -69,6 +70,18 @@ fn linux_6_1_is_templated_by_qemus_command_lines() -> Result<()> {
         report.passed(),
         "Linux 6.1 by QEMU's command lines:\n{report}"
     );
+    Ok(())
+}
+
+#[test]
+fn linux_6_12_gives_memory_away_where_it_may() -> Result<()> {
+    let report = L1::new("linux-balloon", Series::Linux6_12)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(BALLOON)?;
+    report.record("balloon")?;
+    ensure!(report.passed(), "Linux 6.12 with a balloon:\n{report}");
     Ok(())
 }
 

@@ -3,12 +3,16 @@
 //! that cannot have one, with the reason.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use pando_tests::command::{create_template, eventually, finish, pando};
+use pando_tests::command::{create_template, eventually, finish, pando, signal_pid};
 use pando_tests::qemu::{CLONE, QemuVm, image, memory, words};
+use pando_vmm::payload::protocol::READY_LINE;
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const SHARED: &str = "memory-backend-memfd,id=pc.ram,size=64M,share=on";
@@ -112,7 +116,81 @@ fn a_disk_of_another_process_is_there_goes_and_comes() -> Result<()> {
     ensure!(ids(&functions) == ["vb0"], "{functions}");
     vm.qmp.ok("device_del", &json!({"id": "vb0"}))?;
     ensure!(vm.qmp.status()? == "running");
+    let netdev = json!({"type": "vhost-user", "id": "n", "chardev": "vu"});
+    let error = vm.qmp.refused("netdev_add", &netdev)?;
+    ensure!(
+        error.contains("cannot be added while the machine runs"),
+        "{error}"
+    );
     vm.quit()?;
+    Ok(())
+}
+
+#[test]
+fn a_daemon_that_stands_still_is_not_waited_for() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let daemon = Daemon::start(dir.path())?;
+    let mut options = words(&[
+        "-object",
+        SHARED,
+        "-machine",
+        "q35,memory-backend=pc.ram",
+        "-m",
+        "64M",
+    ]);
+    options.extend(words(&[
+        "-kernel",
+        "embedded",
+        "-chardev",
+        "socket,id=vu,path=socket",
+    ]));
+    let mut vm = QemuVm::start(dir.path(), "a", &options)?;
+    vm.serial()?.ready()?;
+    signal_pid(daemon.0.id(), Signal::STOP)?;
+    let device = json!({"driver": "vhost-user-blk-pci", "id": "vb0", "chardev": "vu"});
+    let begun = Instant::now();
+    let error = vm.qmp.refused("device_add", &device)?;
+    ensure!(begun.elapsed() < Duration::from_secs(10));
+    let why = "cannot make the vhost-user device \"vb0\": the vhost-user backend at socket does not answer \
+               GET_FEATURES within 2000 ms";
+    ensure!(error.contains(why), "{error}");
+    ensure!(vm.qmp.status()? == "running");
+    signal_pid(daemon.0.id(), Signal::CONT)?;
+    vm.qmp.ok("device_add", &device)?;
+    let functions = vm.qmp.ok("query-pci", &json!({}))?;
+    ensure!(ids(&functions) == ["vb0"], "{functions}");
+    vm.quit()?;
+    Ok(())
+}
+
+#[test]
+fn a_machine_file_has_a_disk_of_another_process() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let _daemon = Daemon::start(dir.path())?;
+    let text = "kernel = 'embedded'\n[memory]\nbackend = 'm'\n[[backend]]\nid = 'm'\nkind = 'memfd'\n\
+                size = '64M'\nshare = true\n[[device]]\nkind = 'vhost-user-blk'\nid = 'vb0'\nsocket = 'socket'\n";
+    fs::write(dir.path().join("vm.toml"), text)?;
+    let mut command = pando(&["run", "--machine", "vm.toml", "--print-machine"])?;
+    let finished = finish(command.current_dir(dir.path()))?.expect_code(0)?;
+    for line in [
+        "kind = \"vhost-user-blk\"",
+        "socket = \"socket\"",
+        "slot = 1",
+    ] {
+        ensure!(finished.stdout.contains(line), "{}", finished.stdout);
+    }
+    let mut command = pando(&["run", "--machine", "vm.toml"])?;
+    command.current_dir(dir.path()).stdin(Stdio::piped());
+    let mut child = command.stdout(Stdio::piped()).spawn()?;
+    let mut lines = BufReader::new(child.stdout.take().context("no output")?);
+    let mut line = String::new();
+    while line.trim_end() != READY_LINE.trim_end() {
+        line.clear();
+        ensure!(lines.read_line(&mut line)? > 0, "the guest said nothing");
+    }
+    let mut input = child.stdin.take().context("no input")?;
+    input.write_all(&pando_vmm::payload::protocol::Command::PowerOff.encode())?;
+    ensure!(child.wait()?.success());
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 //! place that says no.
 
 pub mod backend;
+mod balloon;
 mod console;
 mod device;
 mod dimm;
@@ -26,12 +27,12 @@ use crate::memory::layout::{Placed, RamLayout};
 
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
+pub use balloon::BalloonParts;
 pub use console::{ConsoleFault, ConsoleParts, PortParts, PortTarget};
 pub use console::{MAX_CONSOLE_PORTS, MAX_PORT_NAME_BYTES, MAX_SOCKET_PATH_BYTES};
-pub use device::VsockParts;
 pub use device::{DeviceFault, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
 pub use device::{
-    FIRST_CID, LAST_CID, LAST_SLOT, MAX_SERIAL_BYTES, MAX_VSOCK_PATH_BYTES, NetParts,
+    FIRST_CID, LAST_CID, LAST_SLOT, MAX_SERIAL_BYTES, MAX_VSOCK_PATH_BYTES, NetParts, VsockParts,
 };
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};

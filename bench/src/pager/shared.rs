@@ -151,6 +151,7 @@ impl Clients {
         for (number, client) in self.all[..count].iter().enumerate() {
             let (address, uffd) = client.map(subject.pages() * PAGE_BYTES)?;
             let spec = ClientSpec {
+                discards: None,
                 uffd,
                 pidfd: None,
                 regions: vec![ClientRegion {

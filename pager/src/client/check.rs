@@ -102,6 +102,9 @@ pub enum SpecError {
         /// How many.
         limit: usize,
     },
+    /// What is to be the map of its discarded pages is none.
+    #[error("its map of discarded pages cannot be used")]
+    Discards(#[source] std::io::Error),
     /// Its userfaultfd cannot do what serving takes.
     #[error("its userfaultfd cannot be used: {what}")]
     Uffd {

@@ -110,6 +110,9 @@ pub struct ClientSpec {
     /// Install pages write-protected, so that the kernel knows which were written: the regions are
     /// registered for write protection too, with UFFD_FEATURE_WP_ASYNC.
     pub track_writes: bool,
+    /// The map of the pages that it discards for good (`Registration::discard_map`): of all images of the
+    /// pager, which are all that it has.
+    pub discards: Option<OwnedFd>,
 }
 
 impl ClientSpec {
@@ -124,6 +127,7 @@ impl ClientSpec {
             record: None,
             ahead: Vec::new(),
             track_writes: false,
+            discards: None,
         }
     }
 }

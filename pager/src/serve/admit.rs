@@ -45,6 +45,7 @@ impl Server {
         };
         let served = &asking.regions[region as usize];
         match served.state(page) {
+            PageState::Present if served.is_discarded(page) => self.admit_discarded(fault),
             PageState::Present | PageState::Poisoned => self.admit_stale(fault),
             PageState::Reading => self.join(fault),
             PageState::Absent if self.queue.waits_for(fault.key) => self.join(fault),
@@ -71,6 +72,18 @@ impl Server {
                 let limit = self.parts.budget.zero_window_pages;
                 self.admit_zero(fault, Content::Zero, limit);
             }
+        }
+    }
+
+    /// The page was brought and then discarded for good; or the message was overtaken, and it is there.
+    fn admit_discarded(&mut self, fault: Fault) {
+        self.count(fault.key.region, FaultKind::Zero);
+        let run = PageRange::single(fault.key.page);
+        let report = self.install(fault.key.region, run, Content::Zero, Origin::Zero, None);
+        if report.done() == 0 {
+            self.queue
+                .push(fault.key, fault.arrived, fault.write, SINGLE);
+            self.install_failed(fault.key.region, run, report);
         }
     }
 

@@ -39,7 +39,14 @@ impl Server {
         while report.stopped.is_none() && report.done() < pages.count().get() {
             let rest = PageRange::between(pages.start().plus(report.done()), pages.end());
             let (part, tracking) = alike(client, region, rest, written, &self.queue);
-            let content = content.behind(report.done() * PAGE_BYTES);
+            let served = &client.regions[region.region as usize];
+            let (part, is_discarded) = alike_discarded(served, part);
+            // What the template has there is the clone's no more.
+            let content = if is_discarded && origin != Origin::Zero {
+                Content::Zero
+            } else {
+                content.behind(report.done() * PAGE_BYTES)
+            };
             let one = put(client, region, &memory, (part, tracking), content);
             report.add(&one);
         }
@@ -124,6 +131,18 @@ fn alike(
         end = end.plus(1);
     }
     (PageRange::between(first, end), tracking(first))
+}
+
+/// The first of `pages` that were all discarded by the clone, or all not.
+fn alike_discarded(served: &Served, pages: PageRange) -> (PageRange, bool) {
+    if served.discards.is_none() {
+        return (pages, false);
+    }
+    let is_first = served.is_discarded(pages.start());
+    let mut rest = pages.iter().skip(1);
+    let other = rest.find(|&page| served.is_discarded(page) != is_first);
+    let end = other.unwrap_or(pages.end());
+    (PageRange::between(pages.start(), end), is_first)
 }
 
 /// One install of pages that are alike.

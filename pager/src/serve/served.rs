@@ -12,6 +12,7 @@ use crate::range_faults::{FaultCounts, RangeTable};
 use crate::region::{Pinned, Region};
 use crate::residency::{PageState, Residency};
 use crate::stale::StaleFaults;
+use crate::sys::discard_map::DiscardMap;
 
 /// An image and what is known of it, for all who serve it.
 #[derive(Debug)]
@@ -90,6 +91,8 @@ pub(crate) struct Served {
     /// those who ask, never ahead, and are there only once an install really filled them: between
     /// the order to forget a page and its end it is still there.
     forgotten: Option<Vec<u64>>,
+    /// Pages that the clone has discarded, where it may: they are zero, whatever the image has.
+    pub(crate) discards: Option<DiscardMap>,
 }
 
 impl Served {
@@ -99,6 +102,7 @@ impl Served {
             streams: Streams::default(),
             stale: StaleFaults::default(),
             forgotten: None,
+            discards: None,
             image,
             region,
         }
@@ -137,7 +141,16 @@ impl Served {
     }
 
     pub(super) fn kind(&self, page: PageIndex) -> PageKind {
+        if self.is_discarded(page) {
+            return PageKind::Zero;
+        }
         self.image.image.index().kind(page)
+    }
+
+    /// Whether the clone has discarded a page for good.
+    pub(super) fn is_discarded(&self, page: PageIndex) -> bool {
+        let discards = self.discards.as_ref();
+        discards.is_some_and(|discards| discards.contains(page))
     }
 
     /// Pages of this fork's memory outside of `registered`, ascending runs of it, are there already:

@@ -2,6 +2,7 @@
 
 pub(crate) mod adopt;
 pub(crate) mod buffers;
+pub(crate) mod discard_map;
 pub(crate) mod features;
 pub(crate) mod mmap;
 pub(crate) mod uring;

@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use pando_vmm::device::pci::bus::PciFunction;
 use pando_vmm::device::pci::msix::{Message, MessageSink};
+use pando_vmm::device::virtio::balloon::backend::BalloonPort;
+use pando_vmm::device::virtio::balloon::device::Balloon;
 use pando_vmm::device::virtio::block::backend::Disk;
 use pando_vmm::device::virtio::block::device::Block;
 use pando_vmm::device::virtio::block::document::{Document, DocumentPort};
@@ -23,7 +25,9 @@ use pando_vmm::device::virtio::vsock::backend::VsockPort;
 use pando_vmm::device::virtio::vsock::device::Vsock;
 use pando_vmm::memory::guest::{GuestRam, RamBacking};
 use pando_vmm::memory::layout::RamLayout;
-use pando_vmm::spec::{ConsoleParts, DiskAccess, Limits, MacAddress, PortParts, Rate};
+use pando_vmm::spec::{
+    BalloonParts, ConsoleParts, DiskAccess, Limits, MacAddress, PortParts, Rate,
+};
 
 const RAM_BYTES: u64 = 1 << 20;
 const ADDRESS: u64 = 0xc000_8000;
@@ -40,7 +44,7 @@ const FLUSH: u64 = 1 << 9;
 const MULTIPORT: u64 = 1 << 1;
 const IMAGE_BYTES: u64 = 64 << 10;
 /// How many kinds of devices there are.
-const KINDS: u8 = 9;
+const KINDS: u8 = 10;
 
 /// Nobody hears it.
 struct Silence;
@@ -126,7 +130,16 @@ fn device(kind: u8, image: &File) -> Option<Box<dyn VirtioDevice>> {
             let limiter = Limiter::new(&limits, Arc::new(HostClock::default()));
             block(disk(DiskAccess::Write).map(|disk| disk.with_limiter(limiter)))
         }
-        _ => Some(Box::new(Vsock::new(3, VsockPort::default()))),
+        8 => Some(Box::new(Vsock::new(3, VsockPort::default()))),
+        _ => {
+            let parts = BalloonParts {
+                deflate_on_oom: true,
+                free_page_reporting: true,
+            };
+            let port = BalloonPort::default();
+            port.set_target(100);
+            Some(Box::new(Balloon::new(parts, port)))
+        }
     }
 }
 

@@ -167,6 +167,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
             regions: vec![region()],
             cpu: Some(0),
             track_writes: true,
+            discards: true,
         }),
         FromWorker::Metrics(delta()),
         FromWorker::HoleFaults(report()),
@@ -207,6 +208,7 @@ fn attach() -> ClientOrder {
         wake: true,
         cpu: Some(1),
         track_writes: false,
+        discards: true,
     })
 }
 

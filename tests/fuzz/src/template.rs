@@ -203,6 +203,7 @@ fn with_devices() -> ManifestFile {
     let mut file = manifest_file();
     let seal = file.state.seal;
     let device = |id: &str, slot, kind: &str, disk, cid| DeviceEntry {
+        balloon: None,
         id: id.into(),
         slot,
         kind: kind.into(),

@@ -24,7 +24,7 @@ const MODULES: [(&str, &str); 5] = [
 
 /// The modules of the guest's drivers, in the order in which they are loaded: those of 6.1, of which 6.12
 /// has most built in.
-const GUEST_MODULES: [(&str, &str); 14] = [
+const GUEST_MODULES: [(&str, &str); 15] = [
     ("virtio_ring", "drivers/virtio"),
     ("virtio", "drivers/virtio"),
     ("virtio_pci_legacy_dev", "drivers/virtio"),
@@ -39,6 +39,7 @@ const GUEST_MODULES: [(&str, &str); 14] = [
     ("failover", "net/core"),
     ("net_failover", "drivers/net"),
     ("virtio_net", "drivers/net"),
+    ("virtio_balloon", "drivers/virtio"),
 ];
 
 /// A series of Debian's cloud kernel.

@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 
-pub use self::devices::{CloneDeviceArgs, DeviceArgs};
+pub use self::devices::{CloneDeviceArgs, DeviceArgs, DiscardArg};
 pub use self::pager::{PagerCommand, PagerCommandArgs, PagerPlaceArg, PagerServeArgs};
 pub use self::pool::WarmArg;
 pub use self::sockets::CloneSocketArgs;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::args::{CloneArgs, PagerArgs, PagerPlaceArg};
+use super::args::{CloneArgs, DiscardArg, PagerArgs, PagerPlaceArg};
 use super::fail::Failure;
 use super::lines::{LineWriter, Printed};
 use super::memory::{memory_document, print_memory};
@@ -34,6 +34,7 @@ use crate::host::{self, raise_descriptor_limit};
 use crate::observe::metrics;
 use crate::observe::stats::Durations;
 use crate::report::{chain, exit};
+use crate::size::Size;
 use crate::template::working_set::WorkingSetFile;
 use crate::template::{Template, TemplateError, compat};
 
@@ -41,6 +42,8 @@ use crate::template::{Template, TemplateError, compat};
 pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     let mut pager = PagerConfig {
         place: PagerPlaceArg::place(args.pager_place, args.count),
+        discard_to_zero: args.devices.balloon.discard == DiscardArg::Zero,
+        inflate_bytes: args.devices.balloon.inflate.map(|size| size.0),
         ..pager_config(&args.pager)?
     };
     if args.warm.is_some() && args.engine != Engine::Root {
@@ -51,6 +54,7 @@ pub fn run(args: &CloneArgs, verbosity: u8) -> Result<u8, Failure> {
     }
     // Opened here once, so that what is wrong with it is said once and before anything starts.
     let template = Template::open(&args.dir)?;
+    require_balloon(args, &template)?;
     let offer = host::offer().map_err(|error| Failure::new(exit::HOST, chain(&error)))?;
     compat::check(&args.dir, template.manifest(), &offer)?;
     if let Some(address) = args.metrics {
@@ -196,6 +200,37 @@ fn root_bytes(args: &CloneArgs, limits: &HostLimits, ram_bytes: u64) -> u64 {
             ram_bytes.min(budget.unwrap_or(u64::MAX))
         }
     }
+}
+
+/// Whether there is what `--inflate` inflates, and memory for it; and whether memory can be discarded at all.
+fn require_balloon(args: &CloneArgs, template: &Template) -> Result<(), Failure> {
+    let wanted = &args.devices.balloon;
+    if wanted.discard == DiscardArg::Zero && args.engine == Engine::Kernel {
+        return Err(Failure::usage(
+            "--discard zero: the kernel would bring the template's bytes again: give --engine copy or root",
+        ));
+    }
+    let Some(Size(bytes)) = wanted.inflate else {
+        return Ok(());
+    };
+    let spec = template.spec();
+    if spec
+        .devices()
+        .iter()
+        .all(|device| device.balloon().is_none())
+    {
+        return Err(Failure::usage(format!(
+            "--inflate: template {} has no balloon: create it with --balloon",
+            args.dir.display()
+        )));
+    }
+    if bytes >= spec.ram_bytes() {
+        return Err(Failure::usage(format!(
+            "--inflate {bytes}: the guest has {} bytes and cannot give all of them away",
+            spec.ram_bytes()
+        )));
+    }
+    Ok(())
 }
 
 /// How pagers work, as the flags say.

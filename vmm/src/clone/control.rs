@@ -92,6 +92,10 @@ pub struct PagerConfig {
     pub give_back: Option<Policy>,
     /// Where it runs.
     pub place: PagerPlace,
+    /// Whether memory that a balloon or the like discards goes back to the host and reads as zero.
+    pub discard_to_zero: bool,
+    /// How much of its memory each clone's guest is asked to give away.
+    pub inflate_bytes: Option<u64>,
 }
 
 /// Where the pager of a clone runs.
@@ -116,6 +120,8 @@ impl Default for PagerConfig {
             learn: Learn::Off,
             give_back: None,
             place: PagerPlace::Own,
+            discard_to_zero: false,
+            inflate_bytes: None,
         }
     }
 }
@@ -194,6 +200,8 @@ pub struct ClientMemory {
     pub cpu: Option<u32>,
     /// Whether pages are to be installed so that the kernel knows which were written.
     pub track_writes: bool,
+    /// Whether a map of discarded pages comes with it.
+    pub discards: bool,
 }
 
 /// A run of pages of an image in the address space of a client, as the client says; not proven.

@@ -8,13 +8,14 @@ use anyhow::Context;
 use pando_pager::RootMemory;
 use pando_pager::working_set::Plan;
 
+use super::Engine;
 use super::attend::{
     Ready, run_to_end, send, send_metrics, stop_with, watch_signals, watch_to_end,
 };
 use super::control::{
     Channel, Ending, FromWorker, PagerConfig, PagerPlace, ToWorker, WorkerConfig, monotonic,
 };
-use super::instantiate::{CloneError, Handover, inherited, keeper, to_bring};
+use super::instantiate::{CloneError, Handover, gate, inflate, inherited, keeper, to_bring};
 use super::marks;
 use super::nets;
 use super::placement::Placement;
@@ -58,10 +59,12 @@ pub struct Inheritance {
 /// Runs the clone. Returns the process's exit code.
 pub fn run(channel: &Channel, inheritance: Inheritance) -> u8 {
     log::become_shell(inheritance.id);
-    // Only a pager of its own records anything here.
+    // Only a pager of its own records anything here, and devices that discard memory.
     let is_complete = inheritance.memories.iter().all(RootMemory::is_complete);
     let is_shared = inheritance.pager.place == PagerPlace::Shared && inheritance.record.is_none();
-    let is_quiet = is_complete || is_shared;
+    let mut devices = inheritance.template.spec().devices().iter();
+    let has_balloon = devices.any(|device| device.balloon().is_some());
+    let is_quiet = (is_complete || is_shared) && !has_balloon;
     let relay = if is_quiet { None } else { Relay::install() };
     let ending =
         work(channel, relay.as_ref(), inheritance).unwrap_or_else(|error| Ending::Failed {
@@ -85,7 +88,7 @@ fn work(
         memories,
         plan,
         record,
-        pager: config,
+        pager,
         host_check,
         supervisor_pid,
         ..
@@ -93,9 +96,9 @@ fn work(
     let began = monotonic();
     let start = Instant::now();
     die_with(supervisor_pid)?;
-    let placement = placement(&memories, &config, &template);
-    let keeper = keeper(&config);
-    let mut brought = to_bring(plan, &config, record);
+    let placement = placement(&memories, &pager, &template);
+    let keeper = keeper(&pager);
+    let mut brought = to_bring(plan, &pager, record);
     if record.is_some() {
         brought.unasked.extend(of_root(&memories)?);
     }
@@ -103,8 +106,9 @@ fn work(
         channel,
         cpu: placement.as_ref().and_then(Placement::cpu),
     };
-    let (backings, paging) = inherited(&template, memories, &config, record, &brought, handover)?;
+    let (backings, paging) = inherited(&template, memories, &pager, record, &brought, handover)?;
     let ram = GuestRam::new(template.spec().layout(), backings).map_err(CloneError::from)?;
+    let ram = ram.with_gate(gate(&template, Engine::Root, &pager));
     let mut ready = Ready {
         channel,
         relay,
@@ -131,6 +135,7 @@ fn work(
         )
         .map_err(CloneError::from)?;
         add_stages(&mut ready.stages, machine.stages());
+        inflate(&machine.handle(), &pager)?;
         // Nobody knows of this process before it says that it has started.
         let signals = watch_signals()?;
         return watch_to_end(machine, ready, &signals);
@@ -160,6 +165,7 @@ fn work(
         ready.stages.clear();
     }
     connect(&machine, &template, orders, &mut ready.stages)?;
+    inflate(&machine.handle(), &pager)?;
     run_to_end(machine, ready, &signals)
 }
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use pando_pager::working_set::{HUGE_RANGE_PAGES, Plan, PlanRules};
 use pando_pager::{
-    FaultCounts, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory, RootRange,
-    Serving,
+    CloneMemory, FaultCounts, PageRange, Pager, PagerError, PagerOptions, Registration, RootMemory,
+    RootRange, Serving,
 };
 use thiserror::Error;
 
@@ -21,8 +21,10 @@ use super::control::{
 use super::give_back::keeper::Keeper;
 use super::record::Record;
 use super::vsock::VsockError;
-use crate::machine::{Connections, HostCheck, Machine, MachineError, Paused};
+use crate::machine::{Connections, HostCheck, Machine, MachineError, MachineHandle, Paused};
+use crate::memory::discard::{DiscardGate, Discards};
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking};
+use crate::memory::layout::PAGE_BYTES;
 use crate::report::chain;
 use crate::template::{Template, TemplateError, working_set};
 
@@ -131,9 +133,12 @@ impl Handover<'_> {
                 .collect(),
             cpu: self.cpu,
             track_writes: registration.tracks_writes(),
+            discards: registration.discard_map().is_some(),
         };
         let message = FromWorker::Memory(memory);
-        Ok(self.channel.send(&message, &[registration.as_fd()])?)
+        let map = registration.discard_map();
+        let descriptors: Vec<_> = [registration.as_fd()].into_iter().chain(map).collect();
+        Ok(self.channel.send(&message, &descriptors)?)
     }
 }
 
@@ -163,6 +168,7 @@ pub fn instantiate(
         Engine::Root => return Err(CloneError::NotForked),
     };
     let ram = GuestRam::new(template.spec().layout(), backings)?;
+    let ram = ram.with_gate(gate(template, engine, pager));
     let memory = start.elapsed();
     let machine = Machine::restore(
         template.spec(),
@@ -208,7 +214,7 @@ pub(super) fn inherited(
     }
     let is_complete = memories.iter().all(RootMemory::is_complete);
     let (backings, paging) = if is_complete {
-        (inherited_whole(memories)?, Paging::None)
+        (inherited_whole(memories, config)?, Paging::None)
     } else if config.place == PagerPlace::Shared && record.is_none() {
         let backings = inherited_shared(template, memories, config, &in_holes, handover)?;
         (backings, Paging::Shared)
@@ -231,12 +237,50 @@ pub(super) fn inherited(
     Ok((backings, paging))
 }
 
-fn inherited_whole(memories: Vec<RootMemory>) -> Result<Vec<RamBacking>, CloneError> {
+/// Who is asked before a clone's memory is discarded. It is a template's, all of it.
+pub(super) fn gate(template: &Template, engine: Engine, config: &PagerConfig) -> DiscardGate {
+    let discards = if config.discard_to_zero && engine != Engine::Kernel {
+        Discards::Zero
+    } else {
+        Discards::Refused
+    };
+    DiscardGate::of_clone(template.spec(), discards)
+}
+
+/// Asks the guest for the memory that it is to give away. It hears of it when it runs.
+pub(super) fn inflate(handle: &MachineHandle, config: &PagerConfig) -> Result<(), CloneError> {
+    let Some(bytes) = config.inflate_bytes else {
+        return Ok(());
+    };
+    if let Some(balloon) = handle.balloon()? {
+        let pages = u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX);
+        balloon.set_target(pages);
+    }
+    Ok(())
+}
+
+fn backings(memories: Vec<CloneMemory>) -> Vec<RamBacking> {
+    memories.into_iter().map(RamBacking::Paged).collect()
+}
+
+fn inherited_whole(
+    memories: Vec<RootMemory>,
+    config: &PagerConfig,
+) -> Result<Vec<RamBacking>, CloneError> {
     let whole = memories.into_iter().map(RootMemory::into_complete);
-    whole
-        .map(|memory| memory.map(RamBacking::Paged))
-        .collect::<Result<_, _>>()
-        .map_err(|_| CloneError::NotForked)
+    let whole = whole.collect::<Result<Vec<_>, _>>();
+    let mut memories = whole.map_err(|_| CloneError::NotForked)?;
+    if config.discard_to_zero {
+        for memory in &mut memories {
+            memory
+                .allow_discards_alone()
+                .map_err(|source| PagerError::Setup {
+                    what: "a map of discarded pages",
+                    source,
+                })?;
+        }
+    }
+    Ok(backings(memories))
 }
 
 fn inherited_own(
@@ -252,14 +296,17 @@ fn inherited_own(
         ..options(template, config, record)
     };
     let mut pager = Pager::new(options)?;
-    let backings = template
+    let mut memories = template
         .images()?
         .into_iter()
         .zip(memories)
-        .map(|(image, memory)| Ok(RamBacking::Paged(pager.attach_inherited(image, memory)?)))
-        .collect::<Result<_, PagerError>>()?;
+        .map(|(image, memory)| pager.attach_inherited(image, memory))
+        .collect::<Result<Vec<_>, PagerError>>()?;
+    if config.discard_to_zero {
+        pager.allow_discards(memories.iter_mut())?;
+    }
     pager.install_ahead(ahead);
-    Ok((backings, pager.serve()?))
+    Ok((backings(memories), pager.serve()?))
 }
 
 /// Who has the clone give memory back, if that is wanted.
@@ -290,14 +337,17 @@ fn inherited_shared(
 ) -> Result<Vec<RamBacking>, CloneError> {
     let mut registration = registration(config)?;
     let images = template.images()?;
-    let backings = images
+    let mut memories = images
         .iter()
         .zip(memories)
-        .map(|(image, memory)| Ok(RamBacking::Paged(registration.inherit(image, memory)?)))
-        .collect::<Result<_, PagerError>>()?;
+        .map(|(image, memory)| registration.inherit(image, memory))
+        .collect::<Result<Vec<_>, PagerError>>()?;
+    if config.discard_to_zero {
+        registration.allow_discards(memories.iter_mut())?;
+    }
     handover.give(&registration)?;
     registration.install_ahead(&images, ahead, config.verify, &template.name());
-    Ok(backings)
+    Ok(backings(memories))
 }
 
 /// Most pages of the working set that a clone gets of each kind, ahead of its first instruction: 64
@@ -373,17 +423,20 @@ fn paged(
     record: Option<Record>,
 ) -> Result<(Vec<RamBacking>, Pager<Serving>, Brought), CloneError> {
     let mut pager = Pager::new(options(template, config, record))?;
-    let backings = template
+    let mut memories = template
         .images()?
         .into_iter()
-        .map(|image| Ok(RamBacking::Paged(pager.attach(image)?)))
-        .collect::<Result<_, PagerError>>()?;
+        .map(|image| pager.attach(image))
+        .collect::<Result<Vec<_>, PagerError>>()?;
+    if config.discard_to_zero {
+        pager.allow_discards(memories.iter_mut())?;
+    }
     let mut brought = Brought::default();
     if config.working_set {
         brought = to_bring(plan(template), config, record);
         pager.install_ahead(&brought.plan);
     }
-    Ok((backings, pager.serve()?, brought))
+    Ok((backings(memories), pager.serve()?, brought))
 }
 
 /// Memory that the pager process serves. What the working set knows is installed by this process,
@@ -395,17 +448,20 @@ fn handed_over(
 ) -> Result<(Vec<RamBacking>, Brought), CloneError> {
     let images = template.images()?;
     let mut registration = registration(config)?;
-    let backings = images
+    let mut memories = images
         .iter()
-        .map(|image| Ok(RamBacking::Paged(registration.map(image)?)))
-        .collect::<Result<_, PagerError>>()?;
+        .map(|image| registration.map(image))
+        .collect::<Result<Vec<_>, PagerError>>()?;
+    if config.discard_to_zero {
+        registration.allow_discards(memories.iter_mut())?;
+    }
     handover.give(&registration)?;
     let mut brought = Brought::default();
     if config.working_set {
         brought = to_bring(plan(template), config, None);
         registration.install_ahead(&images, &brought.plan, config.verify, &template.name());
     }
-    Ok((backings, brought))
+    Ok((backings(memories), brought))
 }
 
 fn mapped(template: &Template) -> Result<Vec<RamBacking>, CloneError> {

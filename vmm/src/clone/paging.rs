@@ -51,6 +51,8 @@ struct Client {
     regions: Vec<RawRegion>,
     cpu: Option<u32>,
     track_writes: bool,
+    /// The map of the pages that it discards for good.
+    discards: Option<OwnedFd>,
     /// A pager may have taken messages of it with it.
     was_sent: bool,
 }
@@ -146,7 +148,12 @@ impl SharedPaging {
         }
     }
 
-    fn add(&mut self, owner: Owner, uffd: OwnedFd, memory: ClientMemory) {
+    fn add(
+        &mut self,
+        owner: Owner,
+        (uffd, discards): (OwnedFd, Option<OwnedFd>),
+        memory: ClientMemory,
+    ) {
         let number = self.next;
         self.next += 1;
         let client = Client {
@@ -155,6 +162,7 @@ impl SharedPaging {
             regions: memory.regions,
             cpu: memory.cpu,
             track_writes: memory.track_writes,
+            discards,
             was_sent: false,
         };
         self.clients.insert(number, client);
@@ -197,7 +205,8 @@ impl Supervisor {
             code: exit::FAILED,
             message,
         };
-        let uffd = prove_one(descriptors).map_err(|error| wrong(chain(&error)))?;
+        let given = prove_one(descriptors, memory.discards);
+        let given = given.map_err(|error| wrong(chain(&error)))?;
         if self.options.pager.place != PagerPlace::Shared {
             return Err(wrong("nobody asked for it".to_owned()));
         }
@@ -230,7 +239,7 @@ impl Supervisor {
             template.as_ref()?.pages(image.number())
         })
         .map_err(|error| wrong(chain(&error)))?;
-        self.paging.add(owner, uffd, memory);
+        self.paging.add(owner, given, memory);
         Ok(())
     }
 
@@ -262,8 +271,10 @@ impl Supervisor {
                 wake: client.was_sent,
                 cpu: client.cpu,
                 track_writes: client.track_writes,
+                discards: client.discards.is_some(),
             };
-            match process.attach(attach, client.uffd.as_fd(), pidfd) {
+            let map = client.discards.as_ref().map(AsFd::as_fd);
+            match process.attach(attach, client.uffd.as_fd(), pidfd, map) {
                 Ok(true) => {
                     client.was_sent = true;
                     paging.sent.insert(number);

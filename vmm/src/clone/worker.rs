@@ -12,7 +12,7 @@ use rustix::process::Signal;
 use super::Engine;
 use super::attend::{Ready, run_to_end, send, send_metrics, watch_signals};
 use super::control::{Channel, Ending, FromWorker, Serial, ToWorker, WorkerConfig, monotonic};
-use super::instantiate::{CloneError, Handover, Instance, instantiate, keeper};
+use super::instantiate::{CloneError, Handover, Instance, inflate, instantiate, keeper};
 use super::nets;
 use super::placement::Placement;
 use super::record::Recorded;
@@ -107,6 +107,7 @@ fn run_instance(
         host_check,
         handover,
     )?;
+    inflate(&machine.handle(), &config.pager)?;
     let keeper = keeper(&config.pager);
     let SoFar { began, mut stages } = so_far;
     stages.extend(more);

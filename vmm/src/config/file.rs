@@ -206,6 +206,20 @@ pub struct BackendTable {
     /// Whether the content of a shared file is dropped when the machine ends.
     #[serde(default, skip_serializing_if = "is_default", rename = "discard-data")]
     pub discard_data: bool,
+    /// What becomes of a clone's memory that a balloon or the like discards.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub discard: DiscardWord,
+}
+
+/// What becomes of a clone's memory that is discarded.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum DiscardWord {
+    /// It is refused: what would be read afterwards are the template's bytes.
+    #[default]
+    Off,
+    /// It goes back to the host and reads as zero.
+    Zero,
 }
 
 /// One NUMA node.

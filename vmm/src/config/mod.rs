@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use self::file::DeviceTable;
-use self::file::{BackendTable, Bytes, KindWord, MachineFile, RomWord};
+use self::file::{BackendTable, Bytes, DiscardWord, KindWord, MachineFile, RomWord};
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::memory::open::{OpenError, fault_of_read_only};
 use crate::observe::memory::total_bytes;
@@ -223,6 +223,7 @@ fn backend(table: &BackendTable) -> Result<BackendSpec, SpecError> {
         merge: table.merge,
         dump: table.dump,
         discard_data: table.discard_data,
+        discards_to_zero: table.discard == DiscardWord::Zero,
         ..BackendOptions::default()
     })?)
 }

@@ -9,6 +9,7 @@ use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
 
 use crate::device::pci::bus::{ConfigAddress, HOST_BRIDGE_SLOT};
 use crate::device::pci::hotplug::SlotEvent;
+use crate::device::virtio::balloon::backend::BalloonPort;
 use crate::device::virtio::block::document::DocumentPort;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
 use crate::device::virtio::vsock::backend::VsockPort;
@@ -19,7 +20,7 @@ use super::devices::Devices;
 use super::driver::Message;
 use super::error::MachineError;
 use super::lifecycle::MachineHandle;
-use super::pci::{PciDevices, Ports, lock, make, net_ports};
+use super::pci::{PciDevices, Ports, balloon_port, lock, make, net_ports};
 use super::request::Phase;
 
 /// Registers that describe a function to whoever asks.
@@ -74,6 +75,8 @@ pub(super) enum DeviceMessage {
     Unplug(String, Sender<Result<(), MachineError>>),
     /// Say what is on the bus.
     List(Sender<Vec<Function>>),
+    /// Say how the balloon is reached.
+    Balloon(Sender<Option<BalloonPort>>),
     /// Tell what becomes of devices from now on.
     Watch(Sender<DeviceNews>),
     /// A guest did something.
@@ -102,6 +105,11 @@ impl MachineHandle {
     pub fn devices(&self) -> Result<Vec<String>, MachineError> {
         let functions = self.functions()?.into_iter();
         Ok(functions.filter_map(|function| function.id).collect())
+    }
+
+    /// The way to the balloon; `None` where there is none.
+    pub fn balloon(&self) -> Result<Option<BalloonPort>, MachineError> {
+        self.about_devices(DeviceMessage::Balloon)
     }
 
     /// What becomes of devices from now on, for one who listens: a message for each that goes, and at most one
@@ -163,6 +171,10 @@ impl Devices {
                 let functions = self.pci.as_ref().map(PciDevices::functions);
                 let _ = reply.send(functions.unwrap_or_default());
             }
+            DeviceMessage::Balloon(reply) => {
+                let pci = self.pci.as_ref();
+                let _ = reply.send(pci.and_then(|pci| pci.connections.balloon.clone()));
+            }
             DeviceMessage::Watch(news) => self.news = Some(news),
             DeviceMessage::Slot(event) => {
                 let news = self.pci.as_mut().and_then(|pci| pci.take_event(event));
@@ -207,6 +219,7 @@ impl PciDevices {
             // Ports are not plugged.
             consoles: Vec::new(),
             vsock,
+            balloon: balloon_port(std::slice::from_ref(spec)),
         };
         let device = make(spec, &mut disks, &ports)?;
         // Without an address, as after a reset: the guest chooses one.
@@ -221,6 +234,9 @@ impl PciDevices {
         let device = Arc::new(Mutex::new(device));
         if !self.hotplug.plug(spec.slot(), Arc::clone(&device) as _) {
             return Err(taken());
+        }
+        if ports.balloon.is_some() {
+            self.connections.balloon = ports.balloon;
         }
         tracing::info!(device = spec.id(), slot = spec.slot(), "plugged");
         self.devices.push(device);
@@ -246,6 +262,9 @@ impl PciDevices {
             SlotEvent::Ejected { .. } => {
                 let device = self.devices.remove(at);
                 lock(&device).worker().settle();
+                if lock(&device).worker().device_type().kind == "virtio-balloon" {
+                    self.connections.balloon = None;
+                }
                 // The last that holds it: its thread ends and its files are closed here.
                 drop(device);
                 tracing::info!(device = id, slot, "unplugged");

@@ -15,6 +15,8 @@ use crate::device::pci::msix::{Message, MessageSink};
 use crate::device::pci::state::{
     HOTPLUG_KIND, HOTPLUG_VERSION, HotplugState, PCI_KIND, PCI_VERSION, PciState,
 };
+use crate::device::virtio::balloon::backend::BalloonPort;
+use crate::device::virtio::balloon::device::Balloon;
 use crate::device::virtio::block::backend::Disk;
 use crate::device::virtio::block::device::Block;
 use crate::device::virtio::block::document::{Document, DocumentPort};
@@ -46,7 +48,7 @@ pub(super) struct PciDevices {
     ports: Arc<Mutex<ConfigPorts>>,
     pub(super) devices: Vec<Arc<Mutex<VirtioPci>>>,
     /// Where devices take their connections.
-    connections: Ports,
+    pub(super) connections: Ports,
     pub(super) bus: Arc<PciBus>,
     pub(super) hotplug: Arc<Hotplug>,
     pub(super) outside: Option<Outside>,
@@ -63,6 +65,8 @@ pub(super) struct Ports {
     pub(super) document: DocumentPort,
     /// Those of console devices, by their ids.
     pub(super) consoles: Vec<(String, ConsolePort)>,
+    /// That of the balloon, if there is one.
+    pub(super) balloon: Option<BalloonPort>,
 }
 
 /// What devices are connected to.
@@ -97,6 +101,7 @@ impl PciDevices {
             nets: net_ports(spec.devices(), nets),
             document: DocumentPort::default(),
             consoles: console_ports(spec.devices(), consoles),
+            balloon: balloon_port(spec.devices()),
         };
         if let Some(vsock) = vsock {
             connections.vsock.put(vsock);
@@ -283,6 +288,12 @@ fn console_ports(
     places
 }
 
+/// The way to the balloon, where there is one.
+pub(super) fn balloon_port(devices: &[DeviceSpec]) -> Option<BalloonPort> {
+    let balloon = devices.iter().find_map(DeviceSpec::balloon);
+    balloon.map(|_| BalloonPort::default())
+}
+
 /// The device that a specification asks for.
 pub(super) fn make(
     spec: &DeviceSpec,
@@ -302,6 +313,10 @@ pub(super) fn make(
                 Net::new(mac, port).with_limits(&net.limits, clock),
             ))
         }
+        DeviceKind::Balloon(parts) => Ok(Box::new(Balloon::new(
+            *parts,
+            ports.balloon.clone().unwrap_or_default(),
+        ))),
         DeviceKind::Console(parts) => {
             let place = ports.consoles.iter().find(|(id, _)| id == spec.id());
             let place = place.map(|(_, place)| place.clone()).unwrap_or_default();

@@ -13,12 +13,13 @@ use std::io;
 use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
-use pando_pager::CloneMemory;
+use pando_pager::{ByteOffset, CloneMemory, PageCount, PageIndex, PageRange};
 use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
+use super::discard::{BackendDiscards, DiscardGate, Discards};
 use super::layout::RamLayout;
 use super::slots::{HostMemory, Slots};
 use crate::observe::memory::ram::MemoryPlace;
@@ -148,6 +149,48 @@ impl RamBacking {
         Ok(())
     }
 
+    /// What a discard makes of this memory, where nobody says more: what is a template's stays.
+    fn discards(&self) -> Discards {
+        match self {
+            Self::Shared(_) | Self::Anonymous(_) => Discards::Allowed,
+            Self::Paged(memory) if memory.discards_to_zero() => Discards::Zero,
+            Self::Rom(_) | Self::Private(_) | Self::Paged(_) => Discards::Refused,
+        }
+    }
+
+    /// Gives pages of memory that is nobody's template, or a clone's that may, back to the host: they read as zero. Of a file that
+    /// is the memory they become a hole. `offset_bytes` and `bytes` are whole pages inside.
+    pub(super) fn discard(&self, offset_bytes: u64, bytes: u64) -> io::Result<()> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let advice = match self {
+            Self::Shared(_) => Advice::LinuxRemove,
+            Self::Anonymous(_) => Advice::LinuxDontNeed,
+            Self::Paged(memory) => {
+                let first = PageIndex::containing(ByteOffset::new(offset_bytes));
+                let count = PageCount::from_bytes(bytes).ok_or_else(invalid)?;
+                return memory.discard_to_zero(PageRange::new(first, count));
+            }
+            Self::Rom(_) | Self::Private(_) => return Err(invalid()),
+        };
+        let end = offset_bytes.checked_add(bytes);
+        end.filter(|&end| end <= self.bytes()).ok_or_else(invalid)?;
+        let offset = usize::try_from(offset_bytes).map_err(|_| invalid())?;
+        let length = usize::try_from(bytes).map_err(|_| invalid())?;
+        let start = self.host_address().wrapping_add(offset);
+        // SAFETY: the range lies in this backing's mapping, as was just checked, and no reference into it
+        // exists: all access is by volatile copy, which finds zeros from now on.
+        unsafe { rustix::mm::madvise(start.cast(), length, advice) }?;
+        Ok(())
+    }
+
+    /// The memory that a pager fills, if it is that.
+    pub(super) fn served(&mut self) -> Option<&mut CloneMemory> {
+        match self {
+            Self::Paged(memory) => Some(memory),
+            _ => None,
+        }
+    }
+
     /// Whether the guest can only read it.
     pub fn is_rom(&self) -> bool {
         matches!(self, Self::Rom(_))
@@ -218,6 +261,7 @@ pub struct GuestRam {
     slots: Slots,
     layout: RamLayout,
     backings: Vec<RamBacking>,
+    gate: DiscardGate,
 }
 
 impl GuestRam {
@@ -279,12 +323,29 @@ impl GuestRam {
                 guest_address: 0,
                 reason: e.to_string(),
             })?;
+        let named = (0..)
+            .zip(&backings)
+            .map(|(number, backing)| BackendDiscards {
+                id: format!("number {number}"),
+                discards: backing.discards(),
+            });
         Ok(Self {
             regions,
             slots,
             layout,
+            gate: DiscardGate::new(named.collect()),
             backings,
         })
+    }
+
+    /// The same, with a gate that knows backends by their names and what is to become of discards.
+    pub fn with_gate(self, gate: DiscardGate) -> Self {
+        Self { gate, ..self }
+    }
+
+    /// Who is asked before any of it is discarded.
+    pub fn gate(&self) -> &DiscardGate {
+        &self.gate
     }
 
     /// The KVM memory slots of this RAM.

@@ -15,6 +15,7 @@ use pando_pager::{Idle, Pager, PagerError, PagerOptions, Serving};
 use rustix::fs::{FallocateFlags, MemfdFlags};
 use thiserror::Error;
 
+use super::discard::DiscardGate;
 use super::guest::{GuestMemoryError, GuestRam, MemoryAdvice, RamBacking};
 use super::open::{OpenError, OpenedFile, open};
 use crate::spec::{BackendSource, BackendSpec, FileAccess, FileSource, MachineSpec};
@@ -154,15 +155,23 @@ impl HeldFiles {
             options,
             pager: None,
         };
-        let backings = (0..)
+        let mut backings = (0..)
             .zip(spec.backends())
             .map(|(position, backend)| making.backing(position, backend))
             .collect::<Result<Vec<_>, _>>()?;
+        if spec.backends().iter().any(BackendSpec::discards_to_zero)
+            && let Some(pager) = &mut making.pager
+        {
+            // Whose may be is the gate's to say.
+            let served = backings.iter_mut().filter_map(RamBacking::served);
+            pager.allow_discards(served)?;
+        }
         let pager = making.pager.take().map(Pager::<Idle>::serve).transpose()?;
         for (backend, backing) in spec.backends().iter().zip(&backings) {
             advise(backend, backing)?;
         }
-        Ok((GuestRam::new(spec.layout(), backings)?, pager))
+        let ram = GuestRam::new(spec.layout(), backings)?;
+        Ok((ram.with_gate(DiscardGate::of(spec)), pager))
     }
 
     /// Removes what was made for a machine that then could not be.

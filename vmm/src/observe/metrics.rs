@@ -19,6 +19,15 @@ pub const BUCKETS_SECONDS: [f64; 22] = [
     0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
 ];
 
+/// Who wants to discard guest RAM, as metrics have it.
+pub const DISCARD_SOURCES: [&str; 5] = [
+    "balloon",
+    "free-page-reporting",
+    "virtio-mem",
+    "release-ram",
+    "postcopy",
+];
+
 /// Why metrics cannot be served.
 #[derive(Debug, Error)]
 pub enum MetricsError {
@@ -49,6 +58,7 @@ pub fn serve(address: SocketAddr) -> Result<SocketAddr, MetricsError> {
     describe();
     pando_pager::metrics::describe();
     gauge!("pando_build_info", "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    register_discards();
     Ok(bound)
 }
 
@@ -110,6 +120,10 @@ fn describe() {
     describe_counter!(
         "pando_clone_probe_pages_total",
         "Pages of the working set that were held back from recorded clones, by whether they asked for them"
+    );
+    describe_counter!(
+        "pando_discard_refused_total",
+        "Discards of guest memory that were refused because it is a template's, by who wanted them"
     );
     describe_counter!(
         "pando_pager_restarts_total",
@@ -212,6 +226,18 @@ pub fn count_failure(template: &str) {
 
 fn lessons(template: &str, result: &'static str) -> metrics::Counter {
     counter!("pando_clone_lessons_total", "template" => template.to_owned(), "result" => result)
+}
+
+/// Makes the series of refused discards visible before there is one.
+pub fn register_discards() {
+    for source in DISCARD_SOURCES {
+        count_discard_refused(source, 0);
+    }
+}
+
+/// Counts discards of guest RAM that were refused, by who wanted them.
+pub fn count_discard_refused(source: &'static str, attempts: u64) {
+    counter!("pando_discard_refused_total", "source" => source).increment(attempts);
 }
 
 /// Counts a clone that was recorded in passing, by what became of it.

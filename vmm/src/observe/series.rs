@@ -1,11 +1,13 @@
 #![forbid(unsafe_code)]
-//! Which series other processes may add to this one's metrics: those of a pager, of this template.
+//! Which series other processes may add to this one's metrics: those of a pager, of this template, and of
+//! discards that were refused.
 //! They are this program's own, but a guest may have taken one over, and what is kept for a series is
 //! kept for ever.
 
 use std::collections::HashSet;
 use std::mem::{Discriminant, discriminant};
 
+use super::metrics::register_discards;
 use super::relay::{Change, Delta, Relay, Series};
 
 /// The label that says of which template a series is.
@@ -28,7 +30,10 @@ pub struct KnownSeries {
 impl KnownSeries {
     /// Those of a pager of `template`, as metrics call it.
     pub fn of(template: &str) -> Self {
-        let all = Relay::registered(|| pando_pager::metrics::register(template));
+        let all = Relay::registered(|| {
+            pando_pager::metrics::register(template);
+            register_discards();
+        });
         Self {
             template: template.to_owned(),
             known: all
@@ -56,7 +61,7 @@ impl KnownSeries {
                 let name: String = key.0.name.chars().take(80).collect();
                 tracing::warn!(
                     name,
-                    "a process recorded what is no metric of a pager: it is dropped"
+                    "a process recorded what is no metric of a clone: it is dropped"
                 );
             }
             is_taken

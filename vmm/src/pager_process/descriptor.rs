@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::fs::{OFlags, SealFlags, fcntl_get_seals, fcntl_getfl, fcntl_setfl};
 use thiserror::Error;
 
 use crate::clone::closing::close_elsewhere;
@@ -21,7 +21,7 @@ const MAX_INFO_BYTES: u64 = 4096;
 pub enum WrongDescriptor {
     /// More or fewer than the order takes.
     #[error(
-        "{count} descriptors came with it where {expected} are needed (to attach: a userfaultfd and a pidfd)"
+        "{count} descriptors came with it where {expected} are needed (to attach: a userfaultfd and a pidfd, and a map of discarded pages where there is to be one)"
     )]
     Count {
         /// How many came.
@@ -51,13 +51,17 @@ pub enum WrongDescriptor {
     Examine(#[source] io::Error),
 }
 
-/// The userfaultfd and the pidfd that come with an order to serve a client. What is refused is closed
-/// without waiting for it.
-pub fn prove(descriptors: Vec<OwnedFd>) -> Result<(OwnedFd, OwnedFd), WrongDescriptor> {
+/// The userfaultfd and the pidfd that come with an order to serve a client, and a map of discarded pages if it
+/// `has_map`. What is refused is closed without waiting for it.
+pub fn prove(
+    descriptors: Vec<OwnedFd>,
+    has_map: bool,
+) -> Result<(OwnedFd, OwnedFd, Option<OwnedFd>), WrongDescriptor> {
+    let (descriptors, map) = with_map(descriptors, has_map, 2)?;
     let [uffd, pidfd] = exactly(descriptors)?;
     let proven = prove_uffd(uffd.as_fd()).and_then(|()| prove_pidfd(pidfd.as_fd()));
     match proven {
-        Ok(()) => Ok((uffd, pidfd)),
+        Ok(()) => Ok((uffd, pidfd, map)),
         Err(error) => {
             close_elsewhere(vec![uffd, pidfd]);
             Err(error)
@@ -65,16 +69,46 @@ pub fn prove(descriptors: Vec<OwnedFd>) -> Result<(OwnedFd, OwnedFd), WrongDescr
     }
 }
 
-/// The userfaultfd that comes alone; the same.
-pub fn prove_one(descriptors: Vec<OwnedFd>) -> Result<OwnedFd, WrongDescriptor> {
+/// The userfaultfd that comes alone, or with a map of discarded pages; the same.
+pub fn prove_one(
+    descriptors: Vec<OwnedFd>,
+    has_map: bool,
+) -> Result<(OwnedFd, Option<OwnedFd>), WrongDescriptor> {
+    let (descriptors, map) = with_map(descriptors, has_map, 1)?;
     let [uffd] = exactly(descriptors)?;
     match prove_uffd(uffd.as_fd()) {
-        Ok(()) => Ok(uffd),
+        Ok(()) => Ok((uffd, map)),
         Err(error) => {
             close_elsewhere(vec![uffd]);
             Err(error)
         }
     }
+}
+
+/// Takes the map off the end of what came, behind so many others.
+fn with_map(
+    mut descriptors: Vec<OwnedFd>,
+    has_map: bool,
+    others: usize,
+) -> Result<(Vec<OwnedFd>, Option<OwnedFd>), WrongDescriptor> {
+    if !has_map {
+        return Ok((descriptors, None));
+    }
+    let count = descriptors.len();
+    let map = descriptors.pop().filter(|_| count == others + 1);
+    let Some(map) = map else {
+        close_elsewhere(descriptors);
+        let expected = others + 1;
+        return Err(WrongDescriptor::Count { count, expected });
+    };
+    let seals = SealFlags::SHRINK | SealFlags::GROW;
+    if fcntl_get_seals(&map).is_ok_and(|found| found.contains(seals)) {
+        return Ok((descriptors, Some(map)));
+    }
+    descriptors.push(map);
+    close_elsewhere(descriptors);
+    let kind = "file in memory that can neither shrink nor grow";
+    Err(WrongDescriptor::Kind { kind })
 }
 
 /// Proves that nothing came with a message that takes nothing; the same.
@@ -168,8 +202,8 @@ mod tests {
     #[test]
     fn what_a_client_needs_is_taken_and_nothing_else() {
         let null = || OwnedFd::from(File::open("/dev/null").unwrap());
-        prove(vec![uffd(), own_pidfd()]).unwrap();
-        let refused = |descriptors| prove(descriptors).unwrap_err().to_string();
+        prove(vec![uffd(), own_pidfd()], false).unwrap();
+        let refused = |descriptors| prove(descriptors, false).unwrap_err().to_string();
         assert!(refused(vec![]).contains("0 descriptors"));
         assert!(refused(vec![uffd()]).contains("1 descriptors"));
         assert!(refused(vec![uffd(), own_pidfd(), null()]).contains("3 descriptors"));
@@ -177,6 +211,28 @@ mod tests {
         assert!(refused(vec![own_pidfd(), uffd()]).contains("no userfaultfd"));
         assert!(refused(vec![uffd(), null()]).contains("no pidfd"));
         assert!(refused(vec![uffd(), uffd()]).contains("no pidfd"));
+    }
+
+    #[test]
+    fn a_map_is_the_last_and_cannot_change_its_size() {
+        let map = || registration_map().unwrap();
+        let both = prove(vec![uffd(), own_pidfd(), map()], true).unwrap();
+        assert!(both.2.is_some());
+        assert!(prove_one(vec![uffd(), map()], true).unwrap().1.is_some());
+        let refused = |descriptors| prove(descriptors, true).unwrap_err().to_string();
+        assert!(refused(vec![uffd(), own_pidfd()]).contains("2 descriptors"));
+        assert!(refused(vec![]).contains("0 descriptors"));
+        let null = OwnedFd::from(File::open("/dev/null").unwrap());
+        assert!(refused(vec![uffd(), own_pidfd(), null]).contains("neither shrink nor grow"));
+        prove(vec![uffd(), own_pidfd(), map()], false).unwrap_err();
+    }
+
+    fn registration_map() -> Option<OwnedFd> {
+        use rustix::fs::{MemfdFlags, fcntl_add_seals, memfd_create};
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = memfd_create("map", flags).ok()?;
+        fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW).ok()?;
+        Some(file)
     }
 
     #[test]

@@ -230,7 +230,7 @@ impl Hub {
         raw: &RawAttach,
         descriptors: Vec<OwnedFd>,
     ) -> Result<(), OrderError> {
-        let (uffd, pidfd) = descriptor::prove(descriptors)?;
+        let (uffd, pidfd, discards) = descriptor::prove(descriptors, raw.discards)?;
         let regions = prove_regions(&raw.regions, |image: ImageId| {
             let number = usize::try_from(image.number()).ok()?;
             self.pages.get(number).copied()
@@ -251,6 +251,7 @@ impl Hub {
             pidfd: Some(pidfd),
             wake: raw.wake,
             track_writes: raw.track_writes,
+            discards,
             shard: cpu.and_then(|cpu| self.cpus.iter().position(|own| *own == cpu)),
             ..ClientSpec::new(uffd, regions)
         };

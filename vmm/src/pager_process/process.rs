@@ -123,9 +123,11 @@ impl PagerProcess {
         client: RawAttach,
         uffd: BorrowedFd<'_>,
         pidfd: BorrowedFd<'_>,
+        map: Option<BorrowedFd<'_>>,
     ) -> Result<bool, ControlError> {
         let order = ToPager::Client(ClientOrder::Attach(client));
-        self.channel.send_now(&order, &[uffd, pidfd])
+        let descriptors: Vec<_> = [uffd, pidfd].into_iter().chain(map).collect();
+        self.channel.send_now(&order, &descriptors)
     }
 
     /// Takes a client from it. A message that is lost does no harm: the pager sees that the client

@@ -90,6 +90,11 @@ pub struct RawAttach {
     /// registered for write protection too.
     #[serde(default)]
     pub track_writes: bool,
+    /// A third descriptor is the map of the pages that it discards for good: a file in memory, sealed
+    /// against growing and shrinking, with a bit for each page of all images, each image's from a whole word of
+    /// 64 on.
+    #[serde(default)]
+    pub discards: bool,
 }
 
 /// Pages of a client to be absent again; not proven.

@@ -26,7 +26,10 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("info memory_size_summary", "RAM and modules"),
     ("info numa", "nodes"),
     ("info migrate", "the last save or load"),
-    ("info balloon", "there is none"),
+    ("info balloon", "how much memory the guest has"),
+    ("balloon", "MEBIBYTES: how much it is to have"),
+    ("qom-get", "PATH PROPERTY: a property of an object"),
+    ("qom-set", "PATH PROPERTY VALUE: change it"),
     ("info pci", "the bus and what is on it"),
     ("info block", "images"),
     ("device_add", "DRIVER[,PROPERTY=VALUE...]: plug a device"),
@@ -78,6 +81,9 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
         ["device_add", ..] => device_add(vm, line),
         ["netdev_add", ..] => netdev_add(vm, line),
         ["netdev_del", id] => vm.netdev_del(id).map(|()| String::new()),
+        ["qom-get", path, name] => property(vm, path, name),
+        ["qom-set", path, name, value] => set_property(vm, path, name, value),
+        ["balloon", size] => balloon(vm, size).map(|()| String::new()),
         ["device_del", id] => vm.device_del(id).map(|()| String::new()),
         ["migrate_set_capability", name, state @ ("on" | "off")] => {
             set_capability(vm, name, *state == "on")
@@ -99,6 +105,35 @@ fn help() -> String {
             let _ = writeln!(text, "{name} -- {about}");
             text
         })
+}
+
+fn property(vm: &mut Vm, path: &str, name: &str) -> Result<String, QmpError> {
+    let arguments = serde_json::json!({"path": path, "property": name});
+    let value = command(vm, "qom-get", arguments)?;
+    // Of JSON there is always a text.
+    Ok(serde_json::to_string_pretty(&value).unwrap_or_default() + "\n")
+}
+
+/// The value is JSON, or else a word.
+fn set_property(vm: &mut Vm, path: &str, name: &str, value: &str) -> Result<String, QmpError> {
+    let value = serde_json::from_str(value).unwrap_or_else(|_| Value::from(value));
+    let arguments = serde_json::json!({"path": path, "property": name, "value": value});
+    command(vm, "qom-set", arguments).map(|_| String::new())
+}
+
+/// Does a command of the other monitor.
+fn command(vm: &mut Vm, name: &str, arguments: Value) -> Result<Value, QmpError> {
+    let Value::Object(arguments) = arguments else {
+        return Err(QmpError::generic("arguments are an object"));
+    };
+    super::qmp::commands::execute(vm, name, arguments)
+}
+
+/// How much memory the guest is to have, in mebibytes.
+fn balloon(vm: &mut Vm, size: &str) -> Result<(), QmpError> {
+    let mebibytes = size.strip_suffix(['M', 'm']).unwrap_or(size).parse::<i64>();
+    let bytes = mebibytes.ok().and_then(|size| size.checked_mul(1 << 20));
+    vm.set_balloon(bytes.unwrap_or(-1))
 }
 
 fn device_add(vm: &mut Vm, line: &str) -> Result<String, QmpError> {
@@ -149,7 +184,7 @@ fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
                 cpu["cpu-index"], cpu["thread-id"]
             )
         }),
-        ["memdev"] => each(&vm.query_memdev(), memdev) + "\n",
+        ["memdev"] => each(&vm.query_memdev(), memdev) + "\n" + &vm.discards_text(),
         ["memory-devices"] => each(&vm.query_memory_devices(), dimm),
         ["memory_size_summary"] => {
             let sizes = vm.query_memory_size();
@@ -163,7 +198,8 @@ fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
         ["pci"] => pci_text(&query_pci(&vm.functions()?)),
         ["block"] => vm.block_text(),
         ["balloon"] => {
-            return Err(QmpError::generic("No balloon device has been activated"));
+            let bytes = vm.query_balloon()?["actual"].as_u64().unwrap_or(0);
+            format!("balloon: actual={}\n", bytes >> 20)
         }
         _ => {
             return Err(QmpError::generic(format!(

@@ -22,8 +22,8 @@ use super::qmp::server::{self, Monitor};
 use super::vm::{Message, Plan, Teller, Vm};
 use super::words::config_file;
 use crate::config::file::MachineFile;
-use crate::observe::log;
-use crate::report::exit;
+use crate::observe::{log, metrics};
+use crate::report::{exit, one_line};
 use crate::sys::lock::{LockKind, Locked, TO_THE_END, lock_range};
 
 /// How long monitors have to send what waits when the program ends.
@@ -110,6 +110,9 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
         .as_deref()
         .map(PidFile::write)
         .transpose()?;
+    if let Some(address) = &program.metrics {
+        serve_metrics(address)?;
+    }
     let monitors = plan.wanted.monitors.clone();
     // Before the monitors: who can connect finds a machine.
     let mut vm = Vm::new(plan, tell)?;
@@ -144,6 +147,19 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
     };
     end(&started);
     Ok(code)
+}
+
+/// `-metrics`
+fn serve_metrics(address: &str) -> Result<(), OptionError> {
+    let wrong = |_| {
+        OptionError::new(format!(
+            "-metrics {address}: that is no ADDRESS:PORT, as in 127.0.0.1:9300"
+        ))
+    };
+    let address = address.parse().map_err(wrong)?;
+    let served = metrics::serve(address).map_err(|error| OptionError::new(one_line(&error)))?;
+    tracing::info!("metrics: http://{served}/metrics");
+    Ok(())
 }
 
 fn start_log(program: &ProgramOptions) -> Result<(), OptionError> {

@@ -89,6 +89,8 @@ pub struct BackendOptions {
     pub dump: bool,
     /// Whether the file's content is dropped when the machine ends.
     pub discard_data: bool,
+    /// Whether memory of a clone that is discarded goes back to the host and reads as zero (`discard=zero`).
+    pub discards_to_zero: bool,
 }
 
 impl Default for BackendOptions {
@@ -109,6 +111,7 @@ impl Default for BackendOptions {
             merge: true,
             dump: true,
             discard_data: false,
+            discards_to_zero: false,
         }
     }
 }
@@ -137,6 +140,7 @@ pub struct FileSource {
     access: FileAccess,
     offset_bytes: u64,
     discard_data: bool,
+    discards_to_zero: bool,
 }
 
 impl FileSource {
@@ -310,6 +314,12 @@ impl BackendSpec {
             .is_some_and(|file| matches!(file.access, FileAccess::Clone | FileAccess::Rom { .. }))
     }
 
+    /// Whether memory that is discarded goes back to the host and reads as zero, though it began as a file that
+    /// is only read.
+    pub fn discards_to_zero(&self) -> bool {
+        self.file().is_some_and(|file| file.discards_to_zero)
+    }
+
     /// Alignment in the guest and in this process, in bytes; 0 where none was asked for.
     pub fn align_bytes(&self) -> u64 {
         self.align_bytes
@@ -357,6 +367,7 @@ fn source(options: &BackendOptions) -> Result<BackendSource, BackendError> {
             access: access(options)?,
             offset_bytes: options.offset_bytes,
             discard_data: options.discard_data,
+            discards_to_zero: discards_to_zero(options)?,
         }),
     };
     if !align_bytes.is_multiple_of(PAGE_BYTES) {
@@ -400,9 +411,22 @@ fn option_of_files(options: &BackendOptions) -> Option<&'static str> {
         (options.offset_bytes != 0, "offset"),
         (options.align_bytes != 0, "align"),
         (options.discard_data, "discard-data"),
+        (options.discards_to_zero, "discard"),
     ]
     .into_iter()
     .find_map(|(given, option)| given.then_some(option))
+}
+
+/// `discard=zero`, which is for memory that begins as a file and goes its own way.
+fn discards_to_zero(options: &BackendOptions) -> Result<bool, BackendError> {
+    let access = access(options)?;
+    let is_clone = matches!(access, FileAccess::Private | FileAccess::Clone);
+    if options.discards_to_zero && !is_clone {
+        return Err(BackendError::DiscardZero {
+            id: options.id.clone(),
+        });
+    }
+    Ok(options.discards_to_zero)
 }
 
 /// What `share`, `readonly` and `rom` mean together.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 
 use super::backend::is_id;
+use super::balloon::BalloonParts;
 use super::console::{ConsoleFault, ConsoleParts};
 use super::limits::Limits;
 use super::mac::MacAddress;
@@ -52,6 +53,8 @@ pub enum DeviceKind {
     Console(ConsoleParts),
     /// A device in another process.
     VhostUser(VhostUserParts),
+    /// Memory that the guest gives away and takes back.
+    Balloon(BalloonParts),
 }
 
 /// A network device.
@@ -175,6 +178,9 @@ pub enum DeviceFault {
         /// Which, and what to do.
         reason: String,
     },
+    /// Guests have one of them.
+    #[error("there is a balloon already: Only one balloon device is supported")]
+    SecondBalloon,
     /// Ports that cannot be.
     #[error(transparent)]
     Console(#[from] ConsoleFault),
@@ -191,6 +197,7 @@ impl DeviceKind {
             Self::Document => "document",
             Self::Console(_) => "virtio-console",
             Self::VhostUser(parts) => parts.function.word(),
+            Self::Balloon(_) => "virtio-balloon",
         }
     }
 
@@ -203,13 +210,16 @@ impl DeviceKind {
             Self::Document => "document",
             Self::Console(_) => "console",
             Self::VhostUser(_) => "vhost-user",
+            Self::Balloon(_) => "balloon",
         }
     }
 
     fn check(&self) -> Result<(), DeviceFault> {
         match self {
             // Ports are proven together with those of other devices.
-            Self::Rng | Self::Net(_) | Self::Document | Self::Console(_) => Ok(()),
+            Self::Rng | Self::Net(_) | Self::Document | Self::Console(_) | Self::Balloon(_) => {
+                Ok(())
+            }
             Self::Block(disk) => disk.check(),
             Self::Vsock(vsock) => vsock.check(),
             Self::VhostUser(parts) => parts.check(),
@@ -307,6 +317,14 @@ impl DeviceSpec {
         }
     }
 
+    /// The balloon, if it is one.
+    pub fn balloon(&self) -> Option<&BalloonParts> {
+        match &self.kind {
+            DeviceKind::Balloon(balloon) => Some(balloon),
+            _ => None,
+        }
+    }
+
     /// The image of a disk.
     pub fn disk_path(&self) -> Option<&Path> {
         self.disk().map(|disk| disk.path.as_path())
@@ -340,7 +358,7 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
     };
     let mut taken: Vec<(u8, String)> = Vec::new();
     let mut ids: Vec<String> = Vec::new();
-    let (mut has_vsock, mut has_document) = (false, false);
+    let (mut has_vsock, mut has_document, mut has_balloon) = (false, false, false);
     for part in &parts {
         let name = name_of(part);
         let fault = |fault| (name.clone(), fault);
@@ -352,6 +370,10 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
         let is_document = matches!(part.kind, DeviceKind::Document);
         if is_document && std::mem::replace(&mut has_document, true) {
             return Err(fault(DeviceFault::SecondDocument));
+        }
+        let is_balloon = matches!(part.kind, DeviceKind::Balloon(_));
+        if is_balloon && std::mem::replace(&mut has_balloon, true) {
+            return Err(fault(DeviceFault::SecondBalloon));
         }
         if let Some(id) = &part.id {
             if !is_id(id) {

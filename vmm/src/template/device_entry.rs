@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use super::limits_entry::LimitsEntry;
 use super::seal::Seal;
 use crate::spec::{
-    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, MacAddress, NetParts,
-    PortParts, PortTarget, VsockParts,
+    BalloonParts, ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts,
+    MacAddress, NetParts, PortParts, PortTarget, VsockParts,
 };
 
 /// The first format that has this part.
@@ -23,7 +23,8 @@ pub struct DeviceEntry {
     /// Its device number on the PCI bus.
     pub slot: u8,
     /// What it is: `virtio-rng`, `document`, `virtio-blk`, which has a disk, `virtio-vsock`, which has a context
-    /// ID, `virtio-net`, which has a `mac`, or `virtio-console`, which has `ports`.
+    /// ID, `virtio-net`, which has a `mac`, `virtio-console`, which has `ports`, or `virtio-balloon`, which has a
+    /// `balloon`.
     pub kind: String,
     /// The disk.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -37,9 +38,22 @@ pub struct DeviceEntry {
     /// The ports of a `virtio-console`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ports: Option<Vec<PortEntry>>,
+    /// What a `virtio-balloon` offers the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonEntry>,
     /// How fast a disk or a `virtio-net` may be used, where that is limited: formats from 5 on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub limits: Option<LimitsEntry>,
+}
+
+/// What a `virtio-balloon` offers the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonEntry {
+    /// The guest takes memory back before it ends programs for want of it.
+    pub deflate_on_oom: bool,
+    /// The guest says which of its pages are free.
+    pub free_page_reporting: bool,
 }
 
 /// A port of a `virtio-console`.
@@ -87,6 +101,10 @@ impl DeviceEntry {
             ports: device
                 .console()
                 .map(|console| console.ports.iter().map(PortEntry::of).collect()),
+            balloon: device.balloon().map(|balloon| BalloonEntry {
+                deflate_on_oom: balloon.deflate_on_oom,
+                free_page_reporting: balloon.free_page_reporting,
+            }),
             limits: LimitsEntry::of(&device.limits()),
         }
     }
@@ -97,6 +115,13 @@ impl DeviceEntry {
             let with = with(self.ports.is_some());
             return Err(format!(
                 "device {} is a {:?} {with} ports",
+                self.id, self.kind
+            ));
+        }
+        if self.balloon.is_some() != (self.kind == "virtio-balloon") {
+            let with = with(self.balloon.is_some());
+            return Err(format!(
+                "device {} is a {:?} {with} a balloon",
                 self.id, self.kind
             ));
         }
@@ -115,6 +140,13 @@ impl DeviceEntry {
             ("virtio-rng", None, None, None) => DeviceKind::Rng,
             // What it says is each clone's own.
             ("document", None, None, None) => DeviceKind::Document,
+            ("virtio-balloon", None, None, None) => {
+                let balloon = self.balloon.as_ref();
+                DeviceKind::Balloon(BalloonParts {
+                    deflate_on_oom: balloon.is_some_and(|balloon| balloon.deflate_on_oom),
+                    free_page_reporting: balloon.is_some_and(|balloon| balloon.free_page_reporting),
+                })
+            }
             // Where they lead to is said when a clone is made.
             ("virtio-console", None, None, None) => DeviceKind::Console(ConsoleParts {
                 ports: ports.iter().map(PortEntry::parts).collect(),
@@ -199,4 +231,23 @@ impl PortEntry {
 
 fn with(is_there: bool) -> &'static str {
     if is_there { "with" } else { "without" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_with_a_device_of_another_process_is_refused_with_the_reason() {
+        for kind in ["vhost-user-blk", "vhost-user-net"] {
+            let entry = format!(r#"{{"id": "vu0", "slot": 3, "kind": "{kind}"}}"#);
+            let entry: DeviceEntry = serde_json::from_str(&entry).unwrap();
+            let why = format!(
+                "device vu0 is a {kind:?}: it shares all guest memory with another process, which clones cannot \
+                 do, as their memory is share=off: make the template without it, or give it a virtio-blk or \
+                 virtio-net"
+            );
+            assert_eq!(entry.parts().unwrap_err(), why);
+        }
+    }
 }

@@ -284,7 +284,10 @@ pub fn format_of(
     identity: &Option<IdentityEntry>,
 ) -> u32 {
     let is_later = |device: &DeviceSpec| {
-        let is_new = matches!(device.kind(), DeviceKind::Console(_) | DeviceKind::Document);
+        let is_new = matches!(
+            device.kind(),
+            DeviceKind::Console(_) | DeviceKind::Document | DeviceKind::Balloon(_)
+        );
         is_new || device.limits().is_any()
     };
     if spec.devices().iter().any(is_later) {

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Devices on the command line.
 
+mod balloon;
 mod console;
 
 use std::path::PathBuf;
@@ -8,6 +9,9 @@ use std::str::FromStr;
 
 use clap::Args as ClapArgs;
 
+use self::balloon::BalloonArgs;
+use self::balloon::CloneBalloonArgs;
+pub use self::balloon::DiscardArg;
 use self::console::ConsoleArgs;
 use crate::clone::marks::DocumentPattern;
 use crate::clone::nets::NetPattern;
@@ -59,6 +63,9 @@ pub struct DeviceArgs {
     /// Ports.
     #[command(flatten)]
     pub consoles: ConsoleArgs,
+    /// Memory that the guest gives away.
+    #[command(flatten)]
+    pub balloon: BalloonArgs,
     /// Give the machine a VM generation ID, by which a guest sees that it was cloned and renews its random
     /// numbers, or not [default: a template has one unless its kernel is the built-in guest]
     #[arg(long, value_name = "YES", num_args = 0..=1, default_missing_value = "true", require_equals = true)]
@@ -81,11 +88,10 @@ impl DeviceArgs {
         let nets = self.nets.iter().map(|net| net.table());
         let own = rng.into_iter().chain(document);
         let consoles = self.consoles.tables();
-        let devices = disks.chain(nets).chain(own).chain(vsock);
-        devices
-            .chain(consoles)
-            .chain(self.in_other_processes())
-            .collect()
+        let balloon = self.balloon.balloon.iter().map(|balloon| balloon.0.clone());
+        let devices = disks.chain(nets).chain(own).chain(vsock).chain(balloon);
+        let devices = devices.chain(consoles);
+        devices.chain(self.in_other_processes()).collect()
     }
 }
 
@@ -211,6 +217,9 @@ impl NetArg {
 /// What devices of clones have.
 #[derive(Debug, Clone, Default, ClapArgs)]
 pub struct CloneDeviceArgs {
+    /// Memory that their guests give away.
+    #[command(flatten)]
+    pub balloon: CloneBalloonArgs,
     /// Where the cable of a network device ends; may be given several times. `%d` in names is the clone's
     /// number; clone K has the K-th address from ADDRESS on. With plug each clone gets a device that the
     /// template has not. Limits hold each way, for each clone, in place of the template's [default: an address

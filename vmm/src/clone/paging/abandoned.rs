@@ -103,8 +103,11 @@ mod tests {
                 regions: Vec::new(),
                 cpu: None,
                 track_writes: false,
+                discards: false,
             };
-            supervisor.paging.add(Owner::Clone(number), uffd, memory);
+            supervisor
+                .paging
+                .add(Owner::Clone(number), (uffd, None), memory);
         }
         supervisor.hear_news(ClientNews::Gone { client: 0 });
         supervisor.hear_news(ClientNews::Gone { client: 1 });

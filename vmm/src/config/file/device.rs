@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::port::PortTable;
 use super::{Bytes, is_default};
 use crate::spec::{
-    ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits, MacAddress,
-    NetParts, PortParts, Rate, TapSpec, VhostUserFunction, VhostUserParts, VsockParts,
+    BalloonParts, ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits,
+    MacAddress, NetParts, PortParts, Rate, TapSpec, VhostUserFunction, VhostUserParts, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -141,6 +141,27 @@ pub enum DeviceTable {
         /// Its ports: at most 16.
         ports: Vec<PortTable>,
     },
+    /// Memory that the guest gives away and takes back.
+    #[serde(rename = "virtio-balloon")]
+    Balloon {
+        /// What it is called; `balloon0` if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// Whether the guest takes memory back before it ends programs for want of it.
+        #[serde(default, skip_serializing_if = "is_default", rename = "deflate-on-oom")]
+        deflate_on_oom: bool,
+        /// Whether the guest says which of its pages are free, so that they are discarded.
+        #[serde(
+            default,
+            skip_serializing_if = "is_default",
+            rename = "free-page-reporting"
+        )]
+        free_page_reporting: bool,
+    },
     /// A disk that another process serves (vhost-user): all memory must be shared with it.
     #[serde(rename = "vhost-user-blk")]
     VhostUserBlock {
@@ -192,6 +213,7 @@ impl DeviceTable {
             Self::Vsock { id, .. } => (id, "virtio-vsock"),
             Self::Document { id, .. } => (id, "document"),
             Self::Console { id, .. } => (id, "virtio-console"),
+            Self::Balloon { id, .. } => (id, "virtio-balloon"),
             Self::VhostUserBlock { id, .. } => (id, "vhost-user-blk"),
             Self::VhostUserNet { id, .. } => (id, "vhost-user-net"),
         };
@@ -204,26 +226,14 @@ impl TryFrom<&DeviceTable> for DeviceParts {
 
     fn try_from(table: &DeviceTable) -> Result<Self, String> {
         Ok(match table.clone() {
-            DeviceTable::Rng { id, slot } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Rng,
-            },
-            DeviceTable::Document { id, slot } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Document,
-            },
+            DeviceTable::Rng { id, slot } => device(id, slot, DeviceKind::Rng),
+            DeviceTable::Document { id, slot } => device(id, slot, DeviceKind::Document),
             DeviceTable::Vsock {
                 id,
                 slot,
                 cid,
                 uds_path: path,
-            } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Vsock(VsockParts { cid, path }),
-            },
+            } => device(id, slot, DeviceKind::Vsock(VsockParts { cid, path })),
             DeviceTable::Console { id, slot, ports } => {
                 let ports: Result<_, _> = ports.iter().map(PortParts::try_from).collect();
                 Self {
@@ -232,15 +242,27 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                     kind: DeviceKind::Console(ConsoleParts { ports: ports? }),
                 }
             }
+            DeviceTable::Balloon {
+                id,
+                slot,
+                deflate_on_oom,
+                free_page_reporting,
+            } => {
+                let balloon = BalloonParts {
+                    deflate_on_oom,
+                    free_page_reporting,
+                };
+                device(id, slot, DeviceKind::Balloon(balloon))
+            }
             DeviceTable::VhostUserBlock { id, slot, socket } => {
-                vhost_user((id, slot), socket, VhostUserFunction::Block)
+                device(id, slot, vhost_user(socket, VhostUserFunction::Block))
             }
             DeviceTable::VhostUserNet {
                 id,
                 slot,
                 socket,
                 mac,
-            } => vhost_user((id, slot), socket, VhostUserFunction::Net { mac }),
+            } => device(id, slot, vhost_user(socket, VhostUserFunction::Net { mac })),
             DeviceTable::Block {
                 id,
                 slot,
@@ -294,16 +316,12 @@ impl TryFrom<&DeviceTable> for DeviceParts {
     }
 }
 
-fn vhost_user(
-    (id, slot): (Option<String>, Option<u8>),
-    socket: PathBuf,
-    function: VhostUserFunction,
-) -> DeviceParts {
-    DeviceParts {
-        id,
-        slot,
-        kind: DeviceKind::VhostUser(VhostUserParts { socket, function }),
-    }
+fn device(id: Option<String>, slot: Option<u8>, kind: DeviceKind) -> DeviceParts {
+    DeviceParts { id, slot, kind }
+}
+
+fn vhost_user(socket: PathBuf, function: VhostUserFunction) -> DeviceKind {
+    DeviceKind::VhostUser(VhostUserParts { socket, function })
 }
 
 impl From<&DeviceSpec> for DeviceTable {
@@ -322,6 +340,15 @@ impl From<&DeviceSpec> for DeviceTable {
                 id,
                 slot,
                 ports: ports.iter().map(PortTable::from).collect(),
+            },
+            DeviceKind::Balloon(BalloonParts {
+                deflate_on_oom,
+                free_page_reporting,
+            }) => Self::Balloon {
+                id,
+                slot,
+                deflate_on_oom,
+                free_page_reporting,
             },
             DeviceKind::VhostUser(VhostUserParts { socket, function }) => match function {
                 VhostUserFunction::Block => Self::VhostUserBlock { id, slot, socket },

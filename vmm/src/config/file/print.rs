@@ -2,8 +2,8 @@
 //! A machine that was checked, as the file that would make it again.
 
 use super::{
-    BackendTable, Bytes, DeviceTable, DimmTable, DistanceTable, KindWord, MachineFile, MemoryTable,
-    NodeTable, RomWord, UuidWord,
+    BackendTable, Bytes, DeviceTable, DimmTable, DiscardWord, DistanceTable, KindWord, MachineFile,
+    MemoryTable, NodeTable, RomWord, UuidWord,
 };
 use crate::arch::x86_64::boot::{BootSource, KernelImage};
 use crate::config::EMBEDDED_KERNEL;
@@ -93,5 +93,10 @@ fn backend(spec: &BackendSpec) -> BackendTable {
         merge: spec.merge(),
         dump: spec.dump(),
         discard_data: file.is_some_and(FileSource::discard_data),
+        discard: if spec.discards_to_zero() {
+            DiscardWord::Zero
+        } else {
+            DiscardWord::Off
+        },
     }
 }

@@ -56,9 +56,14 @@ impl Core {
     /// A device as after power-on.
     pub(super) fn new(device: Box<dyn VirtioDevice>) -> Self {
         let sizes = device.device_type().queues.iter().enumerate();
-        let queues = sizes.filter_map(|(number, &size)| VirtQueue::new(number, size));
+        let queues = sizes.filter_map(|(number, &size)| {
+            let queue = VirtQueue::new(number, size)?;
+            let copies = device.copies(number);
+            Some(if copies { queue } else { queue.of_any_length() })
+        });
+        let queues = queues.collect();
         Self {
-            queues: queues.collect(),
+            queues,
             device,
             outside: None,
             is_active: false,

@@ -65,6 +65,15 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// What the guest reads in the device's own registers.
     fn config(&self) -> &[u8];
 
+    /// The guest writes to the device's own registers; bytes that are not for writing stay.
+    fn write_config(&mut self, _offset: usize, _bytes: &[u8]) {}
+
+    /// Whether requests of a queue have their memory copied. Of those that only name memory one may name any
+    /// amount.
+    fn copies(&self, _queue: usize) -> bool {
+        true
+    }
+
     /// Does what a request asks for and returns how many bytes of its memory were written.
     fn process(&mut self, queue: usize, request: &Chain, ram: &GuestRam) -> u32;
 

@@ -17,6 +17,7 @@
 //! one request fails that request; what is wrong with a queue stops the device until it is reset. Work
 //! for one guest request, and the number of requests for one notification, are limited.
 
+pub mod balloon;
 mod bell;
 pub mod block;
 pub mod console;

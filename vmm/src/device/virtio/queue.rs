@@ -88,12 +88,19 @@ impl Chain {
         Ok(())
     }
 
-    /// Takes in one descriptor; `false` ends the request.
-    fn add(&mut self, address: u64, bytes: u32, is_writable: bool) -> bool {
+    /// Address and length of each piece of memory that the device may write, as the guest named them.
+    pub fn writable(&self) -> impl Iterator<Item = (u64, u32)> + '_ {
+        self.writable
+            .iter()
+            .map(|piece| (piece.address, piece.bytes))
+    }
+
+    /// Takes in one descriptor, of a request of `most` bytes; `false` ends the request.
+    fn add(&mut self, address: u64, bytes: u32, is_writable: bool, most: u64) -> bool {
         let all = self.readable.len() + self.writable.len();
         let total = self.readable_bytes + self.writable_bytes + u64::from(bytes);
         let is_late = !is_writable && !self.writable.is_empty();
-        if all >= MAX_DESCRIPTORS || total > MAX_REQUEST_BYTES || is_late {
+        if all >= MAX_DESCRIPTORS || total > most || is_late {
             self.is_malformed = true;
             return false;
         }
@@ -146,6 +153,8 @@ pub struct VirtQueue {
     added: u16,
     /// The index of what the guest makes available, when it was watched.
     watched: u16,
+    /// Most bytes of a request.
+    max_bytes: u64,
 }
 
 impl VirtQueue {
@@ -157,7 +166,16 @@ impl VirtQueue {
             queue,
             added: 0,
             watched: 0,
+            max_bytes: MAX_REQUEST_BYTES,
         })
+    }
+
+    /// The same, for requests that name memory and do not have it copied: of any length.
+    pub fn of_any_length(self) -> Self {
+        Self {
+            max_bytes: u64::MAX,
+            ..self
+        }
     }
 
     /// As after power-on.
@@ -230,7 +248,8 @@ impl VirtQueue {
         };
         for descriptor in descriptors {
             let address = descriptor.addr().0;
-            if !chain.add(address, descriptor.len(), descriptor.is_write_only()) {
+            let is_writable = descriptor.is_write_only();
+            if !chain.add(address, descriptor.len(), is_writable, self.max_bytes) {
                 break;
             }
         }

@@ -1,5 +1,5 @@
 #![forbid(unsafe_code)]
-//! `-blockdev`: images that devices name, and images made of others.
+//! Images that monitors and command lines name: `-blockdev` and `blockdev-add`.
 
 use std::path::PathBuf;
 
@@ -7,6 +7,21 @@ use super::pci::{Image, only};
 use crate::qemu::error::OptionError;
 use crate::qemu::words::Props;
 use crate::spec::{DiskAccess, DiskParts};
+
+/// Why a device cannot have a drive: another has it, or there is none.
+pub fn no_drive(drive: &str, is_known: bool) -> OptionError {
+    OptionError::new(if is_known {
+        format!("Drive '{drive}' is already in use by another block device")
+    } else {
+        format!("Property 'virtio-blk-device.drive' can't find value '{drive}'")
+    })
+}
+
+/// Whether one of these images has another one as its file.
+pub fn is_file_node(images: &[Image], id: &str) -> bool {
+    let mut files = images.iter().filter_map(|image| image.file_node.as_deref());
+    files.any(|file| file == id)
+}
 
 /// Reads a blockdev, which may have another one of `images` as its file.
 pub fn blockdev(mut props: Props, images: &[Image]) -> Result<Image, OptionError> {

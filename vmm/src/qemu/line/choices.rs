@@ -5,9 +5,10 @@ use super::argv::Argument;
 use super::wanted::LOG_ITEMS;
 
 /// What a memory backend can be told.
-const OBJECT_OPTIONS: [&str; 15] = [
+const OBJECT_OPTIONS: [&str; 16] = [
     "align=<int>",
     "discard-data=<bool>",
+    "discard=<off|zero>",
     "dump=<bool>",
     "mem-path=<string>",
     "merge=<bool>",

@@ -248,6 +248,8 @@ fn file_options(props: &mut Props, options: &mut BackendOptions) -> Result<(), O
     options.offset_bytes = props.size("offset")?.unwrap_or(0);
     options.align_bytes = props.size("align")?.unwrap_or(0);
     options.discard_data = props.switch("discard-data")?.unwrap_or(false);
+    let discard = props.word("discard", &["off", "zero"])?;
+    options.discards_to_zero = discard.as_deref() == Some("zero");
     if props.switch("pmem")? == Some(true) {
         return Err(OptionError::new(
             "pmem=on cannot be had: Pando gives no persistence across a crash of the host; leave it out",

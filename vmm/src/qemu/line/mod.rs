@@ -3,7 +3,8 @@
 //! content the caller brings.
 
 pub mod argv;
-pub mod blockdev;
+mod balloon;
+mod blockdev;
 pub mod chardev;
 pub mod choices;
 pub mod console;

@@ -32,6 +32,11 @@ pub(super) struct NetDevice {
 /// Reads a netdev.
 pub fn netdev(mut props: Props) -> Result<Netdev, OptionError> {
     let kind = props.required("type")?;
+    if kind == "vhost-user" {
+        return Err(OptionError::new(
+            "type=vhost-user cannot be added while the machine runs: say -netdev vhost-user,id=ID,chardev=ID",
+        ));
+    }
     if kind != "tap" {
         return Err(OptionError::new(format!(
             "type={kind} cannot be had: a network is a tap, so say tap,id=ID,ifname=NAME,script=no,\

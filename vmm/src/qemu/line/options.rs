@@ -83,7 +83,7 @@ pub const OPTIONS: &[OptionInfo] = &[
     with(
         "object",
         "memory-backend-file|-ram|-memfd,id=ID,size=SIZE[,...] | rng-random|rng-builtin,id=ID",
-        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data; or the kernel's entropy",
+        "a memory backend: mem-path, share, readonly, rom, offset, align, prealloc, merge, dump, discard-data, and for a clone discard=zero; or the kernel's entropy",
     ),
     with(
         "numa",
@@ -92,8 +92,8 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "device",
-        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-net-pci[,netdev=ID,mac=,id=,addr=] | virtio-rng-pci[,rng=ID,id=,addr=] | virtio-serial-pci[,id=,addr=,max_ports=] | virtconsole[,chardev=ID,name=,nr=,bus=] | virtserialport[,chardev=ID,name=,nr=,bus=] | vhost-vsock-pci,guest-cid=N[,id=,addr=,x-uds-path=PATH] | vhost-user-blk-pci,chardev=ID[,id=,addr=,num-queues=1] | vmgenid[,guid=UUID|auto,id=]",
-        "a memory module, a disk, a network device, entropy from the host, ports and connections to the host (Unix sockets), or a VM generation ID",
+        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-net-pci[,netdev=ID,mac=,id=,addr=] | virtio-rng-pci[,rng=ID,id=,addr=] | virtio-serial-pci[,id=,addr=,max_ports=] | virtio-balloon-pci[,deflate-on-oom=,free-page-reporting=,id=,addr=] | virtconsole[,chardev=ID,name=,nr=,bus=] | virtserialport[,chardev=ID,name=,nr=,bus=] | vhost-vsock-pci,guest-cid=N[,id=,addr=,x-uds-path=PATH] | vhost-user-blk-pci,chardev=ID[,id=,addr=,num-queues=1] | vmgenid[,guid=UUID|auto,id=]",
+        "a memory module, a disk, a network device, entropy from the host, a balloon, ports and connections to the host (Unix sockets), or a VM generation ID",
     ),
     with(
         "drive",
@@ -191,6 +191,11 @@ pub const OPTIONS: &[OptionInfo] = &[
     switch(
         "print-machine",
         "print the machine as a machine file of Pando, and do not run it; QEMU has no such option",
+    ),
+    with(
+        "metrics",
+        "ADDRESS:PORT",
+        "serve Prometheus metrics at http://ADDRESS:PORT/metrics; QEMU has no such option",
     ),
     switch("version", "say the version"),
     switch("help", "say this"),

@@ -3,7 +3,7 @@
 //! monitors say of them (`blockdev-add`, `device_add`) is read here too. What networks have of their own is
 //! in [`super::netdev`].
 
-use super::blockdev::blockdev;
+use super::balloon;
 use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
@@ -12,7 +12,11 @@ use super::vhost_user::{self, Backend, VhostUser};
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
-use crate::spec::{DeviceKind, DeviceParts, DiskAccess, DiskParts, TapSpec, VsockParts};
+use crate::spec::{
+    BalloonParts, DeviceKind, DeviceParts, DiskAccess, DiskParts, TapSpec, VsockParts,
+};
+
+pub use super::blockdev::{blockdev, is_file_node, no_drive};
 
 /// Drivers of `-device`, each with its other names.
 const BLOCK_DRIVERS: [&str; 3] = [
@@ -80,6 +84,7 @@ enum What {
     Net(NetDevice),
     Console(console::Bus),
     VhostUser(Backend),
+    Balloon(BalloonParts),
 }
 
 impl PciDevices {
@@ -314,9 +319,10 @@ impl Device {
         let is_vsock = vsock::DRIVERS.contains(&driver.as_str());
         let is_net = NET_DRIVERS.contains(&driver.as_str());
         let is_console = console::DRIVERS.contains(&driver.as_str());
+        let is_balloon = balloon::DRIVERS.contains(&driver.as_str());
         let is_vhost_user = vhost_user::DRIVERS.contains(&driver.as_str());
-        let is_other = is_vsock || is_net || is_console || is_vhost_user;
-        let is_other = is_other || RNG_DRIVERS.contains(&driver.as_str());
+        let is_virtual = is_vsock || is_net || is_console || is_balloon || is_vhost_user;
+        let is_other = is_virtual || RNG_DRIVERS.contains(&driver.as_str());
         if !is_block && !is_other {
             props.add("driver", &driver);
             return Ok(Err(props));
@@ -343,6 +349,8 @@ impl Device {
             What::Console(console::Bus::read(&mut props)?)
         } else if is_vhost_user {
             What::VhostUser(Backend::read(&mut props)?)
+        } else if is_balloon {
+            What::Balloon(balloon::parts(&mut props)?)
         } else {
             What::Rng {
                 source: props.text("rng")?,
@@ -418,6 +426,7 @@ impl Device {
             What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
             What::Console(bus) => DeviceKind::Console(bus.parts()?),
             What::VhostUser(backend) => backend.disk()?,
+            What::Balloon(parts) => DeviceKind::Balloon(*parts),
             What::Block { drive, serial } => {
                 let mut disk = disk_of(drive)?;
                 disk.serial.clone_from(serial);
@@ -426,21 +435,6 @@ impl Device {
         };
         Ok(self.as_parts(kind))
     }
-}
-
-/// Why a device cannot have a drive: another has it, or there is none.
-pub fn no_drive(drive: &str, is_known: bool) -> OptionError {
-    OptionError::new(if is_known {
-        format!("Drive '{drive}' is already in use by another block device")
-    } else {
-        format!("Property 'virtio-blk-device.drive' can't find value '{drive}'")
-    })
-}
-
-/// Whether one of these images has another one as its file.
-pub fn is_file_node(images: &[Image], id: &str) -> bool {
-    let mut files = images.iter().filter_map(|image| image.file_node.as_deref());
-    files.any(|file| file == id)
 }
 
 /// Properties of a blockdev or a netdev: words, or JSON.

@@ -177,11 +177,6 @@ const DEVICES: &[(&str, &str)] = &[
     ),
     ("x-pci-proxy-dev", MULTI_PROCESS),
     (
-        "virtio-balloon",
-        "Pando has no balloon device yet: leave it out; memory of a clone that equals its template \
-         costs the host nothing",
-    ),
-    (
         "virtio-mem",
         "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
     ),
@@ -208,7 +203,7 @@ pub fn device(driver: &str) -> String {
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
              virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, virtserialport, \
-             vhost-vsock-pci, vhost-user-blk-pci and vmgenid are the devices to add"
+             virtio-balloon-pci, vhost-vsock-pci, vhost-user-blk-pci and vmgenid are the devices to add"
         ),
     }
 }

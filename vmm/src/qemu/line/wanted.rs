@@ -96,6 +96,8 @@ pub struct ProgramOptions {
     pub timestamps: bool,
     /// `-print-machine`
     pub print_machine: bool,
+    /// `-metrics`
+    pub metrics: Option<String>,
 }
 
 /// A monitor.
@@ -257,6 +259,7 @@ impl Wanted {
             "D" => program.log_file = Some(value.into()),
             "d" => program.log_items = log_items(value)?,
             "print-machine" => program.print_machine = true,
+            "metrics" => program.metrics = Some(value.to_owned()),
             // Both were done already.
             "help" | "h" | "version" => (),
             "msg" => {

@@ -97,14 +97,22 @@ pub const COMMANDS: &[Command] = &[
         "RAM and modules in bytes",
         |vm, _| Ok(vm.query_memory_size()),
     ),
-    query("query-balloon", "an error: there is no balloon", |_, _| {
-        Err(no_balloon())
+    query(
+        "x-query-discards",
+        "which memory may be discarded, who needs that, and who was refused; QEMU has no such command",
+        |vm, _| Ok(vm.query_discards()),
+    ),
+    query("query-balloon", "how much memory the guest has", |vm, _| {
+        vm.query_balloon()
     }),
     command(
         "balloon",
         &[must("value", Kind::Int)],
-        "an error: there is no balloon",
-        |_, _| Err(no_balloon()),
+        "how much memory the guest is to have, in bytes: it gives the rest away",
+        |vm, args| {
+            let value = args.any("value").and_then(Value::as_i64);
+            done(vm.set_balloon(value.unwrap_or(i64::MAX)))
+        },
     ),
     query(
         "query-vm-generation-id",
@@ -213,7 +221,7 @@ pub const COMMANDS: &[Command] = &[
             must("property", Kind::Str),
             must("value", Kind::Any),
         ],
-        "change `merge`, `dump` or `prealloc` of a backend, as far as QEMU lets one",
+        "change `merge`, `dump` or `prealloc` of a backend, as far as QEMU lets one, or `guest-stats-polling-interval` of a balloon",
         objects::set,
     ),
     command(
@@ -339,13 +347,6 @@ pub fn negotiate(arguments: &Map<String, Value>) -> Result<(), QmpError> {
 
 fn done(result: Result<(), QmpError>) -> Result<Value, QmpError> {
     result.map(|()| json!({}))
-}
-
-fn no_balloon() -> QmpError {
-    QmpError::of(
-        Class::DeviceNotActive,
-        "No balloon device has been activated",
-    )
 }
 
 fn names() -> Value {

@@ -18,6 +18,7 @@ enum Place<'a> {
     Machine,
     Peripherals,
     Dimm(&'a Dimm),
+    Balloon,
     Backend(&'a BackendSpec),
 }
 
@@ -30,6 +31,10 @@ fn find<'a>(vm: &'a Vm, path: &str) -> Result<Place<'a>, QmpError> {
         "/machine/peripheral" => Ok(Place::Peripherals),
         other if other.starts_with("/machine/peripheral/") => {
             let id = other.trim_start_matches("/machine/peripheral/");
+            let id = id.trim_end_matches("/virtio-backend");
+            if vm.is_balloon(id) {
+                return Ok(Place::Balloon);
+            }
             vm.find_dimm(id).map(Place::Dimm).ok_or_else(not_found)
         }
         other => {
@@ -49,6 +54,10 @@ pub fn list(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             json!({"name": "machine", "type": format!("child<{}-machine>", vm.kind())}),
         ]),
         Place::Peripherals => {}
+        Place::Balloon => {
+            let all = vm.balloon_properties().into_iter();
+            properties.extend(all.map(|(name, kind, _)| json!({"name": name, "type": kind})));
+        }
         Place::Dimm(dimm) => {
             let names = dimm_properties(vm, dimm);
             let all = names.into_iter().map(|(name, kind, _)| json!({"name": name, "type": kind}));
@@ -78,6 +87,13 @@ pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             Ok(json!("container"))
         }
         Place::Root | Place::Objects | Place::Peripherals => Err(not_found("container")),
+        Place::Balloon if name == "type" => Ok(json!("virtio-balloon-pci")),
+        Place::Balloon => vm
+            .balloon_properties()
+            .into_iter()
+            .find(|(known, ..)| *known == name)
+            .map(|(_, _, value)| value)
+            .ok_or_else(|| not_found("virtio-balloon-pci")),
         Place::Dimm(_) if name == "type" => Ok(json!("pc-dimm")),
         Place::Dimm(dimm) => dimm_properties(vm, dimm)
             .into_iter()
@@ -118,6 +134,7 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
         )));
     }
     let (id, kind) = match find(vm, args.text("path"))? {
+        Place::Balloon => return set_of_balloon(vm, name, &value),
         Place::Backend(backend) => (backend.id().to_owned(), backend.kind()),
         Place::Machine if name != "memory-backend" => {
             return Err(QmpError::generic(format!(
@@ -181,6 +198,21 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             kind.qemu_name()
         ))),
     }
+}
+
+fn set_of_balloon(vm: &mut Vm, name: &str, value: &Value) -> Result<Value, QmpError> {
+    if name == "guest-stats-polling-interval" {
+        vm.set_stats_interval(value)?;
+        return Ok(json!({}));
+    }
+    let known = vm.balloon_properties();
+    Err(QmpError::generic(
+        if known.iter().any(|(other, ..)| *other == name) {
+            format!("Property 'virtio-balloon-pci.{name}' cannot be set once the device is there")
+        } else {
+            format!("Property 'virtio-balloon-pci.{name}' not found")
+        },
+    ))
 }
 
 /// `object-add`

@@ -48,6 +48,7 @@ pub const RETURNS: Members = &[
     ("query-memory-devices", "[MemoryDeviceInfo]"),
     ("query-memory-size-summary", "MemoryInfo"),
     ("query-balloon", "BalloonInfo"),
+    ("x-query-discards", "DiscardInfo"),
     ("query-vm-generation-id", "GuidInfo"),
     ("query-pci", "[PciInfo]"),
     ("query-block", "[BlockInfo]"),
@@ -90,6 +91,7 @@ pub const EVENTS: Members = &[
     ("POWERDOWN", ""),
     ("MIGRATION", "MigrationEvent"),
     ("MIGRATION_PASS", "MigrationPassEvent"),
+    ("BALLOON_CHANGE", "BalloonInfo"),
     ("DEVICE_DELETED", "DeviceDeletedEvent"),
     ("DEVICE_UNPLUG_GUEST_ERROR", "DeviceAndPath"),
 ];
@@ -256,6 +258,31 @@ pub const TYPES: &[(&str, Shape)] = &[
         "MemoryInfo",
         object(&[("base-memory", "int"), ("plugged-memory?", "int")]),
     ),
+    (
+        "DiscardInfo",
+        object(&[
+            ("backends", "[BackendDiscards]"),
+            ("refused", "DiscardsRefused"),
+        ]),
+    ),
+    (
+        "BackendDiscards",
+        object(&[
+            ("id", "str"),
+            ("discard", "DiscardKind"),
+            ("required-by", "[str]"),
+        ]),
+    ),
+    (
+        "DiscardsRefused",
+        object(&[
+            ("balloon", "int"),
+            ("free-page-reporting", "int"),
+            ("virtio-mem", "int"),
+            ("release-ram", "int"),
+            ("postcopy", "int"),
+        ]),
+    ),
     ("BalloonInfo", object(&[("actual", "int")])),
     ("GuidInfo", object(&[("guid", "str")])),
     (
@@ -299,6 +326,7 @@ pub const TYPES: &[(&str, Shape)] = &[
             ("offset?", "int"),
             ("align?", "int"),
             ("discard-data?", "bool"),
+            ("discard?", "DiscardKind"),
             ("size", "int"),
             ("share?", "bool"),
             ("merge?", "bool"),
@@ -307,6 +335,7 @@ pub const TYPES: &[(&str, Shape)] = &[
             ("reserve?", "bool"),
         ]),
     ),
+    ("DiscardKind", Shape::Enum(&["off", "on", "zero"])),
     ("OnOffAuto", Shape::Enum(&["auto", "on", "off"])),
     (
         "MigrationChannel",

@@ -11,7 +11,6 @@ use super::Vm;
 use crate::device::virtio::block::backend::{Disk, DiskError};
 use crate::machine::scratch_folder;
 use crate::qemu::error::OptionError;
-use crate::qemu::line::blockdev::blockdev;
 use crate::qemu::line::pci::{self, Image, PciDevices, is_file_node};
 use crate::qemu::link::reason;
 use crate::qemu::outputs;
@@ -121,7 +120,7 @@ impl Vm {
     /// `blockdev-add`
     pub(in crate::qemu) fn blockdev_add(&mut self, props: Props) -> Result<(), QmpError> {
         let all = self.images.all();
-        let image = blockdev(props, &all);
+        let image = pci::blockdev(props, &all);
         let image = image.map_err(|error| QmpError::generic(error.message()))?;
         if all.len() >= MAX_IMAGES {
             return Err(QmpError::generic(format!(

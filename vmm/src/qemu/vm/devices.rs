@@ -77,6 +77,9 @@ impl Vm {
             return Ok(());
         };
         self.plug(&device, &made)?;
+        if made.balloon().is_some() {
+            self.meet_balloon();
+        }
         if let Some(drive) = device.drive() {
             self.images.give(drive, made.id());
         }
@@ -173,6 +176,7 @@ impl Vm {
             return;
         };
         self.news = handle.watch();
+        self.meet_balloon();
         // Of a machine that ends at this moment another one is made.
         let functions = handle.functions().unwrap_or_default();
         let going = functions.into_iter().filter(|function| function.is_going);
@@ -209,6 +213,7 @@ impl Vm {
 
     fn gone(&mut self, id: &str) {
         self.unplugging.remove(id);
+        let was_balloon = self.is_balloon(id);
         self.plan.spec = self.plan.spec.without_device(id);
         // A guest that has taken it out has had this done; without one there is nobody else to do it.
         for (_, disk) in self.disks.iter().filter(|(of, _)| of == id) {
@@ -222,6 +227,10 @@ impl Vm {
             }
         }
         self.disks.retain(|(of, _)| of != id);
+        if was_balloon {
+            // The next one begins anew.
+            self.balloon = super::balloon::Balloon::default();
+        }
         self.images.release(id);
         self.netdevs.release(id);
         let path = format!("{PERIPHERAL}{id}");

@@ -2,10 +2,12 @@
 //! The machine as its monitors see it. One thread, [`Vm::run`], owns everything; monitors, signals
 //! and the machine's own end reach it through two queues.
 
+mod balloon;
 mod blocks;
 mod compare;
 mod control;
 mod devices;
+mod discards;
 mod functions;
 mod held;
 mod hubs;
@@ -15,6 +17,7 @@ mod nets;
 mod objects;
 mod order;
 mod outgoing;
+mod paced;
 mod plan;
 mod query;
 mod serial;
@@ -121,6 +124,10 @@ pub struct Vm {
     pub(super) changed: BTreeMap<(String, String), bool>,
     /// Backends that monitors added.
     added: Vec<objects::Added>,
+    /// What is wanted of the balloon.
+    balloon: balloon::Balloon,
+    /// Events that come at most so often.
+    paced: paced::Paced,
     /// Images that devices have or may get.
     images: Images,
     /// Ends of cables that devices have or may get.
@@ -181,6 +188,8 @@ impl Vm {
             after: After::Nothing,
             changed: BTreeMap::new(),
             added: Vec::new(),
+            balloon: balloon::Balloon::default(),
+            paced: paced::Paced::default(),
             images,
             netdevs,
             unplugging: BTreeMap::new(),
@@ -236,6 +245,7 @@ impl Vm {
     fn step(&mut self) -> Option<u8> {
         let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
         let news = self.news.clone();
+        let (balloon, due) = (self.balloon.changes.clone(), self.paced.when());
         select! {
             recv(ends) -> end => if let Ok(end) = end {
                 self.ended(end);
@@ -245,6 +255,11 @@ impl Vm {
                 // The machine has ended.
                 Err(_) => self.news = crossbeam::channel::never(),
             },
+            recv(balloon) -> changed => match changed {
+                Ok(()) => self.balloon_changed(),
+                Err(_) => self.balloon.changes = crossbeam::channel::never(),
+            },
+            recv(due) -> _ => self.send_due(),
             recv(inbox) -> message => if let Ok(message) = message {
                 self.take(message);
             },

@@ -55,6 +55,15 @@ pub enum BackendError {
         /// The option.
         option: &'static str,
     },
+    /// Discarding to zero where the memory is the file, or the guest cannot write it.
+    #[error(
+        "memory backend {id}: discard=zero is for the memory of a clone: say share=off,readonly=on,rom=off, \
+         or leave it out"
+    )]
+    DiscardZero {
+        /// Its id.
+        id: String,
+    },
     /// ROM from a file that is open for writing.
     #[error("memory backend {id}: property 'rom' = 'on' is not supported with 'readonly' = 'off'")]
     RomWritable {

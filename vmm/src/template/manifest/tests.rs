@@ -241,6 +241,7 @@ fn with_devices() -> ManifestFile {
     let mut file = example();
     let seal = file.backends[0].seal;
     let device = |id: &str, slot, kind: &str, disk, cid| DeviceEntry {
+        balloon: None,
         id: id.into(),
         slot,
         kind: kind.into(),

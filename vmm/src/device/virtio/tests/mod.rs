@@ -1,5 +1,6 @@
 //! Devices as a driver sees them: registers and queues in guest memory, nothing beside.
 
+mod balloon;
 mod console;
 mod console_guest;
 mod console_hostile;

@@ -29,8 +29,12 @@ pub(super) struct Rings {
 
 impl Rings {
     pub(super) fn new(device: Box<dyn VirtioDevice>, queues: usize) -> Self {
+        Self::of(Driver::new(device), queues)
+    }
+
+    pub(super) fn of(driver: Driver, queues: usize) -> Self {
         Self {
-            driver: Driver::new(device),
+            driver,
             rings: vec![Ring::default(); queues],
         }
     }

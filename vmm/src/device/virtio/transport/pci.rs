@@ -369,11 +369,13 @@ impl PciFunction for VirtioPci {
         } else if let Some(at) = within(offset, NOTIFY) {
             let queue = at / usize::try_from(NOTIFY_MULTIPLIER).unwrap_or(1);
             self.worker.kick(u16::try_from(queue).unwrap_or(u16::MAX));
+        } else if let Some(at) = within(offset, DEVICE) {
+            self.worker
+                .with_core(|core| core.device.write_config(at, data));
         } else if let Some(at) = within(offset, self.table()) {
             self.interrupts
                 .with_msix(|msix| msix.write_table(at as u64, data));
         }
-        // The device's own registers are for reading.
         DeviceEvent::None
     }
 

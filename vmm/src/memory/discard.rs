@@ -1,0 +1,462 @@
+#![forbid(unsafe_code)]
+//! The discard gate: the one place that is asked before any guest RAM is discarded.
+//!
+//! As with QEMU three things are told apart: a *backend* whose RAM cannot be discarded (it is a template's:
+//! what would be read afterwards are the template's bytes), a *device* that cannot do without discarding
+//! ([`DiscardGate::require`]: virtio-mem, which is refused before the machine is made), and devices that ask
+//! each time and go on when they are refused (balloon, free page reporting). A refusal is an error each time:
+//! each is counted, and told at most once a second.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::guest::GuestRam;
+use super::layout::PAGE_BYTES;
+use crate::observe::metrics::{DISCARD_SOURCES, count_discard_refused};
+use crate::spec::{BackendSpec, FileAccess, FileSource, MachineSpec};
+
+/// How often refusals are told at most; they are counted all the same.
+const TELL_EACH: Duration = Duration::from_secs(1);
+
+/// On whose behalf RAM is to be discarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiscardSource {
+    /// A balloon that is inflated.
+    Balloon,
+    /// Pages that the guest reports free, or that it hints at.
+    FreePageReporting,
+    /// Memory that a virtio-mem device has not plugged.
+    VirtioMem,
+    /// A migration that lets go of what it has sent (`release-ram`).
+    ReleaseRam,
+    /// A migration whose RAM comes later.
+    Postcopy,
+}
+
+impl DiscardSource {
+    /// All of them.
+    pub const ALL: [Self; 5] = [
+        Self::Balloon,
+        Self::FreePageReporting,
+        Self::VirtioMem,
+        Self::ReleaseRam,
+        Self::Postcopy,
+    ];
+
+    /// The source as metrics have it.
+    pub const fn word(self) -> &'static str {
+        DISCARD_SOURCES[self as usize]
+    }
+}
+
+impl fmt::Display for DiscardSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// What becomes of RAM of a backend that is discarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Discards {
+    /// It goes back to the host and reads as zero.
+    Allowed,
+    /// The same, of a clone whose owner asked for it: whoever brings its pages remembers which were
+    /// discarded and never brings the template's again.
+    Zero,
+    /// It cannot be discarded: it is a template's.
+    Refused,
+}
+
+impl Discards {
+    /// What monitors and errors say of it.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Allowed => "on",
+            Self::Zero => "zero",
+            Self::Refused => "off",
+        }
+    }
+}
+
+/// A discard that is refused. It says what QEMU says, and who wanted what of which memory.
+#[derive(Debug, Clone, PartialEq, Eq, Error)]
+#[error(
+    "discard by {who}: ram_block_discard_range: Discarding RAM with readonly files is not supported: memory backend \
+     {backend} is a template's; give it discard=zero, or memory of its own, to have memory discarded"
+)]
+pub struct DiscardRefusal {
+    /// Who asked.
+    pub who: &'static str,
+    /// Id of the memory backend.
+    pub backend: String,
+}
+
+/// Why RAM was not discarded.
+#[derive(Debug, Error)]
+pub enum DiscardError {
+    /// It may not be.
+    #[error(transparent)]
+    Refused(#[from] DiscardRefusal),
+    /// It is no RAM, or not whole pages of it.
+    #[error("{bytes} bytes at {guest_address:#x} are not whole pages of RAM: nothing is discarded")]
+    Outside {
+        /// First guest physical address.
+        guest_address: u64,
+        /// How many bytes.
+        bytes: u64,
+    },
+    /// The system could not.
+    #[error("{bytes} bytes of RAM at {guest_address:#x} cannot be discarded")]
+    System {
+        /// First guest physical address.
+        guest_address: u64,
+        /// How many bytes.
+        bytes: u64,
+        /// What it said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A device that cannot do without discarding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiscardHolder {
+    /// What it is called.
+    pub device: String,
+    /// On whose behalf it discards.
+    pub source: DiscardSource,
+    /// Position of its backend in the machine.
+    pub backend: usize,
+}
+
+/// What is known of a backend here.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BackendDiscards {
+    /// Its id.
+    pub id: String,
+    /// What becomes of a discard.
+    pub discards: Discards,
+}
+
+impl BackendDiscards {
+    /// What becomes of discards of a backend's memory.
+    pub fn of(backend: &BackendSpec) -> Self {
+        let access = backend.file().map(FileSource::access);
+        let discards = match access {
+            None | Some(FileAccess::Template) => Discards::Allowed,
+            // QEMU, which has it open for writing, punches holes into other clones' template.
+            Some(FileAccess::Private | FileAccess::Clone) if backend.discards_to_zero() => {
+                Discards::Zero
+            }
+            Some(_) => Discards::Refused,
+        };
+        Self {
+            id: backend.id().to_owned(),
+            discards,
+        }
+    }
+}
+
+/// The gate of one machine.
+#[derive(Debug, Default)]
+pub struct DiscardGate {
+    backends: Vec<BackendDiscards>,
+    holders: Mutex<Vec<DiscardHolder>>,
+    refused: [Refused; DiscardSource::ALL.len()],
+}
+
+/// Refusals of one source.
+#[derive(Debug, Default)]
+struct Refused {
+    total: AtomicU64,
+    told: Mutex<Option<Instant>>,
+}
+
+impl DiscardGate {
+    /// A gate for these backends, in the machine's order.
+    pub fn new(backends: Vec<BackendDiscards>) -> Self {
+        Self {
+            backends,
+            ..Self::default()
+        }
+    }
+
+    /// A gate for the backends of a machine.
+    pub fn of(spec: &MachineSpec) -> Self {
+        let backends = spec.backends().iter();
+        Self::new(backends.map(BackendDiscards::of).collect())
+    }
+
+    /// A gate for a clone of a machine, all of whose memory is the template's.
+    pub fn of_clone(spec: &MachineSpec, discards: Discards) -> Self {
+        let of_template = |backend: &BackendSpec| BackendDiscards {
+            id: backend.id().to_owned(),
+            discards,
+        };
+        Self::new(spec.backends().iter().map(of_template).collect())
+    }
+
+    /// What becomes of discards, backend by backend.
+    pub fn backends(&self) -> &[BackendDiscards] {
+        &self.backends
+    }
+
+    /// Asks for `attempts` discards of one backend's memory. A refusal is counted and told.
+    pub fn ask(
+        &self,
+        source: DiscardSource,
+        backend: usize,
+        attempts: u64,
+    ) -> Result<Discards, DiscardRefusal> {
+        match self.refusal(source, backend) {
+            None => Ok(self.discards(backend)),
+            Some(refusal) => {
+                self.count(source, attempts, &refusal);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// A device says that it cannot do without discarding memory of a backend.
+    pub fn require(&self, holder: DiscardHolder) -> Result<(), DiscardRefusal> {
+        if let Some(refusal) = self.refusal(holder.source, holder.backend) {
+            self.count(holder.source, 1, &refusal);
+            return Err(refusal);
+        }
+        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        holders.retain(|other| other.device != holder.device);
+        holders.push(holder);
+        Ok(())
+    }
+
+    /// A device that is gone requires nothing.
+    pub fn release(&self, device: &str) {
+        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        holders.retain(|holder| holder.device != device);
+    }
+
+    /// Names of the devices that cannot do without discarding memory of the backend of this id.
+    pub fn holders_of(&self, id: &str) -> Vec<String> {
+        let backend = self.backends.iter().position(|backend| backend.id == id);
+        let holders = backend.map(|backend| self.holders(backend));
+        let holders = holders.into_iter().flatten();
+        holders.map(|holder| holder.device).collect()
+    }
+
+    /// Devices that cannot do without discarding memory of a backend.
+    pub fn holders(&self, backend: usize) -> Vec<DiscardHolder> {
+        let holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        let of_backend = holders.iter().filter(|holder| holder.backend == backend);
+        of_backend.cloned().collect()
+    }
+
+    /// How many discards of a source were refused.
+    pub fn refused(&self, source: DiscardSource) -> u64 {
+        self.refused[source as usize].total.load(Ordering::Relaxed)
+    }
+
+    fn discards(&self, backend: usize) -> Discards {
+        // What is not known is not discarded.
+        let known = self.backends.get(backend);
+        known.map_or(Discards::Refused, |backend| backend.discards)
+    }
+
+    fn refusal(&self, source: DiscardSource, backend: usize) -> Option<DiscardRefusal> {
+        if self.discards(backend) != Discards::Refused {
+            return None;
+        }
+        let known = self.backends.get(backend);
+        let number = || format!("number {backend}");
+        Some(DiscardRefusal {
+            who: source.word(),
+            backend: known.map_or_else(number, |backend| backend.id.clone()),
+        })
+    }
+
+    fn count(&self, source: DiscardSource, attempts: u64, refusal: &DiscardRefusal) {
+        let refused = &self.refused[source as usize];
+        let total = refused.total.fetch_add(attempts, Ordering::Relaxed) + attempts;
+        count_discard_refused(source.word(), attempts);
+        let now = Instant::now();
+        let mut told = refused.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none_or(|told| now.saturating_duration_since(told) >= TELL_EACH) {
+            *told = Some(now);
+            tracing::error!(refused = total, "{refusal}");
+        }
+    }
+}
+
+impl GuestRam {
+    /// Discards whole pages of RAM: they go back to the host, and read as zero from then on. Where they may
+    /// not be, nothing is done, and that counts as so many attempts. Memory of several backends is
+    /// discarded as far as the first that refuses.
+    pub fn discard(
+        &self,
+        source: DiscardSource,
+        guest_address: u64,
+        bytes: u64,
+        attempts: u64,
+    ) -> Result<(), DiscardError> {
+        let outside = DiscardError::Outside {
+            guest_address,
+            bytes,
+        };
+        let is_whole = guest_address.is_multiple_of(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES);
+        let end = guest_address
+            .checked_add(bytes)
+            .filter(|_| is_whole && bytes > 0);
+        let Some(end) = end else {
+            return Err(outside);
+        };
+        let mut at = guest_address;
+        while at < end {
+            let mut slots = self.slots().iter();
+            let slot = slots
+                .find(|slot| (slot.guest_address..slot.guest_address + slot.bytes).contains(&at));
+            let Some((slot, backing)) =
+                slot.and_then(|slot| Some((slot, self.backings().get(slot.backend)?)))
+            else {
+                return Err(outside);
+            };
+            let bytes = end.min(slot.guest_address + slot.bytes) - at;
+            self.gate().ask(source, slot.backend, attempts)?;
+            let offset_bytes = slot.first_page * PAGE_BYTES + (at - slot.guest_address);
+            let done = backing.discard(offset_bytes, bytes);
+            done.map_err(|source| DiscardError::System {
+                guest_address: at,
+                bytes,
+                source,
+            })?;
+            at += bytes;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use super::*;
+    use crate::memory::guest::RamBacking;
+    use crate::memory::layout::RamLayout;
+
+    fn gate() -> DiscardGate {
+        let backend = |id: &str, discards| BackendDiscards {
+            id: id.to_owned(),
+            discards,
+        };
+        DiscardGate::new(vec![
+            backend("pc.ram", Discards::Refused),
+            backend("own", Discards::Allowed),
+            backend("zeroed", Discards::Zero),
+        ])
+    }
+
+    #[test]
+    fn every_refusal_counts_and_says_who_wanted_what_of_which_memory() {
+        let gate = gate();
+        for round in 1..=3 {
+            let refusal = gate.ask(DiscardSource::Balloon, 0, 256).unwrap_err();
+            let text = refusal.to_string();
+            assert!(text.starts_with("discard by balloon: ram_block_discard_range: Discarding RAM with readonly files is not supported"));
+            assert!(text.contains("memory backend pc.ram"), "{text}");
+            assert_eq!(gate.refused(DiscardSource::Balloon), 256 * round);
+        }
+        assert_eq!(
+            gate.ask(DiscardSource::Balloon, 1, 1),
+            Ok(Discards::Allowed)
+        );
+        assert_eq!(gate.ask(DiscardSource::Balloon, 2, 1), Ok(Discards::Zero));
+        assert_eq!(gate.refused(DiscardSource::Balloon), 768);
+        assert_eq!(gate.refused(DiscardSource::FreePageReporting), 0);
+        assert!(gate.ask(DiscardSource::Postcopy, 3, 1).is_err(), "unknown");
+    }
+
+    #[test]
+    fn who_cannot_do_without_is_refused_early_or_known() {
+        let gate = gate();
+        let holder = |backend| DiscardHolder {
+            device: "vm0".to_owned(),
+            source: DiscardSource::VirtioMem,
+            backend,
+        };
+        assert!(gate.require(holder(0)).is_err());
+        assert_eq!(gate.refused(DiscardSource::VirtioMem), 1);
+        gate.require(holder(1)).unwrap();
+        assert_eq!(gate.holders(1), [holder(1)]);
+        assert!(gate.holders(0).is_empty());
+        gate.release("vm0");
+        assert!(gate.holders(1).is_empty());
+    }
+
+    #[test]
+    fn discarded_pages_read_as_zero_and_others_stay() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4 * PAGE_BYTES).unwrap();
+        let shared = RamBacking::shared(&file, 4 * PAGE_BYTES).unwrap();
+        let backings = vec![RamBacking::anonymous(4 * PAGE_BYTES).unwrap(), shared];
+        let layout = RamLayout::new(&[4 * PAGE_BYTES, 4 * PAGE_BYTES]).unwrap();
+        let ram = GuestRam::new(layout, backings).unwrap();
+        for page in 0..8 {
+            ram.write(page * PAGE_BYTES + 5, b"leaf").unwrap();
+        }
+        let discard = |page: u64, pages: u64| {
+            ram.discard(
+                DiscardSource::Balloon,
+                page * PAGE_BYTES,
+                pages * PAGE_BYTES,
+                pages,
+            )
+        };
+        discard(3, 3).unwrap();
+        for page in 0..8 {
+            let mut back = [0; 4];
+            ram.read(page * PAGE_BYTES + 5, &mut back).unwrap();
+            let expected = if (3..6).contains(&page) {
+                [0; 4]
+            } else {
+                *b"leaf"
+            };
+            assert_eq!(back, expected, "page {page}");
+        }
+        // The file is the memory: it has a hole.
+        let mut bytes = [1; 4];
+        file.read_exact_at(&mut bytes, PAGE_BYTES + 5).unwrap();
+        assert_eq!(bytes, [0; 4]);
+        for (address, bytes) in [
+            (1, PAGE_BYTES),
+            (0, 5),
+            (0, 0),
+            (7 * PAGE_BYTES, 2 * PAGE_BYTES),
+            (u64::MAX - 4095, 4096),
+        ] {
+            let refused = ram.discard(DiscardSource::Balloon, address, bytes, 1);
+            assert!(
+                matches!(refused, Err(DiscardError::Outside { .. })),
+                "{address:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn memory_of_a_template_is_as_it_was() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), [7; 8192]).unwrap();
+        let read_only = std::fs::File::open(file.path()).unwrap();
+        let backing = RamBacking::private(&read_only, 8192).unwrap();
+        let ram = GuestRam::new(RamLayout::new(&[8192]).unwrap(), vec![backing]).unwrap();
+        ram.write(0, b"own").unwrap();
+        let refused = ram.discard(DiscardSource::FreePageReporting, 0, 8192, 2);
+        assert!(matches!(refused, Err(DiscardError::Refused(_))));
+        assert_eq!(ram.gate().refused(DiscardSource::FreePageReporting), 2);
+        let mut back = [0; 4];
+        ram.read(0, &mut back).unwrap();
+        assert_eq!(&back, b"own\x07");
+    }
+}
