@@ -182,10 +182,4 @@ pub const DIFFERENCES: &[Difference] = &[
         1,
         "networks are taps: `-netdev user` and `e1000` are refused by name",
     ),
-    listed(
-        &["vhu-nosock", "proxy-*"],
-        Kind::Better,
-        1,
-        "a device in another process is refused at the start, with the reason: it needs shared memory",
-    ),
 ];

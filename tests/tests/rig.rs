@@ -15,6 +15,7 @@ const IDENTITY: &str = include_str!("../rig/linux-identity.sh");
 const DEVICES: &str = include_str!("../rig/linux-devices.sh");
 const HOTPLUG: &str = include_str!("../rig/linux-hotplug.sh");
 const FARM: &str = include_str!("../rig/linux-farm.sh");
+const VHOST: &str = include_str!("../rig/linux-vhost.sh");
 const BALLOON: &str = include_str!("../rig/linux-balloon.sh");
 const NET: &str = include_str!("../rig/linux-net.sh");
 /// The guest above the gap has 5 GiB, of which it touches little.
@@ -200,4 +201,19 @@ fn linux_6_1_clones_are_told_apart() -> Result<()> {
 #[test]
 fn linux_6_12_clones_are_told_apart() -> Result<()> {
     identity(Series::Linux6_12)
+}
+
+#[test]
+fn linux_6_12_uses_a_disk_of_another_process() -> Result<()> {
+    let mut l1 = L1::new("linux-vhost", Series::Linux6_12)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT);
+    for tool in ["qemu-storage-daemon", "mke2fs", "e2fsck"] {
+        l1 = l1.program(&system_program(tool)?, &format!("/rig/{tool}"));
+    }
+    let report = l1.run(VHOST)?;
+    report.record("vhost")?;
+    ensure!(report.passed(), "Linux 6.12 with vhost-user:\n{report}");
+    Ok(())
 }

@@ -19,6 +19,7 @@ pub mod parts;
 mod pci;
 mod role;
 mod tap;
+mod vhost_user;
 
 use std::collections::HashSet;
 
@@ -29,10 +30,9 @@ pub use backend::{FileAccess, FileSource, OnOffAuto};
 pub use balloon::BalloonParts;
 pub use console::{ConsoleFault, ConsoleParts, PortParts, PortTarget};
 pub use console::{MAX_CONSOLE_PORTS, MAX_PORT_NAME_BYTES, MAX_SOCKET_PATH_BYTES};
-pub use device::VsockParts;
 pub use device::{DeviceFault, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts};
 pub use device::{
-    FIRST_CID, LAST_CID, LAST_SLOT, MAX_SERIAL_BYTES, MAX_VSOCK_PATH_BYTES, NetParts,
+    FIRST_CID, LAST_CID, LAST_SLOT, MAX_SERIAL_BYTES, MAX_VSOCK_PATH_BYTES, NetParts, VsockParts,
 };
 pub use dimm::Dimm;
 pub use error::{DimmFault, SpecError};
@@ -43,6 +43,7 @@ pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
 pub use role::{Role, RoleError};
 pub use tap::TapSpec;
+pub use vhost_user::{VhostUserFunction, VhostUserParts, fault_of_unshared};
 
 /// The most vCPUs that a machine can have.
 pub const MAX_CPUS: u8 = 8;

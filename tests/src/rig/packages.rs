@@ -150,7 +150,7 @@ pub fn system_program(name: &str) -> Result<PathBuf> {
         .map(|folder| Path::new(folder).join(name))
         .find(|path| path.is_file())
         .with_context(|| {
-            format!("no {name}: install the packages e2fsprogs and perl-base (tests/setup does)")
+            format!("no {name}: install the packages e2fsprogs, perl-base and qemu-utils (tests/setup does)")
         })
 }
 

@@ -9,12 +9,13 @@ use super::fail::Failure;
 use super::out::{note, say};
 use super::{inspect, progress, run, warm};
 use crate::config;
-use crate::config::file::UuidWord;
+use crate::config::file::{DeviceTable, UuidWord};
 use crate::machine::GenerationId;
 use crate::report::{chain, exit};
 use crate::spec::{BackendSpec, MachineSpec, Uuid};
 use crate::template::Template;
 use crate::template::build::{Ready, TemplateVm};
+use crate::template::device_entry::unshared;
 use crate::template::load::reseal;
 use crate::template::summary::Summary;
 use crate::template::working_set::{Found, WorkingSetFile};
@@ -38,6 +39,9 @@ fn create(args: &CreateArgs) -> Result<u8, Failure> {
             "a template's machine has no serial: its COM1 is what --ready watches; take it out of the \
              machine file",
         ));
+    }
+    if let Some((id, kind)) = file.device.iter().find_map(DeviceTable::in_other_process) {
+        return Err(Failure::usage(unshared(id, kind)));
     }
     // The built-in guest does not look: its clones would pay for nothing.
     let is_embedded = file.kernel.as_deref() == Some(Path::new(config::EMBEDDED_KERNEL));

@@ -11,6 +11,7 @@ use crate::device::socket::SocketError;
 use crate::device::virtio::block::backend::DiskError;
 use crate::device::virtio::console::backend::PortError;
 use crate::device::virtio::net::backend::TapError;
+use crate::device::virtio::vhost_user::error::VhostUserError;
 use crate::kvm::KvmError;
 
 use super::lifecycle::Outcome;
@@ -139,6 +140,15 @@ pub enum MachineError {
         /// What is wrong.
         #[source]
         source: TapError,
+    },
+    /// The process that a device is in.
+    #[error("cannot make the vhost-user device {id:?}")]
+    VhostUser {
+        /// Name of the device.
+        id: String,
+        /// What is wrong.
+        #[source]
+        source: VhostUserError,
     },
     /// Saved device state of another version.
     #[error("saved state of device {kind:?} has version {saved}, this build reads {ours}")]

@@ -29,13 +29,14 @@ use crate::device::virtio::net::device::Net;
 use crate::device::virtio::rng::device::Rng;
 use crate::device::virtio::state::VirtioState;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
+use crate::device::virtio::vhost_user::device::VhostUser;
 use crate::device::virtio::vsock::backend::{VsockConnection, VsockPort};
 use crate::device::virtio::vsock::device::Vsock;
 use crate::kvm::irq::{LevelLine, MessageSender};
 use crate::kvm::vm::Vm;
 use crate::memory::guest::GuestRam;
 use crate::memory::layout::{PCI_CONFIG_MEMORY, PCI_WINDOW};
-use crate::spec::{DeviceKind, DeviceSpec, MacAddress, MachineSpec};
+use crate::spec::{DeviceKind, DeviceSpec, MacAddress, MachineSpec, VhostUserFunction};
 
 use super::error::MachineError;
 use super::records::{decode, decode_one, encode};
@@ -320,6 +321,19 @@ pub(super) fn make(
             let place = ports.consoles.iter().find(|(id, _)| id == spec.id());
             let place = place.map(|(_, place)| place.clone()).unwrap_or_default();
             Ok(Box::new(Console::new(parts, place)))
+        }
+        DeviceKind::VhostUser(parts) => {
+            let device = match parts.function {
+                VhostUserFunction::Block => VhostUser::block(&parts.socket),
+                VhostUserFunction::Net { mac } => {
+                    VhostUser::net(&parts.socket, mac.unwrap_or(MacAddress::DEFAULT))
+                }
+            };
+            let device = device.map_err(|source| MachineError::VhostUser {
+                id: spec.id().to_owned(),
+                source,
+            })?;
+            Ok(Box::new(device))
         }
         DeviceKind::Block(parts) => {
             let position = disks.iter().position(|(id, _)| id == spec.id());

@@ -10,13 +10,14 @@
 
 use std::fs::File;
 use std::io;
+use std::sync::Arc;
 
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use pando_pager::{ByteOffset, CloneMemory, PageCount, PageIndex, PageRange};
 use rustix::mm::Advice;
 use thiserror::Error;
 use vm_memory::mmap::MmapRegionBuilder;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::discard::{BackendDiscards, DiscardGate, Discards};
 use super::layout::RamLayout;
@@ -71,7 +72,7 @@ pub enum GuestMemoryError {
 #[derive(Debug)]
 pub enum RamBacking {
     /// A template being made: the file, mapped shared; guest writes go to the file.
-    Shared(MmapRaw),
+    Shared(SharedMapping),
     /// Memory that the guest can only read: a private mapping of a file that is open read-only.
     Rom(MmapMut),
     /// Engine `kernel`: a private mapping of a file that is open read-only.
@@ -80,6 +81,13 @@ pub enum RamBacking {
     Anonymous(MmapRaw),
     /// Engine `copy`: anonymous memory that the pager fills.
     Paged(CloneMemory),
+}
+
+/// A file that is the memory, and where in it that begins: other processes can map it too.
+#[derive(Debug)]
+pub struct SharedMapping {
+    mapping: MmapRaw,
+    file: FileOffset,
 }
 
 impl RamBacking {
@@ -95,12 +103,13 @@ impl RamBacking {
         bytes: u64,
     ) -> Result<Self, GuestMemoryError> {
         let length = usize::try_from(bytes).unwrap_or(usize::MAX);
-        MmapOptions::new()
-            .len(length)
-            .offset(offset_bytes)
-            .map_raw(file)
-            .map(Self::Shared)
-            .map_err(|source| GuestMemoryError::Map { bytes, source })
+        let map = || {
+            let mut options = MmapOptions::new();
+            let mapping = options.len(length).offset(offset_bytes).map_raw(file)?;
+            let file = FileOffset::new(file.try_clone()?, offset_bytes);
+            Ok(Self::Shared(SharedMapping { mapping, file }))
+        };
+        map().map_err(|source| GuestMemoryError::Map { bytes, source })
     }
 
     /// Maps the first `bytes` of `file`, which may be open read-only, privately: writes stay here.
@@ -189,7 +198,8 @@ impl RamBacking {
 
     fn host_address(&self) -> *mut u8 {
         match self {
-            Self::Shared(mapping) | Self::Anonymous(mapping) => mapping.as_mut_ptr(),
+            Self::Shared(shared) => shared.mapping.as_mut_ptr(),
+            Self::Anonymous(mapping) => mapping.as_mut_ptr(),
             Self::Private(mapping) | Self::Rom(mapping) => mapping.as_ptr().cast_mut(),
             Self::Paged(memory) => memory.host_address(),
         }
@@ -197,10 +207,20 @@ impl RamBacking {
 
     fn bytes(&self) -> u64 {
         match self {
-            Self::Shared(mapping) | Self::Anonymous(mapping) => mapping.len() as u64,
+            Self::Shared(shared) => shared.mapping.len() as u64,
+            Self::Anonymous(mapping) => mapping.len() as u64,
             Self::Private(mapping) | Self::Rom(mapping) => mapping.len() as u64,
             Self::Paged(memory) => memory.bytes(),
         }
+    }
+
+    /// The file that is this memory from `offset_bytes` of it on, where another process can map it.
+    fn shared_file(&self, offset_bytes: u64) -> Option<FileOffset> {
+        let Self::Shared(shared) = self else {
+            return None;
+        };
+        let start = shared.file.start().checked_add(offset_bytes)?;
+        Some(FileOffset::from_arc(Arc::clone(shared.file.arc()), start))
     }
 }
 
@@ -281,9 +301,14 @@ impl GuestRam {
             let base = backings[segment.backend]
                 .host_address()
                 .wrapping_add(offset);
-            let builder = MmapRegionBuilder::new(bytes)
+            let mut builder = MmapRegionBuilder::new(bytes)
                 .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
                 .with_mmap_flags(libc::MAP_NORESERVE);
+            let offset_bytes = segment.backend_offset_bytes;
+            if let Some(file) = backings[segment.backend].shared_file(offset_bytes) {
+                // Nothing is mapped by it: a device in another process is given it.
+                builder = builder.with_file_offset(file);
+            }
             // SAFETY: `base..base + bytes` lies inside the backing, whose size was checked above
             // and which `self.backings` keeps mapped for longer than the regions live.
             let region = unsafe { builder.with_raw_mmap_pointer(base) }

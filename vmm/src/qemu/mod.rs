@@ -17,6 +17,7 @@ pub mod line;
 pub mod link;
 pub mod migration;
 pub mod outputs;
+mod processes;
 pub mod qmp;
 pub mod run;
 pub mod vm;

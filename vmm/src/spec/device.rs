@@ -11,6 +11,7 @@ use super::console::{ConsoleFault, ConsoleParts};
 use super::limits::Limits;
 use super::mac::MacAddress;
 use super::tap::TapSpec;
+use super::vhost_user::{VhostUserFunction, VhostUserParts};
 
 /// The last device number of a PCI bus; 0 is the host bridge.
 pub const LAST_SLOT: u8 = 31;
@@ -50,6 +51,8 @@ pub enum DeviceKind {
     Document,
     /// Ports between programs of the guest and of the host.
     Console(ConsoleParts),
+    /// A device in another process.
+    VhostUser(VhostUserParts),
     /// Memory that the guest gives away and takes back.
     Balloon(BalloonParts),
 }
@@ -169,6 +172,12 @@ pub enum DeviceFault {
     /// Guests have one of them.
     #[error("there is a document already: what it says is said once")]
     SecondDocument,
+    /// Memory that another process cannot reach.
+    #[error("{reason}")]
+    Unshared {
+        /// Which, and what to do.
+        reason: String,
+    },
     /// Guests have one of them.
     #[error("there is a balloon already: Only one balloon device is supported")]
     SecondBalloon,
@@ -187,6 +196,7 @@ impl DeviceKind {
             Self::Net(_) => "virtio-net",
             Self::Document => "document",
             Self::Console(_) => "virtio-console",
+            Self::VhostUser(parts) => parts.function.word(),
             Self::Balloon(_) => "virtio-balloon",
         }
     }
@@ -199,6 +209,7 @@ impl DeviceKind {
             Self::Net(_) => "net",
             Self::Document => "document",
             Self::Console(_) => "console",
+            Self::VhostUser(_) => "vhost-user",
             Self::Balloon(_) => "balloon",
         }
     }
@@ -211,6 +222,7 @@ impl DeviceKind {
             }
             Self::Block(disk) => disk.check(),
             Self::Vsock(vsock) => vsock.check(),
+            Self::VhostUser(parts) => parts.check(),
         }
     }
 }
@@ -416,18 +428,22 @@ pub(super) fn place(parts: Vec<DeviceParts>) -> Result<Vec<DeviceSpec>, (String,
 
 /// Gives a hardware address to each network device that has none.
 fn give_addresses(parts: &mut [DeviceParts]) {
-    let mac_of = |part: &DeviceParts| match &part.kind {
-        DeviceKind::Net(net) => net.mac,
-        _ => None,
-    };
-    let mut taken: Vec<MacAddress> = parts.iter().filter_map(mac_of).collect();
-    for part in parts {
-        let DeviceKind::Net(net) = &mut part.kind else {
-            continue;
-        };
+    let mut macs: Vec<&mut Option<MacAddress>> = parts
+        .iter_mut()
+        .filter_map(|part| match &mut part.kind {
+            DeviceKind::Net(net) => Some(&mut net.mac),
+            DeviceKind::VhostUser(parts) => match &mut parts.function {
+                VhostUserFunction::Net { mac } => Some(mac),
+                VhostUserFunction::Block => None,
+            },
+            _ => None,
+        })
+        .collect();
+    let mut taken: Vec<MacAddress> = macs.iter().filter_map(|mac| **mac).collect();
+    for mac in &mut macs {
         let mut free = (0..).map_while(|number| MacAddress::DEFAULT.plus(number));
-        net.mac = net.mac.or_else(|| free.find(|mac| !taken.contains(mac)));
-        taken.extend(net.mac);
+        **mac = mac.or_else(|| free.find(|mac| !taken.contains(mac)));
+        taken.extend(**mac);
     }
 }
 

@@ -17,6 +17,7 @@ impl MachineSpec {
     /// The same machine with these devices. A bus stays when the last of its devices has gone.
     pub fn with_devices(self, parts: Vec<DeviceParts>) -> Result<Self, SpecError> {
         let devices = place(parts).map_err(|(id, reason)| SpecError::Device { id, reason })?;
+        self.check_sharing(&devices)?;
         Ok(Self {
             has_pci: self.has_pci || !devices.is_empty(),
             devices,

@@ -1,5 +1,6 @@
 //! System calls that no crate wraps safely.
 
+pub mod event;
 pub mod fork;
 pub mod lock;
 pub mod pagemap;

@@ -179,6 +179,9 @@ impl DeviceEntry {
                     limits,
                 })
             }
+            (kind @ ("vhost-user-blk" | "vhost-user-net"), ..) => {
+                return Err(unshared(&self.id, kind));
+            }
             (kind, disk, cid, mac) => {
                 let (disk, cid, mac) = (
                     with(disk.is_some()),
@@ -197,6 +200,14 @@ impl DeviceEntry {
             kind,
         })
     }
+}
+
+/// Why a template has no device in another process.
+pub fn unshared(id: &str, kind: &str) -> String {
+    format!(
+        "device {id} is a {kind:?}: it shares all guest memory with another process, which clones cannot do, \
+         as their memory is share=off: make the template without it, or give it a virtio-blk or virtio-net"
+    )
 }
 
 impl PortEntry {
@@ -220,4 +231,23 @@ impl PortEntry {
 
 fn with(is_there: bool) -> &'static str {
     if is_there { "with" } else { "without" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_with_a_device_of_another_process_is_refused_with_the_reason() {
+        for kind in ["vhost-user-blk", "vhost-user-net"] {
+            let entry = format!(r#"{{"id": "vu0", "slot": 3, "kind": "{kind}"}}"#);
+            let entry: DeviceEntry = serde_json::from_str(&entry).unwrap();
+            let why = format!(
+                "device vu0 is a {kind:?}: it shares all guest memory with another process, which clones cannot \
+                 do, as their memory is share=off: make the template without it, or give it a virtio-blk or \
+                 virtio-net"
+            );
+            assert_eq!(entry.parts().unwrap_err(), why);
+        }
+    }
 }

@@ -53,6 +53,13 @@ pub struct DeviceArgs {
     /// that the guest reaches listen on PATH_PORT. Clones have their own (pando clone --vsock)
     #[arg(long, value_name = "CID[,uds=PATH][,id=ID]")]
     pub vsock: Option<VsockArg>,
+    /// A disk that another process serves (vhost-user), by the Unix socket on which it listens. All memory must be
+    /// shared with that process: give it backends with share = true in a machine file
+    #[arg(long = "vhost-user-blk", value_name = "SOCKET")]
+    pub vhost_user_disks: Vec<PathBuf>,
+    /// A network device that another process serves (vhost-user), as with --vhost-user-blk
+    #[arg(long = "vhost-user-net", value_name = "SOCKET")]
+    pub vhost_user_nets: Vec<PathBuf>,
     /// Ports.
     #[command(flatten)]
     pub consoles: ConsoleArgs,
@@ -83,7 +90,27 @@ impl DeviceArgs {
         let consoles = self.consoles.tables();
         let balloon = self.balloon.balloon.iter().map(|balloon| balloon.0.clone());
         let devices = disks.chain(nets).chain(own).chain(vsock).chain(balloon);
-        devices.chain(consoles).collect()
+        let devices = devices.chain(consoles);
+        devices.chain(self.in_other_processes()).collect()
+    }
+}
+
+impl DeviceArgs {
+    /// Devices that other processes serve.
+    fn in_other_processes(&self) -> impl Iterator<Item = DeviceTable> {
+        let disk = |socket: &PathBuf| DeviceTable::VhostUserBlock {
+            id: None,
+            slot: None,
+            socket: socket.clone(),
+        };
+        let net = |socket: &PathBuf| DeviceTable::VhostUserNet {
+            id: None,
+            slot: None,
+            socket: socket.clone(),
+            mac: None,
+        };
+        let disks = self.vhost_user_disks.iter().map(disk);
+        disks.chain(self.vhost_user_nets.iter().map(net))
     }
 }
 

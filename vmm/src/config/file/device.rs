@@ -10,7 +10,7 @@ use super::port::PortTable;
 use super::{Bytes, is_default};
 use crate::spec::{
     BalloonParts, ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits,
-    MacAddress, NetParts, PortParts, Rate, TapSpec, VsockParts,
+    MacAddress, NetParts, PortParts, Rate, TapSpec, VhostUserFunction, VhostUserParts, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -162,9 +162,48 @@ pub enum DeviceTable {
         )]
         free_page_reporting: bool,
     },
+    /// A disk that another process serves (vhost-user): all memory must be shared with it.
+    #[serde(rename = "vhost-user-blk")]
+    VhostUserBlock {
+        /// What it is called; `vhost-user0`, `vhost-user1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The Unix socket on which the process listens.
+        socket: PathBuf,
+    },
+    /// A network device that another process serves (vhost-user): all memory must be shared with it.
+    #[serde(rename = "vhost-user-net")]
+    VhostUserNet {
+        /// What it is called; `vhost-user0`, `vhost-user1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// The Unix socket on which the process listens.
+        socket: PathBuf,
+        /// Its hardware address; the first free one from 52:54:00:12:34:56 on if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(with = "Option<String>")]
+        mac: Option<MacAddress>,
+    },
 }
 
 impl DeviceTable {
+    /// The name and the kind of a device that another process serves.
+    pub fn in_other_process(&self) -> Option<(&str, &'static str)> {
+        match self {
+            Self::VhostUserBlock { .. } => Some((self.name(), "vhost-user-blk")),
+            Self::VhostUserNet { .. } => Some((self.name(), "vhost-user-net")),
+            _ => None,
+        }
+    }
+
     /// What it is called, or what it is.
     pub fn name(&self) -> &str {
         let (id, word) = match self {
@@ -175,6 +214,8 @@ impl DeviceTable {
             Self::Document { id, .. } => (id, "document"),
             Self::Console { id, .. } => (id, "virtio-console"),
             Self::Balloon { id, .. } => (id, "virtio-balloon"),
+            Self::VhostUserBlock { id, .. } => (id, "vhost-user-blk"),
+            Self::VhostUserNet { id, .. } => (id, "vhost-user-net"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -185,26 +226,14 @@ impl TryFrom<&DeviceTable> for DeviceParts {
 
     fn try_from(table: &DeviceTable) -> Result<Self, String> {
         Ok(match table.clone() {
-            DeviceTable::Rng { id, slot } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Rng,
-            },
-            DeviceTable::Document { id, slot } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Document,
-            },
+            DeviceTable::Rng { id, slot } => device(id, slot, DeviceKind::Rng),
+            DeviceTable::Document { id, slot } => device(id, slot, DeviceKind::Document),
             DeviceTable::Vsock {
                 id,
                 slot,
                 cid,
                 uds_path: path,
-            } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Vsock(VsockParts { cid, path }),
-            },
+            } => device(id, slot, DeviceKind::Vsock(VsockParts { cid, path })),
             DeviceTable::Console { id, slot, ports } => {
                 let ports: Result<_, _> = ports.iter().map(PortParts::try_from).collect();
                 Self {
@@ -218,14 +247,22 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 slot,
                 deflate_on_oom,
                 free_page_reporting,
-            } => Self {
-                id,
-                slot,
-                kind: DeviceKind::Balloon(BalloonParts {
+            } => {
+                let balloon = BalloonParts {
                     deflate_on_oom,
                     free_page_reporting,
-                }),
-            },
+                };
+                device(id, slot, DeviceKind::Balloon(balloon))
+            }
+            DeviceTable::VhostUserBlock { id, slot, socket } => {
+                device(id, slot, vhost_user(socket, VhostUserFunction::Block))
+            }
+            DeviceTable::VhostUserNet {
+                id,
+                slot,
+                socket,
+                mac,
+            } => device(id, slot, vhost_user(socket, VhostUserFunction::Net { mac })),
             DeviceTable::Block {
                 id,
                 slot,
@@ -279,6 +316,14 @@ impl TryFrom<&DeviceTable> for DeviceParts {
     }
 }
 
+fn device(id: Option<String>, slot: Option<u8>, kind: DeviceKind) -> DeviceParts {
+    DeviceParts { id, slot, kind }
+}
+
+fn vhost_user(socket: PathBuf, function: VhostUserFunction) -> DeviceKind {
+    DeviceKind::VhostUser(VhostUserParts { socket, function })
+}
+
 impl From<&DeviceSpec> for DeviceTable {
     fn from(device: &DeviceSpec) -> Self {
         let (id, slot) = (Some(device.id().to_owned()), Some(device.slot()));
@@ -304,6 +349,15 @@ impl From<&DeviceSpec> for DeviceTable {
                 slot,
                 deflate_on_oom,
                 free_page_reporting,
+            },
+            DeviceKind::VhostUser(VhostUserParts { socket, function }) => match function {
+                VhostUserFunction::Block => Self::VhostUserBlock { id, slot, socket },
+                VhostUserFunction::Net { mac } => Self::VhostUserNet {
+                    id,
+                    slot,
+                    socket,
+                    mac,
+                },
             },
             DeviceKind::Block(DiskParts {
                 path,

@@ -23,7 +23,7 @@ pub struct Core {
     pub device: Box<dyn VirtioDevice>,
     /// Its queues.
     pub queues: Vec<VirtQueue>,
-    outside: Option<Outside>,
+    pub(super) outside: Option<Outside>,
     pub(super) is_active: bool,
     pub(super) is_paused: bool,
     /// Queues whose next request has to wait for its device's limit, a bit for each.
@@ -47,9 +47,9 @@ impl fmt::Debug for Core {
 
 /// What a device reaches.
 #[derive(Clone)]
-struct Outside {
-    ram: Arc<GuestRam>,
-    interrupt: Arc<dyn Interrupt>,
+pub(super) struct Outside {
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) interrupt: Arc<dyn Interrupt>,
 }
 
 impl Core {
@@ -167,10 +167,12 @@ impl Core {
 
     /// Readable when something has happened outside that the guest may hear of.
     pub(super) fn source(&mut self) -> Option<Arc<OwnedFd>> {
-        if self.is_active && !self.is_paused {
-            self.device.inbound()?.source()
-        } else {
-            None
+        if !self.is_active || self.is_paused {
+            return None;
+        }
+        match self.device.delegate() {
+            Some(delegate) => Some(delegate.source()),
+            None => self.device.inbound()?.source(),
         }
     }
 

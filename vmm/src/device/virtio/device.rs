@@ -7,6 +7,7 @@ use thiserror::Error;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
+use super::delegate::Delegate;
 use super::inbound::Inbound;
 use super::limit::Limiter;
 use super::queue::Chain;
@@ -55,6 +56,11 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// Features beside [`COMMON_FEATURES`].
     fn features(&self) -> u64;
+
+    /// All features that the guest can take.
+    fn offered(&self) -> u64 {
+        self.features() | COMMON_FEATURES
+    }
 
     /// What the guest reads in the device's own registers.
     fn config(&self) -> &[u8];
@@ -131,6 +137,11 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// What comes from outside, where the device has such a side.
     fn inbound(&mut self) -> Option<&mut dyn Inbound> {
+        None
+    }
+
+    /// Who works on the rings, where that is somebody else: then no request comes here.
+    fn delegate(&mut self) -> Option<&mut dyn Delegate> {
         None
     }
 

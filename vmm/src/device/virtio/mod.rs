@@ -22,6 +22,7 @@ mod bell;
 pub mod block;
 pub mod console;
 pub mod core;
+pub mod delegate;
 pub mod device;
 pub mod inbound;
 pub mod limit;
@@ -30,6 +31,7 @@ pub mod queue;
 pub mod rng;
 pub mod state;
 pub mod transport;
+pub mod vhost_user;
 pub mod vsock;
 pub mod worker;
 

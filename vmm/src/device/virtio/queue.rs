@@ -370,6 +370,24 @@ impl VirtQueue {
         index.map(|index| index.0).map_err(broken(self.number))
     }
 
+    /// The next request to take.
+    pub fn next_available(&self) -> u16 {
+        self.queue.next_avail()
+    }
+
+    /// How many requests guest memory shows as answered, for a ring that somebody else works on; `None` where
+    /// there is no such memory.
+    pub fn used_index(&self, ram: &GuestRam) -> Option<u16> {
+        let index = self.queue.used_idx(ram.as_vm_memory(), Ordering::Acquire);
+        index.ok().map(|index| index.0)
+    }
+
+    /// All requests up to this index were taken and answered, by somebody else.
+    pub fn set_progress(&mut self, index: u16) {
+        self.queue.set_next_avail(index);
+        self.queue.set_next_used(index);
+    }
+
     /// Whether the guest wants to hear of what was given back since this was asked last.
     pub fn wants_interrupt(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
         let added = std::mem::take(&mut self.added);

@@ -25,14 +25,20 @@ use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vmm_sys_util::eventfd::EventFd;
 
 use super::bell::Bell;
 use super::core::{Core, SOURCE, SOURCE_BIT};
+use super::delegate::DelegateError;
 use super::device::{DeviceType, Interrupt, VirtioDevice, VirtioStateError};
 use crate::memory::guest::GuestRam;
+use crate::report::one_line;
 
 struct Shared {
+    name: String,
     core: Mutex<Core>,
+    /// What to write when the guest notifies of a queue, where somebody else works on the rings.
+    kicks: Option<Arc<[EventFd]>>,
     /// A bit for each queue that the guest has notified of.
     kicked: AtomicU64,
     /// How many wait for the core while the worker has it.
@@ -46,6 +52,15 @@ struct Shared {
 impl Shared {
     /// As [`Core::round`]; a queue that the guest broke ends the device's work.
     fn round(&self, core: &mut Core, bits: u64, is_over: &dyn Fn() -> bool) -> u64 {
+        if core.is_delegated() {
+            let passed = if core.is_active {
+                core.pass_on()
+            } else {
+                Ok(())
+            };
+            self.noted(core, passed);
+            return 0;
+        }
         core.round(bits, is_over).unwrap_or_else(|error| {
             core.note(&error);
             self.fail(core);
@@ -53,9 +68,19 @@ impl Shared {
         })
     }
 
+    /// A device whose rings are not worked on any more is broken.
+    fn noted(&self, core: &mut Core, outcome: Result<(), DelegateError>) {
+        if let Err(error) = outcome {
+            tracing::error!(device = self.name, "{}", one_line(&*error));
+            self.fail(core);
+        }
+    }
+
     /// Nothing more until the guest resets the device.
     fn fail(&self, core: &mut Core) {
         core.is_active = false;
+        // Why it fails is known already.
+        let _known = core.take_back();
         core.device.reset();
         self.is_active.store(false, Ordering::SeqCst);
         self.is_broken.store(true, Ordering::SeqCst);
@@ -65,7 +90,6 @@ impl Shared {
 
 /// A device with its worker.
 pub struct Worker {
-    name: String,
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -73,7 +97,7 @@ pub struct Worker {
 impl fmt::Debug for Worker {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Worker")
-            .field("name", &self.name)
+            .field("name", &self.shared.name)
             .field("is_active", &self.is_active())
             .finish_non_exhaustive()
     }
@@ -82,10 +106,13 @@ impl fmt::Debug for Worker {
 impl Worker {
     /// A device as after power-on.
     pub fn new(name: &str, device: Box<dyn VirtioDevice>) -> Self {
+        let mut device = device;
+        let kicks = device.delegate().map(|delegate| delegate.kicks());
         Self {
-            name: name.to_owned(),
             shared: Arc::new(Shared {
+                name: name.to_owned(),
                 core: Mutex::new(Core::new(device)),
+                kicks,
                 kicked: AtomicU64::new(0),
                 waiting: AtomicU32::new(0),
                 is_active: AtomicBool::new(false),
@@ -138,11 +165,13 @@ impl Worker {
                 queue.set_event_index(has_event_index);
             }
             if let Err(error) = core.device.activate(features) {
-                tracing::error!(device = self.name, "it cannot be set up: {error}");
+                tracing::error!(device = self.shared.name, "it cannot be set up: {error}");
                 return self.shared.fail(core);
             }
             core.is_active = true;
             self.shared.is_active.store(true, Ordering::SeqCst);
+            let handed = core.hand_over();
+            self.shared.noted(core, handed);
         });
         self.look_outside();
     }
@@ -159,6 +188,7 @@ impl Worker {
     /// As after power-on, but for the device's own state.
     pub fn reset(&self) {
         self.with_core(|core| {
+            core.forsake();
             core.is_active = false;
             (core.limited, core.wait) = (0, None);
             for queue in &mut core.queues {
@@ -175,6 +205,10 @@ impl Worker {
     /// memory and the guest's interrupts are out of its reach.
     pub fn detach(&self) {
         self.with_core(|core| {
+            core.forsake();
+            if let Some(delegate) = core.device.delegate() {
+                delegate.close();
+            }
             core.disconnect();
             self.shared.is_active.store(false, Ordering::SeqCst);
             self.shared.kicked.store(0, Ordering::SeqCst);
@@ -211,6 +245,13 @@ impl Worker {
         if !self.is_active() || queue >= SOURCE_BIT {
             return;
         }
+        if let Some(kicks) = &self.shared.kicks {
+            if let Some(kick) = kicks.get(usize::from(queue)) {
+                // A counter that is full is a kick as well.
+                let _ = kick.write(1);
+            }
+            return;
+        }
         self.shared.kicked.fetch_or(1 << queue, Ordering::SeqCst);
         self.wake(true);
     }
@@ -224,7 +265,10 @@ impl Worker {
                 Ok(started) => *thread = Some(started),
                 Err(error) => {
                     drop(thread);
-                    tracing::error!(device = self.name, "its thread cannot be started: {error}");
+                    tracing::error!(
+                        device = self.shared.name,
+                        "its thread cannot be started: {error}"
+                    );
                     self.with_core(|core| self.shared.fail(core));
                 }
             },
@@ -234,11 +278,13 @@ impl Worker {
 
     fn start(&self) -> io::Result<JoinHandle<()>> {
         // Not through `with_core`, which wakes the thread that is being started.
-        if lock(&self.shared.core).device.inbound().is_some() {
+        let mut core = lock(&self.shared.core);
+        if core.is_delegated() || core.device.inbound().is_some() {
             self.shared.bell.hang()?;
         }
+        drop(core);
         let shared = Arc::clone(&self.shared);
-        let builder = thread::Builder::new().name(self.name.clone());
+        let builder = thread::Builder::new().name(self.shared.name.clone());
         builder.spawn(move || work(&shared))
     }
 
@@ -248,6 +294,10 @@ impl Worker {
         self.with_core(|core| {
             core.is_paused = true;
             core.wait = None;
+            if core.is_delegated() {
+                let taken = core.take_back();
+                return self.shared.noted(core, taken);
+            }
             let mut bits = self.shared.kicked.swap(0, Ordering::SeqCst) | core.limited;
             // A guest that stands still can have no more than its queues hold.
             for _ in 0..=core.queues.len() {
@@ -269,10 +319,12 @@ impl Worker {
                 Ok(false) => (),
                 Ok(true) => core.tell_config(),
                 Err(error) => {
-                    tracing::error!(device = self.name, "it cannot go on: {error}");
+                    tracing::error!(device = self.shared.name, "it cannot go on: {error}");
                     self.shared.fail(core);
                 }
             }
+            let handed = core.hand_over();
+            self.shared.noted(core, handed);
             if core.device.inbound().is_some() && core.is_active {
                 // The guest finds it when it first looks, and a device to which nothing comes needs no
                 // thread for it.
@@ -295,7 +347,7 @@ impl Drop for Worker {
         if let Some(thread) = thread.take() {
             self.shared.bell.ring(thread.thread());
             if thread.join().is_err() {
-                tracing::error!(device = self.name, "the thread of a device panicked");
+                tracing::error!(device = self.shared.name, "the thread of a device panicked");
             }
         }
     }

@@ -3,7 +3,7 @@
 //! `-monitor`.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::hub::Log;
 use super::memory::is_identifier;
@@ -35,6 +35,13 @@ pub enum Chardev {
         /// Whether to listen and, if so, whether to wait for the first client.
         role: Role,
     },
+}
+
+impl Chardev {
+    /// Whether it is a socket at this path.
+    pub fn is_at(&self, socket: &Path) -> bool {
+        matches!(self, Self::Socket { address: Address::Unix(path), .. } if path == socket)
+    }
 }
 
 /// Address of a socket.

@@ -63,6 +63,7 @@ pub fn of(argument: &Argument) -> Option<String> {
                 "virtio-serial-pci",
                 "virtconsole",
                 "virtserialport",
+                "vhost-user-blk-pci",
                 "vhost-vsock-pci",
                 "vmgenid",
             ],

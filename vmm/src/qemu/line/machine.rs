@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The machine itself: `-machine`, `-accel`, `-cpu`.
 
+use super::refused::MULTI_PROCESS;
 use crate::qemu::error::{OptionError, expects, not_accepted};
 use crate::qemu::words::{Form, Props};
 
@@ -140,6 +141,11 @@ impl MachineOption {
 fn full_kind(kind: &str) -> Result<String, OptionError> {
     if let Some((_, full)) = KINDS.iter().find(|(name, _)| *name == kind) {
         return Ok((*full).to_owned());
+    }
+    if kind == "x-remote" {
+        return Err(OptionError::new(format!(
+            "machine type 'x-remote' cannot be had: {MULTI_PROCESS}"
+        )));
     }
     let version = version(kind).filter(|version| VERSIONS.contains(version));
     if version.is_some_and(|version| version != "4.0.1" || kind.starts_with("pc-q35-")) {

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use super::refused::MULTI_PROCESS;
 use crate::qemu::error::{
     OptionError, expects, invalid_parameter, missing, no_identifier, not_accepted,
 };
@@ -142,6 +143,11 @@ pub fn backend(mut props: Props, defaults: Defaults) -> Result<BackendSpec, Opti
             // Shared memory without a name, either way.
             props.add("share", "on");
             BackendKind::Memfd
+        }
+        "x-remote-object" => {
+            return Err(OptionError::new(format!(
+                "object 'x-remote-object' cannot be had: {MULTI_PROCESS}"
+            )));
         }
         other => {
             let error = not_accepted("qom-type", other);

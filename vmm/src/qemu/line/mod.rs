@@ -23,6 +23,7 @@ pub mod refused;
 pub mod said;
 pub mod smp;
 mod throttle;
+pub mod vhost_user;
 pub mod vsock;
 pub mod wanted;
 

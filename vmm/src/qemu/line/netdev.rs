@@ -26,16 +26,21 @@ pub struct Netdev {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct NetDevice {
     pub(super) netdev: Option<String>,
-    mac: Option<MacAddress>,
+    pub(super) mac: Option<MacAddress>,
 }
 
 /// Reads a netdev.
 pub fn netdev(mut props: Props) -> Result<Netdev, OptionError> {
     let kind = props.required("type")?;
+    if kind == "vhost-user" {
+        return Err(OptionError::new(
+            "type=vhost-user cannot be added while the machine runs: say -netdev vhost-user,id=ID,chardev=ID",
+        ));
+    }
     if kind != "tap" {
         return Err(OptionError::new(format!(
             "type={kind} cannot be had: a network is a tap, so say tap,id=ID,ifname=NAME,script=no,\
-             downscript=no"
+             downscript=no; or vhost-user, where all memory is shared"
         )));
     }
     let id = props.required("id")?;

@@ -8,6 +8,7 @@ use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
 use super::throttle;
+use super::vhost_user::{self, Backend, VhostUser};
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
@@ -40,6 +41,8 @@ pub struct PciDevices {
     netdevs: Vec<Netdev>,
     /// `-device`
     devices: Vec<Device>,
+    /// What leads to devices in other processes.
+    pub(in crate::qemu) vhost_user: VhostUser,
 }
 
 /// An image that a device can name.
@@ -80,6 +83,7 @@ enum What {
     Vsock(VsockParts),
     Net(NetDevice),
     Console(console::Bus),
+    VhostUser(Backend),
     Balloon(BalloonParts),
 }
 
@@ -93,8 +97,13 @@ impl PciDevices {
                 self.images.push(image);
             }
             "netdev" => {
-                let new = netdev::netdev(words(value, "type")?)?;
-                if self.netdevs.iter().any(|other| other.id == new.id) {
+                let is_taken = |id: &str| self.netdevs.iter().any(|other| other.id == id);
+                let props = words(value, "type")?;
+                let Some(props) = self.vhost_user.netdev(props, &is_taken, typed)? else {
+                    return Ok(true);
+                };
+                let new = netdev::netdev(props)?;
+                if is_taken(&new.id) || self.vhost_user.has_netdev(&new.id) {
                     return Err(netdev::duplicate(&new.id));
                 }
                 self.netdevs.push(new);
@@ -131,6 +140,9 @@ impl PciDevices {
             Ok(port) => return self.port(port).map(|()| None),
             Err(props) => props,
         };
+        let Some(props) = self.vhost_user.proxy(props, typed)? else {
+            return Ok(None);
+        };
         match Device::read(props, typed)? {
             Ok(device) => {
                 self.devices.push(device);
@@ -160,9 +172,16 @@ impl PciDevices {
         &mut self,
         mut chardev_of: impl FnMut(&str) -> Option<Chardev>,
     ) -> Result<(), OptionError> {
+        self.vhost_user.connect(&mut chardev_of)?;
         for device in &mut self.devices {
-            let What::Console(bus) = &mut device.what else {
-                continue;
+            let bus = match &mut device.what {
+                What::Console(bus) => bus,
+                What::VhostUser(backend) => {
+                    let connected = backend.connect(&mut chardev_of);
+                    connected.map_err(|error| error.at(&device.typed))?;
+                    continue;
+                }
+                _ => continue,
             };
             for port in &mut bus.ports {
                 let chardev = port.chardev.as_deref().and_then(&mut chardev_of);
@@ -241,7 +260,17 @@ impl PciDevices {
         let mut free: Vec<&Image> = self.images.iter().collect();
         free.retain(|image| !is_file_node(&self.images, &image.id));
         let mut cables: Vec<&Netdev> = self.netdevs.iter().collect();
+        let mut sockets = self.vhost_user.free();
         let parts = self.devices.iter().map(|device| {
+            let net = match &device.what {
+                What::Net(net) => sockets.take(net),
+                _ => Ok(None),
+            };
+            match net {
+                Ok(None) => (),
+                Ok(Some(kind)) => return Ok(device.as_parts(kind)),
+                Err(error) => return Err(error.at(&device.typed)),
+            }
             let disk_of = |drive: &str| {
                 let at = free.iter().position(|image| image.id == drive);
                 let known = self.images.iter().any(|image| image.id == drive);
@@ -291,7 +320,8 @@ impl Device {
         let is_net = NET_DRIVERS.contains(&driver.as_str());
         let is_console = console::DRIVERS.contains(&driver.as_str());
         let is_balloon = balloon::DRIVERS.contains(&driver.as_str());
-        let is_virtual = is_vsock || is_net || is_console || is_balloon;
+        let is_vhost_user = vhost_user::DRIVERS.contains(&driver.as_str());
+        let is_virtual = is_vsock || is_net || is_console || is_balloon || is_vhost_user;
         let is_other = is_virtual || RNG_DRIVERS.contains(&driver.as_str());
         if !is_block && !is_other {
             props.add("driver", &driver);
@@ -317,6 +347,8 @@ impl Device {
             What::Net(NetDevice::read(&mut props)?)
         } else if is_console {
             What::Console(console::Bus::read(&mut props)?)
+        } else if is_vhost_user {
+            What::VhostUser(Backend::read(&mut props)?)
         } else if is_balloon {
             What::Balloon(balloon::parts(&mut props)?)
         } else {
@@ -354,6 +386,25 @@ impl Device {
         }
     }
 
+    /// Finds the socket of a device in another process: `chardev_of` knows chardevs.
+    pub fn connect(
+        &mut self,
+        mut chardev_of: impl FnMut(&str) -> Option<Chardev>,
+    ) -> Result<(), OptionError> {
+        match &mut self.what {
+            What::VhostUser(backend) => backend.connect(&mut chardev_of),
+            _ => Ok(()),
+        }
+    }
+
+    fn as_parts(&self, kind: DeviceKind) -> DeviceParts {
+        DeviceParts {
+            id: self.id.clone(),
+            slot: self.slot,
+            kind,
+        }
+    }
+
     /// Its parts, with the disk of its drive or the tap of its netdev: `disk_of` and `tap_of` find one that
     /// nobody has.
     pub fn parts(
@@ -374,6 +425,7 @@ impl Device {
             What::Vsock(vsock) => DeviceKind::Vsock(vsock.clone()),
             What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
             What::Console(bus) => DeviceKind::Console(bus.parts()?),
+            What::VhostUser(backend) => backend.disk()?,
             What::Balloon(parts) => DeviceKind::Balloon(*parts),
             What::Block { drive, serial } => {
                 let mut disk = disk_of(drive)?;
@@ -381,11 +433,7 @@ impl Device {
                 DeviceKind::Block(disk)
             }
         };
-        Ok(DeviceParts {
-            id: self.id.clone(),
-            slot: self.slot,
-            kind,
-        })
+        Ok(self.as_parts(kind))
     }
 }
 

@@ -3,7 +3,7 @@
 //! nothing is said.
 
 use super::argv::Argument;
-use super::chardev::{self, Chardev, NamedChardev, Short};
+use super::chardev::{self, Chardev, NamedChardev, Role, Short};
 use super::hub::Hubs;
 use super::wanted::{MAX_MONITORS, MonitorOption, Wanted};
 use crate::qemu::error::OptionError;
@@ -108,6 +108,7 @@ impl Pending {
 
     pub(super) fn complete(mut self, wanted: &mut Wanted) -> Result<(), OptionError> {
         self.defaults(wanted)?;
+        let sockets = self.client_sockets();
         let mut ports = Vec::new();
         for (short, typed) in std::mem::take(&mut self.serials) {
             let shared = matches!(short, Short::Mon(_));
@@ -155,6 +156,7 @@ impl Pending {
             let found = self.resolve(Short::Named(id.to_owned()), hubs);
             found.ok().flatten()
         })?;
+        memory.pci.vhost_user.keep(sockets);
         if wanted.monitors.len() > MAX_MONITORS {
             return Err(OptionError::new(format!(
                 "there are {} monitors, the most is {MAX_MONITORS}",
@@ -162,6 +164,16 @@ impl Pending {
             )));
         }
         one_terminal(wanted)
+    }
+
+    /// Chardevs that lead to somebody who listens.
+    fn client_sockets(&self) -> Vec<(String, Chardev)> {
+        let chardevs = self.chardevs.iter();
+        let clients = chardevs.filter(
+            |named| matches!(&named.chardev, Chardev::Socket { role, .. } if *role == Role::Client),
+        );
+        let clients = clients.map(|named| (named.id.clone(), named.chardev.clone()));
+        clients.collect()
     }
 
     fn resolve(&mut self, short: Short, hubs: &mut Hubs) -> Result<Option<Chardev>, OptionError> {

@@ -29,6 +29,11 @@ pub const MEM_PATH: &str = "-mem-path cannot be used for VM templating, neither 
      say readonly=on. Use -object memory-backend-file,id=ID,mem-path=FILE,size=SIZE with share=on (template) \
      or share=off,readonly=on,rom=off (clone), and -machine memory-backend=ID";
 
+/// Why there are no devices of QEMU's multi-process kind.
+pub const MULTI_PROCESS: &str = "a device in another QEMU process shares all guest memory with it (share=on), which \
+     a template's clones cannot, and Pando has no multi-process devices: say virtio-blk-pci, or on shared memory \
+     vhost-user-blk-pci with qemu-storage-daemon";
+
 /// All options that are refused by name.
 pub const REFUSED: &[Refused] = &[
     Refused {
@@ -167,14 +172,10 @@ pub fn option(name: &str) -> Option<&'static Refused> {
 const DEVICES: &[(&str, &str)] = &[
     (
         "vhost-user",
-        "a device in another process needs shared memory, which a template's clones do not have, and \
-         Pando has no such device: leave it out",
+        "of devices in another process, which share all guest memory with it, Pando has vhost-user-blk-pci, \
+         and virtio-net-pci on -netdev vhost-user",
     ),
-    (
-        "x-pci-proxy-dev",
-        "a device in another process needs shared memory, which a template's clones do not have, and \
-         Pando has no such device: leave it out",
-    ),
+    ("x-pci-proxy-dev", MULTI_PROCESS),
     (
         "virtio-mem",
         "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
@@ -202,7 +203,7 @@ pub fn device(driver: &str) -> String {
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
              virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, virtserialport, \
-             virtio-balloon-pci, vhost-vsock-pci and vmgenid are the devices to add"
+             virtio-balloon-pci, vhost-vsock-pci, vhost-user-blk-pci and vmgenid are the devices to add"
         ),
     }
 }

@@ -153,7 +153,7 @@ pub const COMMANDS: &[Command] = &[
                 may("bus", Kind::Str),
                 may("id", Kind::Str),
             ],
-            "plug a device on the PCI bus: `virtio-blk-pci` with its `drive`, `virtio-net-pci` with its `netdev`, `virtio-rng-pci`, `vhost-vsock-pci` with its `guest-cid`",
+            "plug a device on the PCI bus: `virtio-blk-pci` with its `drive`, `virtio-net-pci` with its `netdev`, `virtio-rng-pci`, `vhost-vsock-pci` with its `guest-cid`, `vhost-user-blk-pci` with its `chardev`",
             devices::add,
         )
     },

@@ -92,6 +92,10 @@ pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError
                 if name == "postcopy-ram" && vm.capabilities().ignore_shared {
                     why = format!("Postcopy is not compatible with ignore-shared. {why}");
                 }
+                let discards = ["release-ram", "postcopy-ram"].contains(&name);
+                if let Some(fault) = vm.discard_fault().filter(|_| discards) {
+                    why = format!("{why}. {fault}");
+                }
                 return Err(QmpError::generic(why));
             }
         }

@@ -35,7 +35,7 @@ impl Vm {
             props.add("driver", &driver);
         }
         let device = Device::read(props, "device_add");
-        let device = match device.map_err(|error| QmpError::generic(error.message()))? {
+        let mut device = match device.map_err(|error| QmpError::generic(error.message()))? {
             Ok(device) => device,
             Err(mut other) => {
                 return Err(not_plugged(other.text("driver").ok().flatten().as_deref()));
@@ -57,7 +57,16 @@ impl Vm {
         {
             return Err(duplicate(id));
         }
-        let sources = self.plan.wanted.memory.pci.sources();
+        let pci = &self.plan.wanted.memory.pci;
+        // A chardev leads to one device.
+        let found = device.connect(|id| {
+            let chardev = pci.vhost_user.chardev(id)?;
+            let mut sockets = spec.devices().iter().filter_map(DeviceSpec::vhost_user);
+            let is_taken = sockets.any(|other| chardev.is_at(&other.socket));
+            (!is_taken).then_some(chardev)
+        });
+        found.map_err(|error| QmpError::generic(error.message()))?;
+        let sources = pci.sources();
         let disk_of = |drive: &str| self.images.free(drive);
         let parts = device.parts(sources, disk_of, |netdev| self.netdevs.free(netdev));
         let mut parts = parts.map_err(|error| QmpError::generic(error.message()))?;

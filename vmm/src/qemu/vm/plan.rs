@@ -12,7 +12,7 @@ use crate::observe::memory::total_bytes;
 use crate::qemu::error::OptionError;
 use crate::qemu::line::Wanted;
 use crate::qemu::link::reason;
-use crate::qemu::outputs;
+use crate::qemu::{outputs, processes};
 use crate::report::one_line;
 use crate::spec::{DeviceKind, DeviceParts, MachineSpec, SpecError};
 
@@ -34,6 +34,7 @@ impl Plan {
     pub fn new(wanted: Wanted) -> Result<Self, OptionError> {
         let mut parts = wanted.parts()?;
         parts.devices.iter_mut().for_each(place_socket);
+        processes::check(&wanted, &parts)?;
         let spec = MachineSpec::from_parts(parts).map_err(|error| refused(&wanted, &error))?;
         let bytes = spec.layout().total_bytes();
         if let Some(host_bytes) = total_bytes()

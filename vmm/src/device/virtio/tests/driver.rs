@@ -2,7 +2,7 @@
 //! A driver: sets a device up and puts requests into its queue, as a guest does.
 
 use std::io;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -178,6 +178,11 @@ impl Driver {
     /// Waits for an interrupt; its data says whose.
     pub(super) fn wait(&self) -> u32 {
         self.interrupts.recv_timeout(LIMIT).unwrap().data
+    }
+
+    /// An interrupt that has come; its data says whose.
+    pub(super) fn try_wait(&self) -> Result<u32, TryRecvError> {
+        self.interrupts.try_recv().map(|message| message.data)
     }
 
     /// Whether there is no interrupt for a while.

@@ -11,7 +11,7 @@ use virtio_bindings::virtio_config::{
 };
 
 use crate::device::pci::msix::Msix;
-use crate::device::virtio::device::{COMMON_FEATURES, Interrupt};
+use crate::device::virtio::device::Interrupt;
 use crate::device::virtio::queue::{Ring, VirtQueue};
 use crate::device::virtio::worker::Worker;
 
@@ -181,7 +181,7 @@ impl Common<'_> {
     }
 
     fn offered(&self) -> u64 {
-        self.worker.with_core(|core| core.device.features()) | COMMON_FEATURES
+        self.worker.with_core(|core| core.device.offered())
     }
 
     /// Takes `data` into the register at `offset`. An access that is not one whole register, or half

@@ -12,7 +12,7 @@ use crate::device::pci::bus::PciFunction;
 use crate::device::pci::config::{Bar, ConfigSpace, Identity};
 use crate::device::pci::msix::{ENTRY_BYTES, MessageSink};
 use crate::device::pci::state::FunctionState;
-use crate::device::virtio::device::{COMMON_FEATURES, VirtioDevice, VirtioStateError};
+use crate::device::virtio::device::{VirtioDevice, VirtioStateError};
 use crate::device::virtio::state::VirtioState;
 use crate::device::virtio::worker::Worker;
 use crate::memory::guest::GuestRam;
@@ -211,7 +211,7 @@ impl VirtioPci {
         }
         let is_active = is_driver_ok(state.status);
         self.worker.with_core(|core| {
-            let offered = core.device.features() | COMMON_FEATURES;
+            let offered = core.device.offered();
             if is_active && state.driver_features & !offered != 0 {
                 let missing = state.driver_features & !offered;
                 return Err(wrong(format!(
