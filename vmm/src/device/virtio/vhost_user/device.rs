@@ -18,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::error::VhostUserError;
 use super::handshake::{PROTOCOL_FEATURES, open, sectors};
-use super::rings::{HandedRing, handed, regions};
+use super::rings::{HandedRing, handed, memory};
 use super::session::{RETURN_LIMIT, Session, named};
 use super::state::VhostUserState;
 use crate::device::virtio::delegate::{Delegate, DelegateError};
@@ -185,7 +185,7 @@ impl VhostUser {
         }
         // What is the guest's fault is found before the backend hears of anything.
         let rings = handed(queues, ram)?;
-        let regions = regions(ram).map_err(|guest_address| VhostUserError::Memory {
+        let memory = memory(ram).map_err(|guest_address| VhostUserError::Memory {
             path: self.session.path().to_owned(),
             guest_address,
         })?;
@@ -196,7 +196,7 @@ impl VhostUser {
         let (kicks, calls) = (&self.kicks, &self.calls);
         self.session.ask(|frontend| {
             named("SET_FEATURES", frontend.set_features(features))?;
-            named("SET_MEM_TABLE", frontend.set_mem_table(&regions))?;
+            named("SET_MEM_TABLE", frontend.set_mem_table(&memory.regions))?;
             for ring in &rings {
                 let number = ring.queue;
                 let (Some(kick), Some(call)) = (kicks.get(number), calls.get(number)) else {
