@@ -23,16 +23,16 @@ fn what_would_discard_memory_while_it_is_sent_is_refused_by_name() -> Result<()>
             &json!({"capabilities": [capability]}),
         )
     };
-    let fault = "memory backend \"pc.ram\": Discarding RAM with readonly files is not supported";
+    let fault = "Discarding RAM with readonly files is not supported: memory backend pc.ram is a template's";
     let said = set("release-ram")?;
     ensure!(
         said.starts_with("release-ram is not supported: it discards RAM while it is sent"),
         "{said}"
     );
-    ensure!(said.ends_with(fault), "{said}");
+    ensure!(said.contains(fault), "{said}");
     let said = set("postcopy-ram")?;
     ensure!(said.starts_with("Postcopy is not supported"), "{said}");
-    ensure!(said.ends_with(fault), "{said}");
+    ensure!(said.contains(fault), "{said}");
     let said = set("x-release-ram")?;
     ensure!(
         said == "Parameter 'capability' does not accept value 'x-release-ram'",
@@ -61,7 +61,7 @@ fn what_would_discard_memory_while_it_is_sent_is_refused_by_name() -> Result<()>
         &json!({"capabilities": [capability]}),
     )?;
     let why = "Postcopy is not supported: Host backend files need to be TMPFS or HUGETLBFS only";
-    ensure!(said.starts_with(why) && said.ends_with(fault), "{said}");
+    ensure!(said.starts_with(why) && said.contains(fault), "{said}");
     vm.quit()?;
     for (property, text) in [
         ("x-postcopy-ram", why),

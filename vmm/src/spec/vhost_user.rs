@@ -59,7 +59,7 @@ impl VhostUserParts {
 /// Why a process cannot share a backend's memory: what the backend is, and what to change.
 pub fn fault_of_unshared(backend: &BackendSpec) -> Option<String> {
     let id = backend.id();
-    let clone = "take the device off the line, or give the machine memory that is no clone's";
+    let clone = "take the device off the line, or give the machine memory with share=on that is no template's";
     let (is, remedy) = match backend.source() {
         BackendSource::Memfd { share: true } => return None,
         BackendSource::File(file) => match file.access() {
@@ -187,7 +187,7 @@ mod tests {
             "device \"vu0\": vhost-user-blk shares all guest memory with another process, and memory backend \
              \"pc.ram\" is a clone's (share=off,readonly=on,rom=off): what the guest writes is in no file, and \
              the template's file would show the process stale memory: take the device off the line, or give \
-             the machine memory that is no clone's"
+             the machine memory with share=on that is no template's"
         );
         assert_eq!(
             refused(BackendKind::Ram, false, false),

@@ -1,8 +1,6 @@
 #![forbid(unsafe_code)]
 //! Migration capabilities: QEMU's names, of which Pando has those that files need.
 
-use crate::spec::{FileAccess, MachineSpec};
-
 /// A capability that Pando has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Capability {
@@ -75,24 +73,6 @@ impl Capabilities {
             Capability::ValidateUuid => self.validate_uuid = on,
         }
     }
-}
-
-/// Why memory of a machine cannot be discarded, in QEMU's words and with the backend, where some cannot.
-pub fn discard_fault(spec: &MachineSpec) -> Option<String> {
-    let mut files = spec.backends().iter().filter_map(|backend| {
-        let access = backend.file()?.access();
-        Some((backend.id(), access))
-    });
-    files.find_map(|(id, access)| match access {
-        FileAccess::Clone | FileAccess::Rom { .. } => Some(format!(
-            "memory backend {id:?}: Discarding RAM with readonly files is not supported"
-        )),
-        FileAccess::Private => Some(format!(
-            "memory backend {id:?}: Discarding RAM in private file mappings is possibly dangerous, because it will \
-             modify the underlying file and will affect other users of the file"
-        )),
-        FileAccess::Template => None,
-    })
 }
 
 /// Why a capability that QEMU has cannot be switched on.

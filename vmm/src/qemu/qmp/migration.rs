@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 
 use super::arguments::{Arg, Arguments, Kind, must};
 use super::message::QmpError;
+use crate::memory::discard::DiscardSource;
 use crate::qemu::migration::address::{self, StateAddress};
 use crate::qemu::migration::capability::{Capability, NAMES, refusal};
 use crate::qemu::vm::{RunStatus, Vm};
@@ -92,9 +93,13 @@ pub fn set_capabilities(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError
                 if name == "postcopy-ram" && vm.capabilities().ignore_shared {
                     why = format!("Postcopy is not compatible with ignore-shared. {why}");
                 }
-                let discards = ["release-ram", "postcopy-ram"].contains(&name);
-                if let Some(fault) = vm.discard_fault().filter(|_| discards) {
-                    why = format!("{why}. {fault}");
+                let source = match name {
+                    "release-ram" => Some(DiscardSource::ReleaseRam),
+                    "postcopy-ram" => Some(DiscardSource::Postcopy),
+                    _ => None,
+                };
+                if let Some(refusal) = source.and_then(|source| vm.ask_to_discard(source)) {
+                    why = format!("{why}. {refusal}");
                 }
                 return Err(QmpError::generic(why));
             }

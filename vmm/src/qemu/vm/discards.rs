@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::Vm;
-use crate::memory::discard::{BackendDiscards, DiscardSource};
+use crate::memory::discard::{BackendDiscards, DiscardGate, DiscardRefusal, DiscardSource};
 
 impl Vm {
     /// `x-query-discards`
@@ -30,7 +30,17 @@ impl Vm {
         json!({"backends": backends, "refused": refused})
     }
 
-    /// The same for people, behind the list of backends.
+    /// Asks whether all memory may be discarded; why not, where some may not.
+    pub(in crate::qemu) fn ask_to_discard(&self, source: DiscardSource) -> Option<DiscardRefusal> {
+        let ram = self.held.ram();
+        let gate = match &ram {
+            Some(ram) => ram.gate(),
+            None => &DiscardGate::of(&self.plan.spec),
+        };
+        (0..gate.backends().len()).find_map(|backend| gate.ask(source, backend, 1).err())
+    }
+
+    /// What [`Self::query_discards`] says of memory, for people, behind the list of backends.
     pub(in crate::qemu) fn discards_text(&self) -> String {
         let all = self.query_discards();
         let backends = all["backends"].as_array().into_iter().flatten();

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::outgoing::{MigrationStatus, Statistics};
 use super::{RunStatus, Vm};
 use crate::qemu::line::Wanted;
-use crate::qemu::migration::capability::{Capabilities, Capability, discard_fault};
+use crate::qemu::migration::capability::{Capabilities, Capability};
 use crate::qemu::qmp::message::QmpError;
 use crate::spec::{Dimm, Uuid};
 
@@ -77,11 +77,6 @@ impl Vm {
     /// Whether a state is to be loaded into memory that has files.
     pub(in crate::qemu) fn has_files_to_load(&self) -> bool {
         self.incoming.asked && self.objects().any(|backend| backend.file().is_some())
-    }
-
-    /// Why some memory cannot be discarded, where some cannot.
-    pub(in crate::qemu) fn discard_fault(&self) -> Option<String> {
-        discard_fault(&self.plan.spec)
     }
 
     /// What `migrate-continue` says: a save is never at the state that it asks for.
