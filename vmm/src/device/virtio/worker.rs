@@ -288,6 +288,17 @@ impl Worker {
         builder.spawn(move || work(&shared))
     }
 
+    /// Guest memory is about to have more, or has less: who else works on the rings is told of it. What the
+    /// guest has asked for is done before.
+    pub fn memory_changed(&self) {
+        self.with_core(|core| {
+            if core.is_delegated() && core.is_active && !core.is_paused {
+                let handed = core.take_back().and_then(|()| core.hand_over());
+                self.shared.noted(core, handed);
+            }
+        });
+    }
+
     /// Does all that the guest has asked for, and nothing more until [`Self::resume`]. No vCPU may run.
     /// What waits outside stays there.
     pub fn pause(&self) {

@@ -17,7 +17,7 @@ use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg}
 use super::driver::{ADDRESS, BUFFERS, Driver, VERSION_1};
 use super::net::{Guest, MAC, MERGE, QUEUE_SIZE};
 use super::vhost_user::shared_ram;
-use crate::device::virtio::queue::VirtQueue;
+use crate::device::virtio::queue::{Chain, VirtQueue};
 use crate::device::virtio::rng::device::Rng;
 use crate::device::virtio::state::SavedQueue;
 use crate::device::virtio::transport::pci::VirtioPci;
@@ -46,18 +46,24 @@ struct Echo {
     ram: Option<GuestRam>,
     /// Where the frontend has what is at guest address 0.
     frontend_address: u64,
-    next_used: [u16; 2],
+    /// Whether packets wait until the rings are taken back, and then some.
+    is_slow: bool,
+    held: Vec<Chain>,
 }
 
 impl Echo {
     /// Serves one frontend after the other.
-    fn start(path: &Path, frontends: usize) -> JoinHandle<usize> {
+    fn start(path: &Path, frontends: usize, is_slow: bool) -> JoinHandle<usize> {
         let listener = UnixListener::bind(path).unwrap();
         thread::spawn(move || {
             let mut packets = 0;
             for _ in 0..frontends {
                 let (stream, _) = listener.accept().unwrap();
-                packets += Self::default().serve(stream);
+                let mut echo = Self {
+                    is_slow,
+                    ..Self::default()
+                };
+                packets += echo.serve(stream);
             }
             packets
         })
@@ -92,6 +98,10 @@ impl Echo {
         };
         let mut packets = 0;
         while let Some(packet) = sent.pop(ram).unwrap() {
+            if self.is_slow {
+                self.held.push(packet);
+                continue;
+            }
             let mut bytes = vec![0; usize::try_from(packet.readable_bytes()).unwrap()];
             packet.read(ram, 0, &mut bytes).unwrap();
             let place = room.pop(ram).unwrap().expect("the test gives room");
@@ -141,6 +151,7 @@ impl Echo {
             let index = usize::from(body[0]);
             (index, u16::from_le_bytes([body[4], body[5]]))
         };
+        let mut taken = None;
         let answer = match request {
             1 => Some((VERSION_1 | 1 << 30 | MERGE).to_le_bytes().to_vec()),
             15 => Some(8_u64.to_le_bytes().to_vec()),
@@ -190,8 +201,8 @@ impl Echo {
                 let (index, _) = state();
                 let queue = self.queues[index].queue.take().unwrap();
                 let base = u32::from(queue.next_available());
-                self.next_used[index] = queue.save().next_used;
                 let index = u32::try_from(index).unwrap();
+                taken = Some((index, queue));
                 Some([index, base].map(u32::to_le_bytes).concat())
             }
             _ => None,
@@ -202,7 +213,19 @@ impl Echo {
             let head = [request, 5, length].map(u32::to_le_bytes).concat();
             stream.write_all(&[head, answer].concat()).unwrap();
         }
+        self.catch_up(taken);
         true
+    }
+
+    /// Does what was left when a ring was taken back.
+    fn catch_up(&mut self, taken: Option<(u32, VirtQueue)>) {
+        let (Some((1, mut queue)), Some(ram)) = (taken, &self.ram) else {
+            return;
+        };
+        for packet in self.held.drain(..) {
+            thread::sleep(Duration::from_millis(50));
+            queue.push(ram, &packet, 0).unwrap();
+        }
     }
 
     fn enable(&mut self, index: usize) {
@@ -256,7 +279,7 @@ fn send(guest: &mut Guest, number: u8) {
 fn packets_go_to_another_process_and_come_back_over_pauses_and_a_restore() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("socket");
-    let echo = Echo::start(&path, 2);
+    let echo = Echo::start(&path, 2, false);
     let mut guest = Guest {
         driver: Driver::of(device(&path), shared_ram()),
         next: [0; 3],
@@ -293,4 +316,29 @@ fn packets_go_to_another_process_and_come_back_over_pauses_and_a_restore() {
     }
     drop(guest);
     assert_eq!(echo.join().unwrap(), 12);
+}
+
+#[test]
+fn a_pause_waits_for_what_is_under_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("socket");
+    let echo = Echo::start(&path, 1, true);
+    let mut guest = Guest {
+        driver: Driver::of(device(&path), shared_ram()),
+        next: [0; 3],
+    };
+    guest.set_up(MERGE);
+    let packets = [(BUFFERS, 64, false), (BUFFERS + 64, 64, false)];
+    guest.offer(1, &packets);
+    // It has taken both.
+    thread::sleep(Duration::from_millis(100));
+    assert!(guest.used(1).is_empty());
+    guest.driver.device.worker().pause();
+    assert_eq!(guest.used(1).len(), 2);
+    let state = guest.driver.device.save();
+    assert!(!state.is_broken);
+    let queue = &state.queues[1];
+    assert_eq!((queue.next_available, queue.next_used), (2, 2));
+    drop(guest);
+    echo.join().unwrap();
 }

@@ -18,8 +18,8 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::error::VhostUserError;
 use super::handshake::{PROTOCOL_FEATURES, open, sectors};
-use super::rings::{HandedRing, handed, regions};
-use super::session::{Session, named};
+use super::rings::{HandedRing, handed, memory};
+use super::session::{RETURN_LIMIT, Session, named};
 use super::state::VhostUserState;
 use crate::device::virtio::delegate::{Delegate, DelegateError};
 use crate::device::virtio::device::{COMMON_FEATURES, DeviceType, VirtioDevice, VirtioStateError};
@@ -53,8 +53,6 @@ const NET_FEATURES: u64 = 1 << net::VIRTIO_NET_F_CSUM
     | 1 << net::VIRTIO_NET_F_MRG_RXBUF;
 /// What a network device has whatever its backend is: the address is given here.
 const OWN_NET_FEATURES: u64 = 1 << net::VIRTIO_NET_F_MAC;
-/// How long requests that are under way when the rings come back may take.
-const UNDER_WAY_LIMIT: Duration = Duration::from_secs(2);
 /// How often to look whether they are done.
 const UNDER_WAY_PAUSE: Duration = Duration::from_millis(1);
 
@@ -187,7 +185,7 @@ impl VhostUser {
         }
         // What is the guest's fault is found before the backend hears of anything.
         let rings = handed(queues, ram)?;
-        let regions = regions(ram).map_err(|guest_address| VhostUserError::Memory {
+        let memory = memory(ram).map_err(|guest_address| VhostUserError::Memory {
             path: self.session.path().to_owned(),
             guest_address,
         })?;
@@ -198,7 +196,7 @@ impl VhostUser {
         let (kicks, calls) = (&self.kicks, &self.calls);
         self.session.ask(|frontend| {
             named("SET_FEATURES", frontend.set_features(features))?;
-            named("SET_MEM_TABLE", frontend.set_mem_table(&regions))?;
+            named("SET_MEM_TABLE", frontend.set_mem_table(&memory.regions))?;
             for ring in &rings {
                 let number = ring.queue;
                 let (Some(kick), Some(call)) = (kicks.get(number), calls.get(number)) else {
@@ -235,7 +233,7 @@ impl VhostUser {
         let bases = if rings.is_empty() {
             Ok(Vec::new())
         } else {
-            self.session.ask(|frontend| {
+            self.session.ask_within(RETURN_LIMIT, |frontend| {
                 let bases = rings.iter().map(|ring| {
                     let base = named("GET_VRING_BASE", frontend.get_vring_base(ring.queue))?;
                     Ok((ring.queue, base))
@@ -244,7 +242,7 @@ impl VhostUser {
             })
         };
         let mut outcome = bases.as_ref().map(drop).map_err(|_| ());
-        let deadline = Instant::now() + UNDER_WAY_LIMIT;
+        let deadline = Instant::now() + RETURN_LIMIT;
         for ring in &rings {
             let Some(queue) = queues.get_mut(ring.queue) else {
                 continue;

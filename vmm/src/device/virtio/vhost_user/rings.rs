@@ -5,7 +5,7 @@
 use std::os::fd::AsRawFd;
 
 use vhost::{VhostUserMemoryRegionInfo, VringConfigData};
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::error::VhostUserError;
 use crate::device::virtio::queue::{Ring, VirtQueue};
@@ -49,7 +49,8 @@ fn hand(number: usize, queue: &VirtQueue, ram: &GuestRam) -> Result<HandedRing, 
     // In one piece: a backend maps each piece of memory where it likes.
     let place = |ring: Ring, bytes: usize| {
         let address = GuestAddress(queue.ring(ring));
-        let slice = ram.as_vm_memory().get_slice(address, bytes);
+        let memory = ram.as_vm_memory();
+        let slice = memory.get_slice(address, bytes);
         slice
             .map(|slice| slice.ptr_guard().as_ptr() as u64)
             .map_err(|_| fault("a ring lies in two pieces of memory"))
@@ -70,18 +71,32 @@ fn hand(number: usize, queue: &VirtQueue, ram: &GuestRam) -> Result<HandedRing, 
     })
 }
 
+/// Guest memory as a backend is told of it.
+pub(super) struct HandedMemory {
+    /// The pieces.
+    pub(super) regions: Vec<VhostUserMemoryRegionInfo>,
+    /// Their files: the pieces have only the numbers of these.
+    _files: Vec<FileOffset>,
+}
+
 /// All guest memory, with the files that it is in; or where there is some that is in none.
-pub(super) fn regions(ram: &GuestRam) -> Result<Vec<VhostUserMemoryRegionInfo>, u64> {
-    let regions = ram.as_vm_memory().iter().map(|region| {
+pub(super) fn memory(ram: &GuestRam) -> Result<HandedMemory, u64> {
+    let memory = ram.as_vm_memory();
+    let (mut regions, mut files) = (Vec::new(), Vec::new());
+    for region in memory.iter() {
         let guest_address = region.start_addr().raw_value();
         let file = region.file_offset().ok_or(guest_address)?;
-        Ok(VhostUserMemoryRegionInfo {
+        regions.push(VhostUserMemoryRegionInfo {
             guest_phys_addr: guest_address,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
             mmap_offset: file.start(),
             mmap_handle: file.file().as_raw_fd(),
-        })
-    });
-    regions.collect()
+        });
+        files.push(file.clone());
+    }
+    Ok(HandedMemory {
+        regions,
+        _files: files,
+    })
 }

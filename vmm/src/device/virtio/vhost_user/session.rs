@@ -24,6 +24,8 @@ use super::error::VhostUserError;
 
 /// Longest time that a backend has for a sequence of requests: one vCPU waits for it, or the whole machine.
 pub(super) const LIMIT: Duration = Duration::from_secs(2);
+/// The same for giving rings back: requests that are under way are done first, on a disk that may be slow.
+pub(super) const RETURN_LIMIT: Duration = Duration::from_secs(5);
 /// How long to wait for room in the line of those who want to connect.
 const CONNECT_PAUSE: Duration = Duration::from_millis(10);
 
@@ -105,10 +107,19 @@ impl Session {
         }
     }
 
-    /// Asks something, with all requests of it together within [`LIMIT`]. What fails ends the conversation:
-    /// nobody knows what would come next.
+    /// Asks something, with all requests of it together within [`LIMIT`].
     pub(super) fn ask<T>(
         &mut self,
+        act: impl FnOnce(&mut Frontend) -> Result<T, Fault>,
+    ) -> Result<T, VhostUserError> {
+        self.ask_within(LIMIT, act)
+    }
+
+    /// Asks something, with all requests of it together within a limit. What fails ends the conversation:
+    /// nobody knows what would come next.
+    pub(super) fn ask_within<T>(
+        &mut self,
+        limit: Duration,
         act: impl FnOnce(&mut Frontend) -> Result<T, Fault>,
     ) -> Result<T, VhostUserError> {
         if self.is_over {
@@ -121,7 +132,7 @@ impl Session {
         let (done, wait) = bounded::<()>(0);
         let answer = thread::scope(|scope| {
             let watch = || {
-                if wait.recv_timeout(LIMIT) == Err(RecvTimeoutError::Timeout) {
+                if wait.recv_timeout(limit) == Err(RecvTimeoutError::Timeout) {
                     is_late.store(true, Ordering::SeqCst);
                     let _ = socket.shutdown(Shutdown::Both);
                 }
@@ -141,7 +152,7 @@ impl Session {
                 VhostUserError::Silent {
                     path,
                     request,
-                    limit_ms: LIMIT.as_millis(),
+                    limit_ms: limit.as_millis(),
                 }
             } else {
                 VhostUserError::Request {
