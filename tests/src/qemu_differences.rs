@@ -171,12 +171,6 @@ pub const DIFFERENCES: &[Difference] = &[
         "`release-ram` and `postcopy-ram` are refused when they are set, not when they fail",
     ),
     listed(
-        &["more-mig-postcopy-dst"],
-        Kind::Better,
-        0,
-        "the same answer, and the log names the memory that postcopy would discard",
-    ),
-    listed(
         &["mig-cpr"],
         Kind::NotHere,
         0,
