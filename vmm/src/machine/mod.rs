@@ -13,6 +13,7 @@ mod error;
 mod generation;
 mod hotplug;
 mod lifecycle;
+mod modules;
 mod pci;
 mod records;
 mod request;

@@ -95,7 +95,7 @@ pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<Boo
     } else {
         &[PCI_CONFIG_MEMORY]
     };
-    let map = memory_map(ram.layout(), &is_rom, reserved);
+    let map = memory_map(&ram.layout(), &is_rom, reserved);
     let handover = Handover {
         map: &map,
         initrd,
