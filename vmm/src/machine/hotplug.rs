@@ -12,13 +12,14 @@ use crate::device::pci::hotplug::SlotEvent;
 use crate::device::virtio::block::document::DocumentPort;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
 use crate::device::virtio::vsock::backend::VsockPort;
-use crate::spec::{DeviceSpec, LAST_SLOT};
+use crate::spec::{DeviceSpec, LAST_SLOT, MAX_SLOTS};
 
 use super::connections::Attachment;
 use super::devices::Devices;
 use super::driver::Message;
 use super::error::MachineError;
 use super::lifecycle::MachineHandle;
+use super::modules::ModuleMessage;
 use super::pci::{PciDevices, Ports, lock, make, net_ports};
 use super::request::Phase;
 
@@ -27,7 +28,9 @@ const HEADER_BYTES: usize = 64;
 
 /// Most news that wait. For each place there is one that its device has gone, or that it is kept, and no
 /// other before somebody plugs or unplugs there again, who takes in first what waits.
-const MAX_NEWS: usize = 2 * (LAST_SLOT as usize + 1);
+///
+/// For each slot of memory the same, and how it went when something came.
+const MAX_NEWS: usize = 2 * (LAST_SLOT as usize + 1) + 4 * MAX_SLOTS as usize;
 
 /// What became of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,6 +46,22 @@ pub enum DeviceNews {
         id: String,
         /// Why, as ACPI has it.
         status: u8,
+    },
+    /// The guest has let go of the memory module in a slot.
+    ModuleGone {
+        /// The slot.
+        slot: u32,
+    },
+    /// The guest says how something went with the memory module in a slot.
+    ModuleOutcome {
+        /// The slot.
+        slot: u32,
+        /// What was asked of it, as ACPI has it.
+        event: u8,
+        /// How that went.
+        status: u8,
+        /// Whether it was asked to let go of it, and will not.
+        is_refusal: bool,
     },
 }
 
@@ -127,6 +146,12 @@ impl MachineHandle {
 impl Devices {
     /// What guests do to devices goes to the driver. Before any vCPU runs.
     pub(super) fn tell_of_slots(&self, driver: &Sender<Message>) {
+        if let Some(slots) = &self.modules {
+            let driver = driver.clone();
+            slots.listen(Box::new(move |event| {
+                let _ = driver.send(Message::Module(ModuleMessage::Event(event)));
+            }));
+        }
         if let Some(pci) = &self.pci {
             let driver = driver.clone();
             pci.hotplug.listen(Box::new(move |event| {
@@ -166,12 +191,19 @@ impl Devices {
             DeviceMessage::Watch(news) => self.news = Some(news),
             DeviceMessage::Slot(event) => {
                 let news = self.pci.as_mut().and_then(|pci| pci.take_event(event));
-                if let (Some(news), Some(watcher)) = (news, &self.news)
-                    && let Err(TrySendError::Full(news)) = watcher.try_send(news)
-                {
-                    tracing::warn!(?news, "news of a device were dropped: nobody takes them in");
+                if let Some(news) = news {
+                    self.tell(news);
                 }
             }
+        }
+    }
+
+    /// Tells whoever listens what became of a device.
+    pub(super) fn tell(&self, news: DeviceNews) {
+        if let Some(watcher) = &self.news
+            && let Err(TrySendError::Full(news)) = watcher.try_send(news)
+        {
+            tracing::warn!(?news, "news of a device were dropped: nobody takes them in");
         }
     }
 }

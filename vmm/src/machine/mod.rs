@@ -34,6 +34,7 @@ pub use error::MachineError;
 pub use generation::GenerationId;
 pub use hotplug::{DeviceNews, Function};
 pub use lifecycle::{Machine, MachineHandle, Outcome, Paused, Running};
+pub use modules::{Module, PlugError};
 pub use request::{Phase, Refusal, Request, Verdict, decide};
 pub use stages::Stages;
 pub use state::MachineState;

@@ -11,11 +11,19 @@
 
 use std::sync::Arc;
 
+use crossbeam::channel::{Sender, bounded};
+
+use super::devices::Devices;
+use super::driver::Message;
+use super::error::MachineError;
+use super::hotplug::DeviceNews;
+use super::lifecycle::MachineHandle;
+use crate::device::modules::registers::{ModuleEvent, SlotModule};
+use crate::kvm::KvmError;
+use crate::kvm::vm::Vm;
 use crate::memory::discard::BackendDiscards;
 use crate::memory::guest::{GuestMemoryError, GuestRam, RamBacking, View};
 use crate::memory::layout::Placed;
-use crate::kvm::KvmError;
-use crate::kvm::vm::Vm;
 
 /// A module that comes.
 #[derive(Debug)]
@@ -76,6 +84,121 @@ impl GuestRam {
         }
         self.gate().remove(position);
         Ok(true)
+    }
+}
+
+/// What is asked of the driver about modules, and what it hears from vCPUs.
+#[derive(Debug)]
+pub(super) enum ModuleMessage {
+    /// Put a module in a slot of this number, of a node.
+    Plug(Box<Module>, (u32, u32), Sender<Result<(), MachineError>>),
+    /// Ask the guest to let go of what is in a slot.
+    Unplug(u32, Sender<Result<(), MachineError>>),
+    /// A guest did something.
+    Event(ModuleEvent),
+}
+
+impl MachineHandle {
+    /// Gives the guest a memory module in a slot that is free, and tells it.
+    pub fn plug_module(&self, module: Module, slot: u32, node: u32) -> Result<(), MachineError> {
+        let module = Box::new(module);
+        self.about_modules(|reply| ModuleMessage::Plug(module, (slot, node), reply))
+    }
+
+    /// Asks the guest to let go of the module in a slot. Whether and when it does is up to it: see
+    /// [`Self::watch`]. It may be asked again.
+    pub fn unplug_module(&self, slot: u32) -> Result<(), MachineError> {
+        self.about_modules(|reply| ModuleMessage::Unplug(slot, reply))
+    }
+
+    fn about_modules(
+        &self,
+        message: impl FnOnce(Sender<Result<(), MachineError>>) -> ModuleMessage,
+    ) -> Result<(), MachineError> {
+        let (reply, answer) = bounded(1);
+        let _ = self.requests.send(Message::Module(message(reply)));
+        answer.recv().map_err(|_| MachineError::Gone)?
+    }
+}
+
+impl Devices {
+    /// Does what is asked for.
+    pub(super) fn take_module_message(&mut self, message: ModuleMessage, vm: &Vm) {
+        match message {
+            // Whoever asked and is gone wants no answer.
+            ModuleMessage::Plug(module, place, reply) => {
+                let _ = reply.send(self.plug_module(*module, place, vm));
+            }
+            ModuleMessage::Unplug(slot, reply) => {
+                let slots = self.modules.as_ref();
+                let is_there = slots.is_some_and(|slots| slots.request_unplug(slot));
+                let no_module = MachineError::NoModule { slot };
+                let _ = reply.send(if is_there { Ok(()) } else { Err(no_module) });
+            }
+            ModuleMessage::Event(event) => self.module_event(event, vm),
+        }
+    }
+
+    fn plug_module(
+        &mut self,
+        module: Module,
+        (slot, node): (u32, u32),
+        vm: &Vm,
+    ) -> Result<(), MachineError> {
+        let (Some(slots), Some(ram)) = (&self.modules, &self.ram) else {
+            return Err(MachineError::NoModule { slot });
+        };
+        if slots.is_taken(slot) {
+            return Err(MachineError::ModuleTaken { slot });
+        }
+        let shown = SlotModule {
+            guest_address: module.guest_address,
+            bytes: module.backing.bytes(),
+            node,
+        };
+        ram.plug(vm, module).map_err(MachineError::Module)?;
+        slots.plug(slot, shown);
+        tracing::info!(
+            slot,
+            address = shown.guest_address,
+            bytes = shown.bytes,
+            "memory plugged"
+        );
+        Ok(())
+    }
+
+    fn module_event(&mut self, event: ModuleEvent, vm: &Vm) {
+        let news = match event {
+            ModuleEvent::Ejected {
+                slot,
+                guest_address,
+            } => {
+                self.remove_module(guest_address, vm);
+                tracing::info!(slot, "memory unplugged");
+                DeviceNews::ModuleGone { slot }
+            }
+            ModuleEvent::Outcome {
+                slot,
+                event,
+                status,
+                is_refusal,
+            } => DeviceNews::ModuleOutcome {
+                slot,
+                event,
+                status,
+                is_refusal,
+            },
+        };
+        self.tell(news);
+    }
+
+    /// Takes memory away that the guest has let go of.
+    pub(super) fn remove_module(&self, guest_address: u64, vm: &Vm) {
+        if let Some(ram) = &self.ram
+            && let Err(error) = ram.unplug(vm, guest_address)
+        {
+            tracing::error!(guest_address, "memory stays with the guest: {error}");
+        }
     }
 }
 

@@ -354,7 +354,7 @@ impl MessageSink for Sink {
 }
 
 /// The line of devices that come and go.
-struct HotplugLine(LevelLine);
+pub(super) struct HotplugLine(pub(super) LevelLine);
 
 impl Level for HotplugLine {
     fn set(&self, is_raised: bool) {

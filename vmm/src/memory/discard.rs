@@ -189,7 +189,10 @@ impl DiscardGate {
         all.insert(position, backend);
         drop(all);
         let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        for holder in holders.iter_mut().filter(|holder| holder.backend >= position) {
+        for holder in holders
+            .iter_mut()
+            .filter(|holder| holder.backend >= position)
+        {
             holder.backend += 1;
         }
     }
@@ -204,7 +207,10 @@ impl DiscardGate {
         drop(all);
         let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
         holders.retain(|holder| holder.backend != position);
-        for holder in holders.iter_mut().filter(|holder| holder.backend > position) {
+        for holder in holders
+            .iter_mut()
+            .filter(|holder| holder.backend > position)
+        {
             holder.backend -= 1;
         }
     }

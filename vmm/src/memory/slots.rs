@@ -91,7 +91,9 @@ impl Slots {
 
     /// The slots of one backend.
     pub fn of_backend(&self, backend: usize) -> impl Iterator<Item = &Slot> {
-        self.slots.iter().filter(move |slot| slot.backend == backend)
+        self.slots
+            .iter()
+            .filter(move |slot| slot.backend == backend)
     }
 
     /// All slots, lowest guest address first.

@@ -1,6 +1,9 @@
 #![forbid(unsafe_code)]
 //! Memory modules (`pc-dimm`): which slot, which node, which address.
 
+use std::ops::Range;
+
+use super::MachineSpec;
 use super::backend::{BackendKind, BackendSpec};
 use super::error::{DimmFault, SpecError};
 use super::parts::DimmParts;
@@ -72,7 +75,7 @@ pub(super) struct Room {
 }
 
 impl Room {
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         let spare = u64::from(self.slots).saturating_mul(SLOT_ROOM_BYTES);
         self.start.saturating_add(self.bytes).saturating_add(spare)
     }
@@ -185,6 +188,53 @@ impl Room {
                 used_bytes: taken.iter().map(Dimm::bytes).sum(),
                 room_bytes: self.bytes,
             })
+    }
+}
+
+impl MachineSpec {
+    /// Where modules may be; empty where there is no room for any.
+    pub fn module_area(&self) -> Range<u64> {
+        let bytes = self.max_bytes - self.ram_bytes();
+        let start = self.layout.module_area_start();
+        if bytes == 0 {
+            return start..start;
+        }
+        let room = Room {
+            slots: self.slots,
+            bytes,
+            start,
+            nodes: self.numa.nodes().len(),
+        };
+        start..room.end()
+    }
+
+    /// The same machine with one module more, on a backend of its own.
+    pub fn with_dimm(&self, backend: BackendSpec, dimm: DimmParts) -> Result<Self, SpecError> {
+        let mut parts = self.to_parts();
+        parts.backends.push(backend);
+        parts.dimms.push(dimm);
+        Self::from_parts(parts)
+    }
+
+    /// The same machine without a module and its backend.
+    #[must_use]
+    pub fn without_dimm(&self, id: &str) -> Self {
+        let mut spec = self.clone();
+        let Some(at) = spec.dimms.iter().position(|dimm| dimm.id == id) else {
+            return spec;
+        };
+        let gone = spec.dimms.remove(at).backend;
+        spec.without_module(gone)
+    }
+
+    /// The same machine without a backend behind its RAM.
+    pub(super) fn without_module(mut self, gone: usize) -> Self {
+        self.backends.remove(gone);
+        self.layout = self.layout.without_module(gone);
+        for dimm in &mut self.dimms {
+            dimm.backend -= usize::from(dimm.backend > gone);
+        }
+        self
     }
 }
 

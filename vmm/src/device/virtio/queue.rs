@@ -347,7 +347,9 @@ impl VirtQueue {
 
     /// The index of what the guest makes available.
     fn available(&self, ram: &GuestRam) -> Result<u16, QueueError> {
-        let index = self.queue.avail_idx(&*ram.as_vm_memory(), Ordering::Acquire);
+        let index = self
+            .queue
+            .avail_idx(&*ram.as_vm_memory(), Ordering::Acquire);
         index.map(|index| index.0).map_err(broken(self.number))
     }
 

@@ -206,7 +206,7 @@ pub fn delete(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
 
 /// Properties of a memory module: name, type, value.
 fn dimm_properties(vm: &Vm, dimm: &Dimm) -> Vec<(&'static str, &'static str, Value)> {
-    let all = vm.dimm(dimm);
+    let all = vm.dimm_facts(dimm);
     let value = |name: &'static str, kind| (name, kind, all[name].clone());
     vec![
         value("addr", "uint64"),

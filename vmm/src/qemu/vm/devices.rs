@@ -38,7 +38,12 @@ impl Vm {
         let device = match device.map_err(|error| QmpError::generic(error.message()))? {
             Ok(device) => device,
             Err(mut other) => {
-                return Err(not_plugged(other.text("driver").ok().flatten().as_deref()));
+                let driver = other.text("driver").ok().flatten();
+                if driver.as_deref() == Some("pc-dimm") {
+                    other.add("driver", "pc-dimm");
+                    return self.module_add(other);
+                }
+                return Err(not_plugged(driver.as_deref()));
             }
         };
         self.take_news();
@@ -128,7 +133,7 @@ impl Vm {
             return Err(no_hotplug("vmgenid"));
         }
         if spec.dimms().iter().any(|dimm| dimm.id() == id) {
-            return Err(no_hotplug("pc-dimm"));
+            return self.module_del(&id.to_owned());
         }
         if spec.devices().iter().all(|device| device.id() != id) {
             let desc = format!("Device '{id}' not found");
@@ -160,7 +165,8 @@ impl Vm {
     pub(super) fn watch_devices(&mut self) {
         self.news = crossbeam::channel::never();
         self.unplugging.clear();
-        let Some(handle) = self.held.handle().filter(|_| self.plan.spec.has_pci()) else {
+        let comes_and_goes = self.plan.spec.has_pci() || self.plan.spec.slots() > 0;
+        let Some(handle) = self.held.handle().filter(|_| comes_and_goes) else {
             return;
         };
         self.news = handle.watch();
@@ -188,6 +194,13 @@ impl Vm {
                 let data = json!({"device": id, "path": format!("{PERIPHERAL}{id}")});
                 self.bus.send("DEVICE_UNPLUG_GUEST_ERROR", Some(data));
             }
+            DeviceNews::ModuleGone { slot } => self.module_gone(slot),
+            DeviceNews::ModuleOutcome {
+                slot,
+                event,
+                status,
+                is_refusal,
+            } => self.module_outcome(slot, (event, status), is_refusal),
         }
     }
 
@@ -240,7 +253,7 @@ fn may_ask(asked: Option<Option<Instant>>, now: Instant) -> bool {
 fn not_plugged(driver: Option<&str>) -> QmpError {
     match driver {
         None => QmpError::generic("Parameter 'driver' is missing"),
-        Some(driver @ ("vmgenid" | "pc-dimm")) => no_hotplug(driver),
+        Some(driver @ "vmgenid") => no_hotplug(driver),
         Some(driver) => QmpError::generic(refused::device(driver)),
     }
 }

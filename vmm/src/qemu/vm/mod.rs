@@ -11,6 +11,7 @@ mod held;
 mod hubs;
 mod incoming;
 mod memory;
+mod modules;
 mod nets;
 mod objects;
 mod order;
@@ -20,7 +21,7 @@ mod query;
 mod serial;
 mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -121,6 +122,8 @@ pub struct Vm {
     pub(super) changed: BTreeMap<(String, String), bool>,
     /// Backends that monitors added.
     added: Vec<objects::Added>,
+    /// Memory devices that came while the machine was there.
+    hotplugged: BTreeSet<String>,
     /// Images that devices have or may get.
     images: Images,
     /// Ends of cables that devices have or may get.
@@ -181,6 +184,7 @@ impl Vm {
             after: After::Nothing,
             changed: BTreeMap::new(),
             added: Vec::new(),
+            hotplugged: BTreeSet::new(),
             images,
             netdevs,
             unplugging: BTreeMap::new(),

@@ -165,7 +165,7 @@ impl Vm {
         dimms
             .into_iter()
             .map(|dimm| {
-                let mut device = self.dimm(dimm);
+                let mut device = self.dimm_facts(dimm);
                 if let Some(id) = self.plan.wanted.dimm_id(dimm.id()) {
                     device["id"] = json!(id);
                 }
@@ -175,7 +175,7 @@ impl Vm {
     }
 
     /// What QEMU says of a module, besides its id.
-    pub(in crate::qemu) fn dimm(&self, dimm: &Dimm) -> Value {
+    pub(in crate::qemu) fn dimm_facts(&self, dimm: &Dimm) -> Value {
         let backend = self.plan.spec.backends()[dimm.backend()].id();
         json!({
                     "addr": dimm.guest_address(),
@@ -183,7 +183,7 @@ impl Vm {
                     "slot": dimm.slot(),
                     "node": dimm.node(),
                     "memdev": format!("/objects/{backend}"),
-                    "hotplugged": false,
+                    "hotplugged": self.hotplugged.contains(dimm.id()),
                     "hotpluggable": true,
         })
     }
