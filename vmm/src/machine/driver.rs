@@ -157,7 +157,7 @@ impl Driver {
                 Ok(doing)
             }
             Message::Device(message) => {
-                self.devices.take_message(message, doing.phase());
+                self.devices.take_message(message, doing.phase(), &self.vm);
                 Ok(doing)
             }
             Message::Module(message) => {

@@ -12,6 +12,8 @@ use crate::device::pci::hotplug::SlotEvent;
 use crate::device::virtio::block::document::DocumentPort;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
 use crate::device::virtio::vsock::backend::VsockPort;
+use crate::device::virtio::worker::Worker;
+use crate::kvm::vm::Vm;
 use crate::spec::{DeviceSpec, LAST_SLOT, MAX_SLOTS};
 
 use super::connections::Attachment;
@@ -51,6 +53,13 @@ pub enum DeviceNews {
     ModuleGone {
         /// The slot.
         slot: u32,
+    },
+    /// A guest has more or less of memory that grows and shrinks.
+    Resized {
+        /// What its device is called.
+        id: String,
+        /// How much it has, in bytes.
+        bytes: u64,
     },
     /// The guest says how something went with the memory module in a slot.
     ModuleOutcome {
@@ -154,6 +163,8 @@ impl Devices {
         }
         if let Some(pci) = &self.pci {
             let driver = driver.clone();
+            // There is one.
+            let _ = pci.connections.driver.set(driver.clone());
             pci.hotplug.listen(Box::new(move |event| {
                 // A driver that has ended takes its devices along.
                 let _ = driver.send(Message::Device(DeviceMessage::Slot(event)));
@@ -171,14 +182,21 @@ impl Devices {
     }
 
     /// Does what is asked for.
-    pub(super) fn take_message(&mut self, message: DeviceMessage, phase: Phase) {
+    pub(super) fn take_message(&mut self, message: DeviceMessage, phase: Phase, vm: &Vm) {
         let no_bus = || Err(MachineError::NoPci);
         match message {
             // Whoever asked and is gone wants no answer.
-            DeviceMessage::Plug(device, attachment, reply) => {
+            DeviceMessage::Plug(device, mut attachment, reply) => {
+                let memory = attachment.take_memory();
+                let shown = memory.map_or(Ok(()), |memory| self.show(*memory, vm));
                 let pci = self.pci.as_mut();
                 let plug = |pci: &mut PciDevices| pci.plug(&device, attachment, phase);
-                let _ = reply.send(pci.map_or_else(no_bus, plug));
+                let plugged = shown.and_then(|()| pci.map_or_else(no_bus, plug));
+                let address = device.memory().and_then(|memory| memory.guest_address);
+                if let (Err(_), Some(address)) = (&plugged, address) {
+                    self.remove_module(address, vm);
+                }
+                let _ = reply.send(plugged);
             }
             DeviceMessage::Unplug(id, reply) => {
                 let pci = self.pci.as_ref();
@@ -190,7 +208,11 @@ impl Devices {
             }
             DeviceMessage::Watch(news) => self.news = Some(news),
             DeviceMessage::Slot(event) => {
+                let address = self.pci.as_ref().and_then(|pci| pci.memory_in(event));
                 let news = self.pci.as_mut().and_then(|pci| pci.take_event(event));
+                if let Some(address) = address {
+                    self.remove_module(address, vm);
+                }
                 if let Some(news) = news {
                     self.tell(news);
                 }
@@ -232,6 +254,8 @@ impl PciDevices {
             Attachment::Disk(disk) => disks.push((id, *disk)),
             Attachment::Net(connection) => nets.push((id, connection)),
             Attachment::Vsock(connection) => vsock.put(connection),
+            // It was plugged before.
+            Attachment::Memory(_) => (),
         }
         let ports = Ports {
             nets: net_ports(std::slice::from_ref(spec), nets),
@@ -239,6 +263,7 @@ impl PciDevices {
             // Ports are not plugged.
             consoles: Vec::new(),
             vsock,
+            driver: Arc::clone(&self.connections.driver),
         };
         let device = make(spec, &mut disks, &ports)?;
         // Without an address, as after a reset: the guest chooses one.
@@ -267,6 +292,28 @@ impl PciDevices {
         let slot = slot.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })?;
         self.hotplug.request_unplug(slot);
         Ok(())
+    }
+
+    /// Where the memory is of a device that is taken out.
+    fn memory_in(&self, event: SlotEvent) -> Option<u64> {
+        let SlotEvent::Ejected { slot } = event else {
+            return None;
+        };
+        let mut devices = self.devices.iter().map(|device| lock(device));
+        let device = devices.find(|device| device.slot() == slot)?;
+        Some(device.worker().memory()?.guest_address)
+    }
+
+    /// What there is of a device that is memory.
+    pub(super) fn with_memory<T>(
+        &self,
+        id: &str,
+        act: impl FnOnce(&Worker) -> T,
+    ) -> Result<T, MachineError> {
+        let mut devices = self.devices.iter().map(|device| lock(device));
+        let device = devices.find(|device| device.id() == id);
+        let device = device.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })?;
+        Ok(act(device.worker()))
     }
 
     /// What a guest did to a device; lets go of one that it has taken out.

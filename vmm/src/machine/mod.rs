@@ -21,6 +21,7 @@ mod stages;
 pub mod state;
 mod timer;
 
+pub use crate::device::virtio::device::MemoryFigures;
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
 pub use connections::{

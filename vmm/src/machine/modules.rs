@@ -10,6 +10,7 @@
 //! access holds the view of its moment, and the VM holds what its slots show.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::channel::{Sender, bounded};
 
@@ -19,6 +20,8 @@ use super::error::MachineError;
 use super::hotplug::DeviceNews;
 use super::lifecycle::MachineHandle;
 use crate::device::modules::registers::{ModuleEvent, SlotModule};
+use crate::device::virtio::device::MemoryFigures;
+use crate::device::virtio::worker::Worker;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
 use crate::memory::discard::BackendDiscards;
@@ -96,6 +99,16 @@ pub(super) enum ModuleMessage {
     Unplug(u32, Sender<Result<(), MachineError>>),
     /// A guest did something.
     Event(ModuleEvent),
+    /// A guest has more or less memory of a device; the flag is taken back when that was heard.
+    Resized(String, Arc<AtomicBool>),
+    /// Request so much of a device's memory.
+    Request(String, u64, Sender<Result<(), MachineError>>),
+    /// Say what there is of a device's memory.
+    Figures(
+        String,
+        Sender<Result<(), MachineError>>,
+        Sender<MemoryFigures>,
+    ),
 }
 
 impl MachineHandle {
@@ -109,6 +122,20 @@ impl MachineHandle {
     /// [`Self::watch`]. It may be asked again.
     pub fn unplug_module(&self, slot: u32) -> Result<(), MachineError> {
         self.about_modules(|reply| ModuleMessage::Unplug(slot, reply))
+    }
+
+    /// Requests that the guest has so much of a device's memory. Whether and when it does is up to it: see
+    /// [`Self::watch`].
+    pub fn request_memory(&self, id: &str, bytes: u64) -> Result<(), MachineError> {
+        self.about_modules(|reply| ModuleMessage::Request(id.to_owned(), bytes, reply))
+    }
+
+    /// What there is of memory that grows and shrinks.
+    pub fn memory_figures(&self, id: &str) -> Result<MemoryFigures, MachineError> {
+        let (sender, figures) = bounded(1);
+        self.about_modules(|reply| ModuleMessage::Figures(id.to_owned(), reply, sender))?;
+        let no_memory = || MachineError::NoDevice { id: id.to_owned() };
+        figures.try_recv().map_err(|_| no_memory())
     }
 
     fn about_modules(
@@ -136,7 +163,36 @@ impl Devices {
                 let _ = reply.send(if is_there { Ok(()) } else { Err(no_module) });
             }
             ModuleMessage::Event(event) => self.module_event(event, vm),
+            ModuleMessage::Resized(id, was_told) => {
+                was_told.store(false, Ordering::SeqCst);
+                if let Ok(Some(figures)) = self.with_memory(&id, Worker::memory) {
+                    let bytes = figures.plugged_bytes;
+                    self.tell(DeviceNews::Resized { id, bytes });
+                }
+            }
+            ModuleMessage::Request(id, bytes, reply) => {
+                let _ = reply.send(self.with_memory(&id, |worker| worker.request_memory(bytes)));
+            }
+            ModuleMessage::Figures(id, reply, figures) => {
+                let found = self.with_memory(&id, Worker::memory);
+                let _ = reply.send(found.map(|found| {
+                    if let Some(found) = found {
+                        let _ = figures.send(found);
+                    }
+                }));
+            }
         }
+    }
+
+    fn with_memory<T>(&self, id: &str, act: impl FnOnce(&Worker) -> T) -> Result<T, MachineError> {
+        let pci = self.pci.as_ref().ok_or(MachineError::NoPci)?;
+        pci.with_memory(id, act)
+    }
+
+    /// Shows the guest memory that it is told of later.
+    pub(super) fn show(&self, module: Module, vm: &Vm) -> Result<(), MachineError> {
+        let ram = self.ram.as_ref().ok_or(MachineError::NoPci)?;
+        ram.plug(vm, module).map_err(MachineError::Module)
     }
 
     fn plug_module(

@@ -22,7 +22,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::discard::{BackendDiscards, DiscardGate, Discards};
-use super::layout::{RamLayout, RamSegment};
+use super::layout::{PAGE_BYTES, RamLayout, RamSegment};
 use super::slots::{HostMemory, Slots};
 use crate::observe::memory::ram::MemoryPlace;
 
@@ -168,6 +168,19 @@ impl RamBacking {
         // SAFETY: the range lies in this backing's mapping, as was just checked, and no reference into it
         // exists: all access is by volatile copy, which finds zeros from now on.
         unsafe { rustix::mm::madvise(start.cast(), length, advice) }?;
+        Ok(())
+    }
+
+    /// Takes pages from the host now. `offset_bytes` and `bytes` are whole pages.
+    fn populate(&self, offset_bytes: u64, bytes: u64) -> io::Result<()> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let end = offset_bytes.checked_add(bytes);
+        end.filter(|&end| end <= self.bytes()).ok_or_else(invalid)?;
+        let offset = usize::try_from(offset_bytes).map_err(|_| invalid())?;
+        let length = usize::try_from(bytes).map_err(|_| invalid())?;
+        let start = self.host_address().wrapping_add(offset);
+        // SAFETY: the range lies in this backing's mapping, as was just checked, and stays as it is.
+        unsafe { rustix::mm::madvise(start.cast(), length, Advice::LinuxPopulateWrite) }?;
         Ok(())
     }
 
@@ -415,6 +428,20 @@ impl GuestRam {
                 bytes: bytes.len(),
                 source,
             })
+    }
+
+    /// Takes memory of one module from the host now.
+    pub fn populate(&self, guest_address: u64, bytes: u64) -> io::Result<()> {
+        let view = self.view();
+        let mut slots = view.slots.iter();
+        let found = slots.find(|slot| {
+            (slot.guest_address..slot.guest_address + slot.bytes).contains(&guest_address)
+        });
+        let slot = found.ok_or(io::ErrorKind::InvalidInput)?;
+        let backing = view.backings.get(slot.backend);
+        let backing = backing.ok_or(io::ErrorKind::InvalidInput)?;
+        let first = slot.first_page * PAGE_BYTES;
+        backing.populate(first + (guest_address - slot.guest_address), bytes)
     }
 
     /// Fills `buffer` from RAM; may fault pages in.

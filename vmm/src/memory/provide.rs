@@ -175,6 +175,7 @@ impl HeldFiles {
         &self,
         position: usize,
         backend: &BackendSpec,
+        begin: Begin<'_>,
     ) -> Result<RamBacking, ProvideError> {
         let held = self.files.get(position).and_then(Option::as_ref);
         if let (Some(source), Some(held)) = (backend.file(), held)
@@ -187,7 +188,7 @@ impl HeldFiles {
         }
         let mut making = Making {
             files: self,
-            begin: Begin::Files,
+            begin,
             options: PagerOptions::default(),
             pager: None,
         };
@@ -213,7 +214,14 @@ impl HeldFiles {
         };
         let backings = (0..)
             .zip(spec.backends())
-            .map(|(position, backend)| making.backing(position, backend))
+            .map(|(position, backend)| {
+                making.begin = match begin {
+                    // Nothing is plugged at first, whatever a file holds.
+                    Begin::Files if spec.is_growing(position) => Begin::Zero,
+                    other => other,
+                };
+                making.backing(position, backend)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let pager = making.pager.take().map(Pager::<Idle>::serve).transpose()?;
         for (backend, backing) in spec.backends().iter().zip(&backings) {

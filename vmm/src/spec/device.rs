@@ -9,6 +9,7 @@ use super::backend::is_id;
 use super::console::{ConsoleFault, ConsoleParts};
 use super::limits::Limits;
 use super::mac::MacAddress;
+use super::mem::{MemFault, MemParts};
 use super::tap::TapSpec;
 
 /// The last device number of a PCI bus; 0 is the host bridge.
@@ -49,6 +50,8 @@ pub enum DeviceKind {
     Document,
     /// Ports between programs of the guest and of the host.
     Console(ConsoleParts),
+    /// Memory that grows and shrinks.
+    Mem(MemParts),
 }
 
 /// A network device.
@@ -169,6 +172,9 @@ pub enum DeviceFault {
     /// Ports that cannot be.
     #[error(transparent)]
     Console(#[from] ConsoleFault),
+    /// Memory that cannot grow and shrink.
+    #[error(transparent)]
+    Memory(#[from] MemFault),
 }
 
 impl DeviceKind {
@@ -181,6 +187,7 @@ impl DeviceKind {
             Self::Net(_) => "virtio-net",
             Self::Document => "document",
             Self::Console(_) => "virtio-console",
+            Self::Mem(_) => "virtio-mem",
         }
     }
 
@@ -192,13 +199,14 @@ impl DeviceKind {
             Self::Net(_) => "net",
             Self::Document => "document",
             Self::Console(_) => "console",
+            Self::Mem(_) => "mem",
         }
     }
 
     fn check(&self) -> Result<(), DeviceFault> {
         match self {
             // Ports are proven together with those of other devices.
-            Self::Rng | Self::Net(_) | Self::Document | Self::Console(_) => Ok(()),
+            Self::Rng | Self::Net(_) | Self::Document | Self::Console(_) | Self::Mem(_) => Ok(()),
             Self::Block(disk) => disk.check(),
             Self::Vsock(vsock) => vsock.check(),
         }
@@ -293,6 +301,23 @@ impl DeviceSpec {
             DeviceKind::Console(console) => Some(console),
             _ => None,
         }
+    }
+
+    /// The memory that grows and shrinks, if it is that.
+    pub fn memory(&self) -> Option<&MemParts> {
+        match &self.kind {
+            DeviceKind::Mem(mem) => Some(mem),
+            _ => None,
+        }
+    }
+
+    /// Requests so much of memory that grows and shrinks.
+    pub(super) fn request_memory(&mut self, bytes: u64) -> Result<(), MemFault> {
+        if let DeviceKind::Mem(mem) = &mut self.kind {
+            mem.check_requested(bytes)?;
+            mem.requested_bytes = bytes;
+        }
+        Ok(())
     }
 
     /// The image of a disk.

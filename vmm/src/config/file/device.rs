@@ -10,7 +10,7 @@ use super::port::PortTable;
 use super::{Bytes, is_default};
 use crate::spec::{
     ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits, MacAddress,
-    NetParts, PortParts, Rate, TapSpec, VsockParts,
+    MemParts, NetParts, PortParts, Rate, TapSpec, VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -117,6 +117,34 @@ pub enum DeviceTable {
         #[schemars(range(min = 1))]
         pps_burst: Option<u64>,
     },
+    /// Memory that grows and shrinks while the machine runs. A template that is made of a machine file has none.
+    #[serde(rename = "virtio-mem")]
+    Mem {
+        /// What it is called; `mem0`, `mem1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// Id of its memory backend.
+        memory: String,
+        /// How much of it the guest is to have.
+        #[serde(default, skip_serializing_if = "is_default")]
+        requested: Bytes,
+        /// What is plugged at once: a power of two; 2 MiB if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        block: Option<Bytes>,
+        /// The node that it belongs to.
+        #[serde(default, skip_serializing_if = "is_default")]
+        node: u32,
+        /// Whether what is plugged is taken from the host at once.
+        #[serde(default, skip_serializing_if = "is_default")]
+        prealloc: bool,
+        /// Its first guest physical address; the first that fits if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        address: Option<u64>,
+    },
     /// A small disk that tells the guest who it is: in each clone something else (docs/identity.md).
     #[serde(rename = "document")]
     Document {
@@ -153,6 +181,7 @@ impl DeviceTable {
             Self::Vsock { id, .. } => (id, "virtio-vsock"),
             Self::Document { id, .. } => (id, "document"),
             Self::Console { id, .. } => (id, "virtio-console"),
+            Self::Mem { id, .. } => (id, "virtio-mem"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -167,6 +196,28 @@ impl TryFrom<&DeviceTable> for DeviceParts {
                 id,
                 slot,
                 kind: DeviceKind::Rng,
+            },
+            DeviceTable::Mem {
+                id,
+                slot,
+                memory,
+                requested,
+                block,
+                node,
+                prealloc,
+                address,
+            } => Self {
+                id,
+                slot,
+                kind: DeviceKind::Mem(MemParts {
+                    backend: memory,
+                    requested_bytes: requested.0,
+                    block_bytes: block.map(|block| block.0),
+                    node,
+                    prealloc,
+                    guest_address: address,
+                    bytes: 0,
+                }),
             },
             DeviceTable::Document { id, slot } => Self {
                 id,
@@ -250,6 +301,16 @@ impl From<&DeviceSpec> for DeviceTable {
         match device.kind().clone() {
             DeviceKind::Rng => Self::Rng { id, slot },
             DeviceKind::Document => Self::Document { id, slot },
+            DeviceKind::Mem(mem) => Self::Mem {
+                id,
+                slot,
+                memory: mem.backend,
+                requested: Bytes(mem.requested_bytes),
+                block: mem.block_bytes.map(Bytes),
+                node: mem.node,
+                prealloc: mem.prealloc,
+                address: mem.guest_address,
+            },
             DeviceKind::Vsock(VsockParts { cid, path }) => Self::Vsock {
                 id,
                 slot,

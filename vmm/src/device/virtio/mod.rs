@@ -24,6 +24,7 @@ pub mod core;
 pub mod device;
 pub mod inbound;
 pub mod limit;
+pub mod mem;
 pub mod net;
 pub mod queue;
 pub mod rng;

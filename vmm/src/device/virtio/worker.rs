@@ -28,7 +28,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::bell::Bell;
 use super::core::{Core, SOURCE, SOURCE_BIT};
-use super::device::{DeviceType, Interrupt, VirtioDevice, VirtioStateError};
+use super::device::{DeviceType, Interrupt, MemoryFigures, VirtioDevice, VirtioStateError};
 use crate::memory::guest::GuestRam;
 
 struct Shared {
@@ -179,6 +179,22 @@ impl Worker {
             self.shared.is_active.store(false, Ordering::SeqCst);
             self.shared.kicked.store(0, Ordering::SeqCst);
             self.shared.quit.store(true, Ordering::SeqCst);
+        });
+    }
+
+    /// What there is of a device that is memory.
+    pub fn memory(&self) -> Option<MemoryFigures> {
+        self.with_core(|core| core.device.memory())
+    }
+
+    /// Requests so much of a device that is memory, and tells the guest.
+    pub fn request_memory(&self, bytes: u64) {
+        self.with_core(|core| {
+            let before = core.device.generation();
+            core.device.request_memory(bytes);
+            if core.device.generation() != before {
+                core.tell_config();
+            }
         });
     }
 

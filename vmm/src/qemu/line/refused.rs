@@ -180,10 +180,6 @@ const DEVICES: &[(&str, &str)] = &[
         "Pando has no balloon device yet: leave it out; memory of a clone that equals its template \
          costs the host nothing",
     ),
-    (
-        "virtio-mem",
-        "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
-    ),
     ("virtio-net", "network devices are virtio-net-pci"),
     ("e1000", "network devices are virtio-net-pci"),
     ("rtl8139", "network devices are virtio-net-pci"),
@@ -206,7 +202,7 @@ pub fn device(driver: &str) -> String {
         Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
-             virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, virtserialport, \
+             virtio-mem-pci, virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, virtserialport, \
              vhost-vsock-pci and vmgenid are the devices to add"
         ),
     }

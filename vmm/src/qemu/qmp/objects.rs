@@ -9,7 +9,7 @@ use super::message::{Class, QmpError};
 use crate::qemu::line::memory;
 use crate::qemu::vm::Vm;
 use crate::qemu::words::Props;
-use crate::spec::{BackendKind, BackendSpec, Dimm};
+use crate::spec::{BackendKind, BackendSpec, DeviceSpec, Dimm};
 
 /// Where a path leads.
 enum Place<'a> {
@@ -18,6 +18,7 @@ enum Place<'a> {
     Machine,
     Peripherals,
     Dimm(&'a Dimm),
+    Growing(&'a DeviceSpec),
     Backend(&'a BackendSpec),
 }
 
@@ -30,7 +31,9 @@ fn find<'a>(vm: &'a Vm, path: &str) -> Result<Place<'a>, QmpError> {
         "/machine/peripheral" => Ok(Place::Peripherals),
         other if other.starts_with("/machine/peripheral/") => {
             let id = other.trim_start_matches("/machine/peripheral/");
-            vm.find_dimm(id).map(Place::Dimm).ok_or_else(not_found)
+            let dimm = vm.find_dimm(id).map(Place::Dimm);
+            let growing = || vm.find_memory_device(id).map(Place::Growing);
+            dimm.or_else(growing).ok_or_else(not_found)
         }
         other => {
             let id = other.strip_prefix("/objects/").unwrap_or(other);
@@ -51,6 +54,11 @@ pub fn list(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
         Place::Peripherals => {}
         Place::Dimm(dimm) => {
             let names = dimm_properties(vm, dimm);
+            let all = names.into_iter().map(|(name, kind, _)| json!({"name": name, "type": kind}));
+            properties.extend(all);
+        }
+        Place::Growing(device) => {
+            let names = growing_properties(vm, device);
             let all = names.into_iter().map(|(name, kind, _)| json!({"name": name, "type": kind}));
             properties.extend(all);
         }
@@ -84,6 +92,12 @@ pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             .find(|(known, ..)| *known == name)
             .map(|(_, _, value)| value)
             .ok_or_else(|| not_found("pc-dimm")),
+        Place::Growing(_) if name == "type" => Ok(json!("virtio-mem-pci")),
+        Place::Growing(device) => growing_properties(vm, device)
+            .into_iter()
+            .find(|(known, ..)| *known == name)
+            .map(|(_, _, value)| value)
+            .ok_or_else(|| not_found("virtio-mem-pci")),
         Place::Machine => match name {
             "type" => Ok(json!(format!("{}-machine", vm.kind()))),
             "memory-backend" => Ok(json!(vm.ram_object())),
@@ -116,6 +130,11 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
         return Err(QmpError::generic(format!(
             "Attempt to set property '{name}' on device '{id}' (type 'vmgenid') after it was realized"
         )));
+    }
+    if let Place::Growing(device) = find(vm, args.text("path"))? {
+        let id = device.id().to_owned();
+        vm.set_memory_device(&id, name, &value)?;
+        return Ok(json!({}));
     }
     let (id, kind) = match find(vm, args.text("path"))? {
         Place::Backend(backend) => (backend.id().to_owned(), backend.kind()),
@@ -217,6 +236,20 @@ fn dimm_properties(vm: &Vm, dimm: &Dimm) -> Vec<(&'static str, &'static str, Val
         value("hotplugged", "bool"),
         value("hotpluggable", "bool"),
         ("realized", "bool", json!(true)),
+    ]
+}
+
+/// Properties of a memory device: name, type, value.
+fn growing_properties(vm: &Vm, device: &DeviceSpec) -> Vec<(&'static str, &'static str, Value)> {
+    let all = vm.memory_device_facts(device);
+    let value = |name: &'static str, kind| (name, kind, all[name].clone());
+    vec![
+        value("memaddr", "uint64"),
+        value("node", "uint32"),
+        value("memdev", "link<memory-backend>"),
+        value("block-size", "size"),
+        value("requested-size", "size"),
+        value("size", "size"),
     ]
 }
 

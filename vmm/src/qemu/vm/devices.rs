@@ -62,6 +62,10 @@ impl Vm {
         {
             return Err(duplicate(id));
         }
+        if let Some(memdev) = device.memdev() {
+            let memdev = memdev.to_owned();
+            return self.memory_device_add(&device, &memdev);
+        }
         let sources = self.plan.wanted.memory.pci.sources();
         let disk_of = |drive: &str| self.images.free(drive);
         let parts = device.parts(sources, disk_of, |netdev| self.netdevs.free(netdev));
@@ -149,6 +153,7 @@ impl Vm {
             )));
         }
         let id = id.to_owned();
+        self.refuse_plugged_memory(&id)?;
         match self.held.handle() {
             // There is no guest that could be asked.
             None => self.gone(&id),
@@ -194,6 +199,7 @@ impl Vm {
                 let data = json!({"device": id, "path": format!("{PERIPHERAL}{id}")});
                 self.bus.send("DEVICE_UNPLUG_GUEST_ERROR", Some(data));
             }
+            DeviceNews::Resized { id, bytes } => self.memory_resized(&id, bytes),
             DeviceNews::ModuleGone { slot } => self.module_gone(slot),
             DeviceNews::ModuleOutcome {
                 slot,
@@ -213,7 +219,15 @@ impl Vm {
 
     fn gone(&mut self, id: &str) {
         self.unplugging.remove(id);
-        self.plan.spec = self.plan.spec.without_device(id);
+        let spec = &self.plan.spec;
+        let gone = spec.devices().iter().find(|device| device.id() == id);
+        let backend = gone.and_then(|device| spec.memory_backend_of(device));
+        let without = spec.without_device(id);
+        match backend {
+            Some(position) => self.release(without, position),
+            None => self.plan.spec = without,
+        }
+        self.hotplugged.remove(id);
         // A guest that has taken it out has had this done; without one there is nobody else to do it.
         for (_, disk) in self.disks.iter().filter(|(of, _)| of == id) {
             if disk.has_pending_writes()
@@ -267,7 +281,7 @@ fn duplicate(id: &str) -> QmpError {
 }
 
 /// A refusal in QEMU's words.
-fn refusal(device: &Device, spec: &MachineSpec, error: &SpecError) -> QmpError {
+pub(super) fn refusal(device: &Device, spec: &MachineSpec, error: &SpecError) -> QmpError {
     let driver = &device.driver;
     let SpecError::Device { reason, id } = error else {
         return QmpError::generic(one_line(error));

@@ -109,7 +109,11 @@ impl Memory {
     pub(super) fn make_one(&self, position: usize) -> Result<RamBacking, OptionError> {
         let backend = self.spec.backends().get(position);
         let backend = backend.ok_or_else(|| OptionError::new("there is no such memory backend"))?;
-        let made = self.files.make_one(position, backend);
+        let begin = match self.spec.is_growing(position) {
+            true => Begin::Zero,
+            false => Begin::Files,
+        };
+        let made = self.files.make_one(position, backend, begin);
         made.map_err(|error| refused(&error))
     }
 

@@ -7,6 +7,7 @@ mod compare;
 mod control;
 mod devices;
 mod functions;
+mod growing;
 mod held;
 mod hubs;
 mod incoming;
@@ -124,6 +125,8 @@ pub struct Vm {
     added: Vec<objects::Added>,
     /// Memory devices that came while the machine was there.
     hotplugged: BTreeSet<String>,
+    /// Sizes of memory that monitors hear of.
+    sizes: growing::Sizes,
     /// Images that devices have or may get.
     images: Images,
     /// Ends of cables that devices have or may get.
@@ -185,6 +188,7 @@ impl Vm {
             changed: BTreeMap::new(),
             added: Vec::new(),
             hotplugged: BTreeSet::new(),
+            sizes: growing::Sizes::default(),
             images,
             netdevs,
             unplugging: BTreeMap::new(),
@@ -240,7 +244,9 @@ impl Vm {
     fn step(&mut self) -> Option<u8> {
         let (inbox, ends) = (self.inbox.clone(), self.ends.clone());
         let news = self.news.clone();
+        let due = self.sizes.timer();
         select! {
+            recv(due) -> _ => self.tell_sizes(),
             recv(ends) -> end => if let Ok(end) = end {
                 self.ended(end);
             },

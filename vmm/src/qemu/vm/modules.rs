@@ -37,6 +37,7 @@ impl Vm {
             .iter()
             .any(|device| device.id() == id)
             || self.is_generation_device(&id)
+            || self.dimm(&id).is_some()
         {
             return Err(QmpError::generic(format!("Duplicate device ID '{id}'")));
         }
