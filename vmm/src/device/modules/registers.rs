@@ -356,7 +356,7 @@ mod tests {
         slots.listen(Box::new(move |event| ears.lock().unwrap().push(event)));
         let mut ports = ModulePorts::new(Arc::clone(&slots));
         let write = |ports: &mut ModulePorts, offset, value: u32| {
-            ports.write(offset, &value.to_le_bytes());
+            let _ = ports.write(offset, &value.to_le_bytes());
         };
         assert_eq!(read(&mut ports, NEXT), NOTHING);
         slots.plug(3, module());
@@ -421,7 +421,7 @@ mod tests {
         for offset in 0..0x40 {
             for width in [1, 2, 4] {
                 ports.read(offset, &mut vec![0; width]);
-                ports.write(offset, &vec![0xff; width]);
+                let _ = ports.write(offset, &vec![0xff; width]);
             }
         }
         assert!(slots.is_taken(1));

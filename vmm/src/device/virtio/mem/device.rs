@@ -390,6 +390,7 @@ mod tests {
             mem.answer(Some(Request::Plug(run(3, 7))), &ram),
             Answer::Ack
         );
+        mem.write_config();
         let (mut other, _) = device();
         other.restore(&mem.save()).unwrap();
         assert_eq!(
