@@ -76,7 +76,7 @@ request() {
 has_size() {
     tell c query-memory-devices
     sleep 0.2
-    tail -n 3 c.out | grep "\"id\": \"$1\"" | grep -q "\"size\": $2[,}]"
+    tail -n 3 c.out | tr '{' '\n' | grep "\"id\": \"$1\"" | grep -q "\"size\": $2[,}]"
 }
 
 start t -object "$(memory share=on)" -machine q35,memory-backend=pc.ram -smp 2 \
