@@ -149,16 +149,34 @@ pub const DIFFERENCES: &[Difference] = &[
         "`-mem-path` is refused with the reason that the templating page gives",
     ),
     listed(
-        &["dimm-hotplug*", "vmem-hotplug-nobus"],
+        &["dimm-hotplug-clone"],
         Kind::NotHere,
         0,
-        "`object-add` makes a backend, and no device can be added that would use it: `device_add` says so",
+        "a module that comes while the machine runs has memory of its own: a file that is only read is refused",
     ),
     listed(
-        &["vmem-*"],
+        &["vmem-hotplug-nobus"],
+        Kind::Better,
+        0,
+        "devices come and go on the one bus that there is",
+    ),
+    listed(
+        &["vmem-hotplug-tpl"],
         Kind::NotHere,
         1,
-        "there is no virtio-mem device yet: refused by name",
+        "there is one PCI bus, and no `pcie-root-port`",
+    ),
+    listed(
+        &["vmem-priv*"],
+        Kind::Better,
+        1,
+        "virtio-mem on a file that is only read is refused at the start: QEMU punches the file",
+    ),
+    listed(
+        &["vmem-incoming"],
+        Kind::Better,
+        1,
+        "virtio-mem on a template's file is refused at the start, not when the state is loaded",
     ),
     listed(
         &[

@@ -14,6 +14,7 @@ const QEMU: &str = include_str!("../rig/linux-qemu.sh");
 const IDENTITY: &str = include_str!("../rig/linux-identity.sh");
 const DEVICES: &str = include_str!("../rig/linux-devices.sh");
 const HOTPLUG: &str = include_str!("../rig/linux-hotplug.sh");
+const MEMORY: &str = include_str!("../rig/linux-memory.sh");
 const FARM: &str = include_str!("../rig/linux-farm.sh");
 const VHOST: &str = include_str!("../rig/linux-vhost.sh");
 const BALLOON: &str = include_str!("../rig/linux-balloon.sh");
@@ -153,6 +154,30 @@ fn linux_6_1_plugs_and_unplugs_its_devices() -> Result<()> {
 #[test]
 fn linux_6_12_plugs_and_unplugs_its_devices() -> Result<()> {
     hotplug(Series::Linux6_12)
+}
+
+fn memory(series: Series) -> Result<()> {
+    let report = L1::new(&format!("linux-memory-{series}"), series)
+        .program(&built_program("pando")?, "/bin/pando")
+        .program(&built_program("say")?, "/bin/say")
+        .limit(LIMIT)
+        .run(MEMORY)?;
+    report.record(&format!("memory-{series}"))?;
+    ensure!(
+        report.passed(),
+        "Linux {series} with memory that comes and goes:\n{report}"
+    );
+    Ok(())
+}
+
+#[test]
+fn linux_6_1_plugs_and_unplugs_its_memory() -> Result<()> {
+    memory(Series::Linux6_1)
+}
+
+#[test]
+fn linux_6_12_plugs_and_unplugs_its_memory() -> Result<()> {
+    memory(Series::Linux6_12)
 }
 
 fn net(series: Series) -> Result<()> {

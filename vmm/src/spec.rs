@@ -14,16 +14,17 @@ mod error;
 mod identity;
 mod limits;
 mod mac;
+mod mem;
 mod numa;
 pub mod parts;
 mod pci;
+mod pool;
 mod role;
 mod tap;
 mod vhost_user;
 
-use std::collections::HashSet;
-
 use crate::memory::layout::{Placed, RamLayout};
+use pool::{Pool, refuse_twice};
 
 pub use backend::{BackendError, BackendKind, BackendOptions, BackendSource, BackendSpec};
 pub use backend::{FileAccess, FileSource, OnOffAuto};
@@ -39,6 +40,7 @@ pub use error::{DimmFault, SpecError};
 pub use identity::{Identity, MAX_SYSTEM_TEXT_BYTES, SystemTexts, Uuid};
 pub use limits::{Limits, MAX_RATE, Rate, RateFault};
 pub use mac::MacAddress;
+pub use mem::{DEFAULT_BLOCK_BYTES, MAX_BLOCK_BYTES, MemFault, MemParts};
 pub use numa::{LOCAL_DISTANCE, Node, Numa, REMOTE_DISTANCE};
 pub use parts::{DimmParts, DistanceParts, MachineParts, MemoryParts, NodeParts};
 pub use role::{Role, RoleError};
@@ -114,7 +116,8 @@ impl MachineSpec {
             bytes,
             numa: Numa::default(),
         };
-        Self::with_dimms(cpus, ram, MemoryParts::default(), &[], Vec::new())
+        let nothing = (&[][..], &mut [][..]);
+        Self::with_dimms(cpus, ram, MemoryParts::default(), nothing, Vec::new())
     }
 
     /// Checks what was asked for.
@@ -128,7 +131,7 @@ impl MachineSpec {
             distances,
             dimms,
             pci,
-            devices,
+            mut devices,
             generation_id,
             identity,
         } = parts;
@@ -154,8 +157,22 @@ impl MachineSpec {
         for dimm in &dimms {
             modules.push(pool.take_for(dimm)?);
         }
+        let mut mems = mem::of_parts(&devices);
+        for (device, mem) in &mems {
+            modules.push(pool.take_for_memory(device, &mem.backend)?);
+        }
         pool.refuse_rest()?;
-        Self::with_dimms(cpus, ram, memory, &dimms, modules)?
+        let machine = Self::with_dimms(cpus, ram, memory, (&dimms, &mut mems), modules)?;
+        let kinds = devices
+            .iter_mut()
+            .filter_map(|device| match &mut device.kind {
+                DeviceKind::Mem(mem) => Some(mem),
+                _ => None,
+            });
+        for (mem, (_, placed)) in kinds.zip(mems) {
+            *mem = placed;
+        }
+        machine
             .with_pci(pci)
             .with_devices(devices)?
             .with_generation_id(generation_id)
@@ -166,7 +183,7 @@ impl MachineSpec {
         cpus: CpuCount,
         ram: Ram,
         memory: MemoryParts,
-        parts: &[DimmParts],
+        (parts, mems): (&[DimmParts], &mut [(String, MemParts)]),
         modules: Vec<BackendSpec>,
     ) -> Result<Self, SpecError> {
         let Ram {
@@ -189,7 +206,7 @@ impl MachineSpec {
             return Err(SpecError::TooSmall { bytes });
         }
         let max_bytes = max_bytes(memory, bytes)?;
-        if memory.slots > 0 && numa.nodes().is_empty() {
+        if max_bytes > bytes && numa.nodes().is_empty() {
             numa = Numa::implicit(cpus);
         }
         let room = dimm::Room {
@@ -199,13 +216,11 @@ impl MachineSpec {
             // A machine without a table of nodes is one node.
             nodes: numa.nodes().len().max(1),
         };
-        let mut dimms: Vec<Dimm> = Vec::new();
-        for (part, module) in parts.iter().zip(&modules) {
-            let position = backends.len() + dimms.len();
-            dimms.push(room.place(&dimms, part, (position, module))?);
-        }
+        let first = backends.len();
+        let (dimms, regions) = room.place_all(first, parts, mems, &modules)?;
         let placed: Vec<Placed> = dimms
             .iter()
+            .chain(&regions)
             .map(|dimm| Placed {
                 guest_address: dimm.guest_address,
                 bytes: dimm.bytes,
@@ -286,9 +301,8 @@ impl MachineSpec {
 
     /// RAM without modules, in bytes.
     pub fn ram_bytes(&self) -> u64 {
-        let modules = self.dimms.len();
-        let ram = self.backends.len().saturating_sub(modules);
-        self.backends[..ram].iter().map(BackendSpec::bytes).sum()
+        let ram = self.layout.ram_segments();
+        ram.map(|segment| segment.bytes).sum()
     }
 
     /// RAM and all modules that there is room for, in bytes.
@@ -304,7 +318,10 @@ impl MachineSpec {
                 .zip(self.numa.nodes())
                 .find_map(|(id, node)| (node.backend == Some(backend)).then_some(id))
         };
-        dimm.map(Dimm::node).or_else(node).unwrap_or(0)
+        let mut mems = self.devices.iter();
+        let mem = mems.find(|device| self.memory_backend_of(device) == Some(backend));
+        let mem = || Some(mem?.memory()?.node);
+        dimm.map(Dimm::node).or_else(mem).or_else(node).unwrap_or(0)
     }
 
     /// The parts that this machine was, or could have been, made of.
@@ -435,64 +452,6 @@ fn max_bytes(memory: MemoryParts, bytes: u64) -> Result<u64, SpecError> {
         }
         None if slots > 0 => Err(SpecError::SlotsWithoutRoom { bytes }),
         other => Ok(other.unwrap_or(bytes)),
-    }
-}
-
-fn refuse_twice(backends: &[BackendSpec]) -> Result<(), SpecError> {
-    let mut seen = HashSet::new();
-    match backends.iter().find(|backend| !seen.insert(backend.id())) {
-        Some(twice) => Err(SpecError::DuplicateId {
-            id: twice.id().to_owned(),
-        }),
-        None => Ok(()),
-    }
-}
-
-/// Backends that wait for a user.
-struct Pool {
-    backends: Vec<(BackendSpec, bool)>,
-}
-
-impl Pool {
-    fn new(backends: Vec<BackendSpec>) -> Result<Self, SpecError> {
-        refuse_twice(&backends)?;
-        let backends = backends.into_iter().map(|backend| (backend, false));
-        Ok(Self {
-            backends: backends.collect(),
-        })
-    }
-
-    fn take(&mut self, id: &str, user: impl Fn() -> String) -> Result<BackendSpec, SpecError> {
-        let id = id.to_owned();
-        let found = self.backends.iter_mut().find(|(b, _)| b.id() == id);
-        match found {
-            None => Err(SpecError::UnknownBackend { id, user: user() }),
-            Some((_, true)) => Err(SpecError::BusyBackend { id, user: user() }),
-            Some((backend, used)) => {
-                *used = true;
-                Ok(backend.clone())
-            }
-        }
-    }
-
-    fn take_for(&mut self, dimm: &DimmParts) -> Result<BackendSpec, SpecError> {
-        let taken = self.take(&dimm.backend, || format!("dimm {:?}", dimm.id));
-        taken.map_err(|error| match error {
-            SpecError::UnknownBackend { id: backend, .. } => SpecError::Dimm {
-                id: dimm.id.clone(),
-                reason: DimmFault::NoBackend { backend },
-            },
-            other => other,
-        })
-    }
-
-    fn refuse_rest(&self) -> Result<(), SpecError> {
-        match self.backends.iter().find(|(_, used)| !used) {
-            Some((backend, _)) => Err(SpecError::UnusedBackend {
-                id: backend.id().to_owned(),
-            }),
-            None => Ok(()),
-        }
     }
 }
 

@@ -24,7 +24,7 @@ const MODULES: [(&str, &str); 5] = [
 
 /// The modules of the guest's drivers, in the order in which they are loaded: those of 6.1, of which 6.12
 /// has most built in.
-const GUEST_MODULES: [(&str, &str); 15] = [
+const GUEST_MODULES: [(&str, &str); 16] = [
     ("virtio_ring", "drivers/virtio"),
     ("virtio", "drivers/virtio"),
     ("virtio_pci_legacy_dev", "drivers/virtio"),
@@ -33,6 +33,7 @@ const GUEST_MODULES: [(&str, &str); 15] = [
     ("virtio_blk", "drivers/block"),
     ("virtio-rng", "drivers/char/hw_random"),
     ("virtio_console", "drivers/char"),
+    ("virtio_mem", "drivers/virtio"),
     ("vsock", "net/vmw_vsock"),
     ("vmw_vsock_virtio_transport_common", "net/vmw_vsock"),
     ("vmw_vsock_virtio_transport", "net/vmw_vsock"),

@@ -102,7 +102,7 @@ pub(super) fn watch_to_end(
     let health = paging.own().map(Pager::<Serving>::health);
     let io = paging.io().to_owned();
     let handle = machine.handle();
-    let places = machine.ram().places().collect();
+    let places = machine.ram().places();
     // Kept beyond the machine's end, to see what was written.
     let ram = machine.shared_ram();
     let resumed = Instant::now();

@@ -81,7 +81,7 @@ pub fn look(
         left: max_compared,
         is_complete: true,
     };
-    for (backend, place) in ram.places().enumerate() {
+    for (backend, place) in ram.places().into_iter().enumerate() {
         let mut own = |map: &Pagemap, range: Range<u64>, written: &mut Written| {
             entries(map, &place, range, &mut |page, entry| {
                 if entry.is_present() && entry.is_exclusive() && compare.differs(backend, page) {
@@ -281,7 +281,7 @@ mod tests {
     fn what_is_there_is_found() {
         let layout = RamLayout::new(&[64 * 4096]).unwrap();
         let ram = GuestRam::new(layout, vec![RamBacking::anonymous(64 * 4096).unwrap()]).unwrap();
-        let places: Vec<_> = ram.places().collect();
+        let places = ram.places();
         let map = Pagemap::of_self().unwrap();
         let found = |map: &Pagemap| -> u64 {
             let present = present(map, &places).unwrap();

@@ -1,11 +1,11 @@
 // UNSAFETY: a memory slot tells the kernel to let a guest read and write host memory by address.
-// This file hands over the slots of a `GuestRam`; the caller keeps that RAM mapped for longer than
-// the VM lives.
+// This file hands over the slots of a `GuestRam` and holds the memory behind each of them for as long
+// as the VM has the slot.
 #![expect(unsafe_code, reason = "hands host memory to the guest by raw address")]
 //! One KVM VM: memory slots, interrupt chips, timer.
 
 use std::ops::Deref;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -14,8 +14,9 @@ use super::timer::Timer;
 use super::vcpu::Vcpu;
 use super::{KvmError, host, ioctl};
 use crate::arch::x86_64::cpuid::CpuidEntry;
-use crate::memory::guest::GuestRam;
+use crate::memory::guest::{GuestRam, RamBacking, View};
 use crate::memory::layout::{KVM_IDENTITY_MAP_ADDRESS, KVM_TSS_ADDRESS};
+use crate::memory::slots::Slot;
 
 /// How often KVM_CREATE_VM is tried when signals interrupt it.
 const CREATE_ATTEMPTS: u32 = 64;
@@ -36,7 +37,7 @@ pub struct Vm {
 pub(super) struct OpenVm {
     fd: VmFd,
     // After the descriptor.
-    ram: OnceLock<Arc<GuestRam>>,
+    shown: Mutex<Vec<(u32, Arc<RamBacking>)>>,
 }
 
 impl Deref for OpenVm {
@@ -53,7 +54,7 @@ impl Vm {
         let kvm = host::shared()?;
         let fd = Arc::new(OpenVm {
             fd: create_vm(kvm)?,
-            ram: OnceLock::new(),
+            shown: Mutex::default(),
         });
         let xsave_bytes = usize::try_from(fd.check_extension_int(Cap::Xsave2)).unwrap_or(0);
         Ok(Self {
@@ -66,24 +67,54 @@ impl Vm {
 
     /// Shows `ram` to the guest. Before [`Self::create_chips`]: each slot that is set later waits
     /// for a grace period of the kernel, 6 to 10 ms instead of 0.2 ms in all.
-    /// Only once: a VM that has memory keeps it.
-    pub fn set_slots(&mut self, ram: Arc<GuestRam>) -> Result<(), KvmError> {
-        let ram = self.fd.ram.get_or_init(|| ram);
-        for slot in ram.slots().iter() {
-            let region = kvm_userspace_memory_region {
-                slot: slot.number,
-                flags: if slot.is_rom { KVM_MEM_READONLY } else { 0 },
-                guest_phys_addr: slot.guest_address,
-                memory_size: slot.bytes,
-                userspace_addr: slot.host_address,
-            };
-            // SAFETY: the region is a segment of `ram`, mapped readable and writable (also one
-            // that the guest may only read), and `OpenVm` keeps `ram` alive until after its own
-            // descriptor is closed.
-            unsafe { self.fd.set_user_memory_region(region) }
-                .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))?;
+    pub fn set_slots(&self, ram: &GuestRam) -> Result<(), KvmError> {
+        let view = ram.view();
+        (0..view.backings().len()).try_for_each(|backend| self.show_backend(&view, backend))
+    }
+
+    /// Shows one backend of `view` to the guest, which may run.
+    pub fn show_backend(&self, view: &View, backend: usize) -> Result<(), KvmError> {
+        let Some(backing) = view.backings().get(backend) else {
+            return Ok(());
+        };
+        for slot in view.slots().of_backend(backend) {
+            // Before the guest can reach it.
+            self.shown().push((slot.number, Arc::clone(backing)));
+            if let Err(error) = self.set_slot(slot, slot.bytes) {
+                self.shown().retain(|(number, _)| *number != slot.number);
+                return Err(error);
+            }
         }
         Ok(())
+    }
+
+    /// Takes one backend of `view` away from the guest, which may run. Where that fails the guest keeps it.
+    pub fn hide_backend(&self, view: &View, backend: usize) -> Result<(), KvmError> {
+        for slot in view.slots().of_backend(backend) {
+            self.set_slot(slot, 0)?;
+            self.shown().retain(|(number, _)| *number != slot.number);
+        }
+        Ok(())
+    }
+
+    fn set_slot(&self, slot: &Slot, bytes: u64) -> Result<(), KvmError> {
+        let region = kvm_userspace_memory_region {
+            slot: slot.number,
+            flags: if slot.is_rom { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: slot.guest_address,
+            memory_size: bytes,
+            userspace_addr: slot.host_address,
+        };
+        // SAFETY: the region is nothing, or a segment of a backing, mapped readable and writable (also one
+        // that the guest may only read), which `OpenVm` keeps alive until the slot is gone, or its own
+        // descriptor is closed.
+        unsafe { self.fd.set_user_memory_region(region) }
+            .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Vec<(u32, Arc<RamBacking>)>> {
+        let shown = self.fd.shown.lock();
+        shown.unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Makes the interrupt chips. After the slots, before the vCPUs (a vCPU gets its local APIC only

@@ -256,15 +256,15 @@ impl Shell {
         devices: Devices,
         timer: &mut StageTimer,
     ) -> Result<Self, MachineError> {
-        if *ram.layout() != spec.layout() {
+        if ram.layout() != spec.layout() {
             return Err(MachineError::RamLayout);
         }
         sigbus::install().map_err(MachineError::Sigbus)?;
         let ram = Arc::new(ram);
         timer.done("devices");
-        let mut vm = Vm::create().map_err(MachineError::vm("cannot make a vm"))?;
+        let vm = Vm::create().map_err(MachineError::vm("cannot make a vm"))?;
         timer.done("vm");
-        vm.set_slots(Arc::clone(&ram))
+        vm.set_slots(&ram)
             .map_err(MachineError::vm("cannot give the vm its memory"))?;
         vm.create_chips()
             .map_err(MachineError::vm("cannot make the interrupt chips"))?;

@@ -13,6 +13,7 @@ use crate::spec::{DeviceSpec, MachineSpec, Uuid};
 use super::document::{Document, Role};
 use super::error::MachineError;
 use super::generation::GenerationId;
+use super::modules::Module;
 
 /// Images by the ids of their disks.
 pub type Disks = Vec<(String, Disk)>;
@@ -60,6 +61,21 @@ pub enum Attachment {
     Net(NetConnection),
     /// The host's side of a vsock.
     Vsock(VsockConnection),
+    /// Memory that grows and shrinks.
+    Memory(Box<Module>),
+}
+
+impl Attachment {
+    /// Takes the memory out.
+    pub(super) fn take_memory(&mut self) -> Option<Box<Module>> {
+        match std::mem::replace(self, Self::Nothing) {
+            Self::Memory(module) => Some(module),
+            other => {
+                *self = other;
+                None
+            }
+        }
+    }
 }
 
 impl From<Disk> for Attachment {

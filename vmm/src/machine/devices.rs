@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crossbeam::channel::Sender;
 
 use crate::arch::x86_64::ports::{
-    COM1_GSI, COM1_PORTS, I8042_COMMAND_PORTS, I8042_DATA_PORTS, POWER_BUTTON_GSI, POWER_PORTS,
-    SPEAKER_PORTS, TIMER_PORTS,
+    COM1_GSI, COM1_PORTS, I8042_COMMAND_PORTS, I8042_DATA_PORTS, MODULE_HOTPLUG_GSI,
+    MODULE_HOTPLUG_PORTS, POWER_BUTTON_GSI, POWER_PORTS, SPEAKER_PORTS, TIMER_PORTS,
 };
 use crate::arch::x86_64::smbios;
 use crate::device::bus::{BusError, MmioBus, PioBus};
@@ -19,6 +19,8 @@ use crate::device::legacy::i8042::I8042;
 use crate::device::legacy::power::Power;
 use crate::device::legacy::serial::Serial;
 use crate::device::legacy::state::{SERIAL_KIND, SERIAL_VERSION, SerialState};
+use crate::device::modules::registers::{ModulePorts, ModuleSlots, SlotModule};
+use crate::device::modules::state::{MODULES_KIND, MODULES_VERSION, ModulesState};
 use crate::device::virtio::console::backend::ConsoleConnection;
 use crate::device::virtio::net::backend::NetConnection;
 use crate::device::virtio::vsock::backend::VsockConnection;
@@ -26,13 +28,13 @@ use crate::kvm::KvmError;
 use crate::kvm::timer::Timer;
 use crate::kvm::vm::Vm;
 use crate::memory::guest::GuestRam;
-use crate::spec::{DeviceSpec, MachineSpec, Uuid};
+use crate::spec::{DeviceSpec, Dimm, MachineSpec, Uuid};
 
 use super::connections::{Attachment, Connections};
 use super::error::MachineError;
 use super::generation::{self, GENERATION_KIND, GENERATION_VERSION, GenerationId};
 use super::hotplug::DeviceNews;
-use super::pci::PciDevices;
+use super::pci::{HotplugLine, PciDevices};
 use super::records::{decode, encode};
 use super::state::DeviceRecord;
 use super::timer::{TimerPorts, TimerSlot};
@@ -56,6 +58,10 @@ pub(super) struct Devices {
     uuid: Option<Uuid>,
     /// Devices that are plugged before the first instruction.
     pub(super) plugged: Vec<(DeviceSpec, Attachment)>,
+    /// Where the machine has slots for memory modules.
+    pub(super) modules: Option<Arc<ModuleSlots>>,
+    /// The machine's memory, when it is connected.
+    pub(super) ram: Option<Arc<GuestRam>>,
     /// Who hears what becomes of devices.
     pub(super) news: Option<Sender<DeviceNews>>,
 }
@@ -84,7 +90,8 @@ impl Devices {
         } = to;
         let pci = PciDevices::new(spec, disks, vsock, nets, consoles)?;
         let generation = generation_of(spec, generation_id)?;
-        let devices = Self::build(serial, pci, generation, |irq, console| {
+        let modules = slots_of(spec, &ModulesState::default());
+        let devices = Self::build(serial, pci, (generation, modules), |irq, console| {
             Ok(Serial::new(irq, console.output()))
         })?;
         devices.bind_document(marks.document);
@@ -111,6 +118,7 @@ impl Devices {
         let mut pci = PciDevices::new(spec, disks, vsock, nets, consoles)?;
         let is_known = |record: &&DeviceRecord| {
             record.kind == SERIAL_KIND
+                || (record.kind == MODULES_KIND && spec.slots() > 0)
                 || (record.kind == GENERATION_KIND && spec.has_generation_id())
                 || pci.as_ref().is_some_and(|pci| pci.has(record))
         };
@@ -128,7 +136,13 @@ impl Devices {
         if let Some(pci) = &mut pci {
             pci.restore(records)?;
         }
-        let devices = Self::build(serial, pci, generation, |irq, console| {
+        let saved = match records.iter().any(|record| record.kind == MODULES_KIND) {
+            true => decode(records, MODULES_KIND, MODULES_VERSION)?,
+            // Saved before modules could come and go.
+            false => ModulesState::default(),
+        };
+        let modules = slots_of(spec, &saved);
+        let devices = Self::build(serial, pci, (generation, modules), |irq, console| {
             Serial::restore(irq, console.output(), &state)
                 .map_err(|source| device_error(SERIAL_KIND, source))
         })?;
@@ -143,7 +157,7 @@ impl Devices {
     fn build(
         target: SerialTarget,
         pci: Option<PciDevices>,
-        generation: Option<GenerationId>,
+        (generation, modules): (Option<GenerationId>, Option<Arc<ModuleSlots>>),
         make_serial: impl FnOnce(IrqLine, &Console) -> Result<Serial, MachineError>,
     ) -> Result<Self, MachineError> {
         let console = Console::open(target).map_err(|e| device_error(SERIAL_KIND, e))?;
@@ -151,6 +165,11 @@ impl Devices {
         let com1 = Arc::new(Mutex::new(make_serial(com1_irq.clone(), &console)?));
         let timer = TimerSlot::default();
         let mut pio = ports(&com1, &timer).map_err(|e| device_error("ports", e))?;
+        if let Some(slots) = &modules {
+            let ports = Arc::new(Mutex::new(ModulePorts::new(Arc::clone(slots))));
+            pio.insert(MODULE_HOTPLUG_PORTS, ports)
+                .map_err(|e| device_error("memory slots", e))?;
+        }
         let mut mmio = MmioBus::new();
         if let Some(pci) = &pci {
             pci.insert(&mut pio, &mut mmio)
@@ -168,6 +187,8 @@ impl Devices {
             generation,
             uuid: None,
             plugged: Vec::new(),
+            modules,
+            ram: None,
             news: None,
         })
     }
@@ -182,6 +203,10 @@ impl Devices {
     pub(super) fn connect(&mut self, vm: &Vm, ram: &Arc<GuestRam>) -> Result<(), KvmError> {
         if let Some(pci) = &mut self.pci {
             pci.connect(vm, ram);
+        }
+        self.ram = Some(Arc::clone(ram));
+        if let Some(slots) = &self.modules {
+            slots.connect(Box::new(HotplugLine(vm.level_line(MODULE_HOTPLUG_GSI))));
         }
         vm.connect_irq(self.com1_irq.event(), COM1_GSI)?;
         vm.connect_irq(self.power_button.event(), POWER_BUTTON_GSI)
@@ -288,6 +313,9 @@ impl Devices {
         if let Some(pci) = &self.pci {
             records.extend(pci.save()?);
         }
+        if let Some(slots) = &self.modules {
+            records.push(encode(MODULES_KIND, MODULES_VERSION, &slots.save())?);
+        }
         if let Some(id) = &self.generation {
             records.push(encode(GENERATION_KIND, GENERATION_VERSION, &id.0)?);
         }
@@ -313,6 +341,22 @@ impl Devices {
 /// Writes who a machine is into tables that its guest has.
 pub(super) fn write_uuid(ram: &GuestRam, uuid: Uuid) -> Result<(), MachineError> {
     smbios::write_uuid(ram, uuid).map_err(|e| device_error("smbios", e))
+}
+
+/// The slots of a machine that has any, with the modules that it is made with. Memory that the guest can only
+/// read is none that it could use.
+fn slots_of(spec: &MachineSpec, saved: &ModulesState) -> Option<Arc<ModuleSlots>> {
+    let is_rom = |dimm: &&Dimm| spec.backends()[dimm.backend()].is_rom();
+    let dimms = spec.dimms().iter().filter(|dimm| !is_rom(dimm));
+    let modules = dimms.map(|dimm| {
+        let module = SlotModule {
+            guest_address: dimm.guest_address(),
+            bytes: dimm.bytes(),
+            node: dimm.node(),
+        };
+        (dimm.slot(), module)
+    });
+    (spec.slots() > 0).then(|| Arc::new(ModuleSlots::new(modules.collect(), saved)))
 }
 
 /// The generation ID of a machine that has one: `given`, or a new one.

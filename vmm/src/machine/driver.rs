@@ -25,6 +25,7 @@ use super::devices::Devices;
 use super::error::MachineError;
 use super::hotplug::DeviceMessage;
 use super::lifecycle::{MachineHandle, Outcome};
+use super::modules::ModuleMessage;
 use super::request::{Phase, Refusal, Request, Verdict, decide};
 use super::state::{MachineState, VmState};
 
@@ -51,6 +52,8 @@ pub(super) enum Message {
     PressPowerButton,
     /// Something about devices that come and go.
     Device(DeviceMessage),
+    /// Something about memory modules.
+    Module(ModuleMessage),
     /// End the machine.
     Stop { reason: String },
     /// A vCPU has something to say.
@@ -154,7 +157,11 @@ impl Driver {
                 Ok(doing)
             }
             Message::Device(message) => {
-                self.devices.take_message(message, doing.phase());
+                self.devices.take_message(message, doing.phase(), &self.vm);
+                Ok(doing)
+            }
+            Message::Module(message) => {
+                self.devices.take_module_message(message, &self.vm);
                 Ok(doing)
             }
             Message::Stop { reason } => {

@@ -200,6 +200,23 @@ pub enum MachineError {
         /// Its place.
         slot: u8,
     },
+    /// There is no memory module, or no slot.
+    #[error(
+        "memory slot {slot} has no module that could go, or is none: slots are those of -m slots="
+    )]
+    NoModule {
+        /// The slot.
+        slot: u32,
+    },
+    /// A slot that is taken.
+    #[error("memory slot {slot} has a module already: name another")]
+    ModuleTaken {
+        /// The slot.
+        slot: u32,
+    },
+    /// A memory module that cannot be shown to the guest.
+    #[error("the memory cannot be shown to the guest")]
+    Module(#[source] super::modules::PlugError),
     /// There is no such device.
     #[error("there is no device {id:?}")]
     NoDevice {

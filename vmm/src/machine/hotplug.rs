@@ -13,13 +13,16 @@ use crate::device::virtio::balloon::backend::BalloonPort;
 use crate::device::virtio::block::document::DocumentPort;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
 use crate::device::virtio::vsock::backend::VsockPort;
-use crate::spec::{DeviceSpec, LAST_SLOT};
+use crate::device::virtio::worker::Worker;
+use crate::kvm::vm::Vm;
+use crate::spec::{DeviceSpec, LAST_SLOT, MAX_SLOTS};
 
 use super::connections::Attachment;
 use super::devices::Devices;
 use super::driver::Message;
 use super::error::MachineError;
 use super::lifecycle::MachineHandle;
+use super::modules::ModuleMessage;
 use super::pci::{PciDevices, Ports, balloon_port, lock, make, net_ports};
 use super::request::Phase;
 
@@ -28,7 +31,9 @@ const HEADER_BYTES: usize = 64;
 
 /// Most news that wait. For each place there is one that its device has gone, or that it is kept, and no
 /// other before somebody plugs or unplugs there again, who takes in first what waits.
-const MAX_NEWS: usize = 2 * (LAST_SLOT as usize + 1);
+///
+/// For each slot of memory the same, and how it went when something came.
+const MAX_NEWS: usize = 2 * (LAST_SLOT as usize + 1) + 4 * MAX_SLOTS as usize;
 
 /// What became of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,6 +49,29 @@ pub enum DeviceNews {
         id: String,
         /// Why, as ACPI has it.
         status: u8,
+    },
+    /// The guest has let go of the memory module in a slot.
+    ModuleGone {
+        /// The slot.
+        slot: u32,
+    },
+    /// A guest has more or less of memory that grows and shrinks.
+    Resized {
+        /// What its device is called.
+        id: String,
+        /// How much it has, in bytes.
+        bytes: u64,
+    },
+    /// The guest says how something went with the memory module in a slot.
+    ModuleOutcome {
+        /// The slot.
+        slot: u32,
+        /// What was asked of it, as ACPI has it.
+        event: u8,
+        /// How that went.
+        status: u8,
+        /// Whether it was asked to let go of it, and will not.
+        is_refusal: bool,
     },
 }
 
@@ -135,8 +163,16 @@ impl MachineHandle {
 impl Devices {
     /// What guests do to devices goes to the driver. Before any vCPU runs.
     pub(super) fn tell_of_slots(&self, driver: &Sender<Message>) {
+        if let Some(slots) = &self.modules {
+            let driver = driver.clone();
+            slots.listen(Box::new(move |event| {
+                let _ = driver.send(Message::Module(ModuleMessage::Event(event)));
+            }));
+        }
         if let Some(pci) = &self.pci {
             let driver = driver.clone();
+            // There is one.
+            let _ = pci.connections.driver.set(driver.clone());
             pci.hotplug.listen(Box::new(move |event| {
                 // A driver that has ended takes its devices along.
                 let _ = driver.send(Message::Device(DeviceMessage::Slot(event)));
@@ -154,14 +190,21 @@ impl Devices {
     }
 
     /// Does what is asked for.
-    pub(super) fn take_message(&mut self, message: DeviceMessage, phase: Phase) {
+    pub(super) fn take_message(&mut self, message: DeviceMessage, phase: Phase, vm: &Vm) {
         let no_bus = || Err(MachineError::NoPci);
         match message {
             // Whoever asked and is gone wants no answer.
-            DeviceMessage::Plug(device, attachment, reply) => {
+            DeviceMessage::Plug(device, mut attachment, reply) => {
+                let memory = attachment.take_memory();
+                let shown = memory.map_or(Ok(()), |memory| self.show(*memory, vm));
                 let pci = self.pci.as_mut();
                 let plug = |pci: &mut PciDevices| pci.plug(&device, attachment, phase);
-                let _ = reply.send(pci.map_or_else(no_bus, plug));
+                let plugged = shown.and_then(|()| pci.map_or_else(no_bus, plug));
+                let address = device.memory().and_then(|memory| memory.guest_address);
+                if let (Err(_), Some(address)) = (&plugged, address) {
+                    self.remove_module(address, vm);
+                }
+                let _ = reply.send(plugged);
             }
             DeviceMessage::Unplug(id, reply) => {
                 let pci = self.pci.as_ref();
@@ -177,13 +220,24 @@ impl Devices {
             }
             DeviceMessage::Watch(news) => self.news = Some(news),
             DeviceMessage::Slot(event) => {
+                let address = self.pci.as_ref().and_then(|pci| pci.memory_in(event));
                 let news = self.pci.as_mut().and_then(|pci| pci.take_event(event));
-                if let (Some(news), Some(watcher)) = (news, &self.news)
-                    && let Err(TrySendError::Full(news)) = watcher.try_send(news)
-                {
-                    tracing::warn!(?news, "news of a device were dropped: nobody takes them in");
+                if let Some(address) = address {
+                    self.remove_module(address, vm);
+                }
+                if let Some(news) = news {
+                    self.tell(news);
                 }
             }
+        }
+    }
+
+    /// Tells whoever listens what became of a device.
+    pub(super) fn tell(&self, news: DeviceNews) {
+        if let Some(watcher) = &self.news
+            && let Err(TrySendError::Full(news)) = watcher.try_send(news)
+        {
+            tracing::warn!(?news, "news of a device were dropped: nobody takes them in");
         }
     }
 }
@@ -212,6 +266,8 @@ impl PciDevices {
             Attachment::Disk(disk) => disks.push((id, *disk)),
             Attachment::Net(connection) => nets.push((id, connection)),
             Attachment::Vsock(connection) => vsock.put(connection),
+            // It was plugged before.
+            Attachment::Memory(_) => (),
         }
         let ports = Ports {
             nets: net_ports(std::slice::from_ref(spec), nets),
@@ -220,6 +276,7 @@ impl PciDevices {
             consoles: Vec::new(),
             vsock,
             balloon: balloon_port(std::slice::from_ref(spec)),
+            driver: Arc::clone(&self.connections.driver),
         };
         let device = make(spec, &mut disks, &ports)?;
         // Without an address, as after a reset: the guest chooses one.
@@ -251,6 +308,28 @@ impl PciDevices {
         let slot = slot.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })?;
         self.hotplug.request_unplug(slot);
         Ok(())
+    }
+
+    /// Where the memory is of a device that is taken out.
+    fn memory_in(&self, event: SlotEvent) -> Option<u64> {
+        let SlotEvent::Ejected { slot } = event else {
+            return None;
+        };
+        let mut devices = self.devices.iter().map(|device| lock(device));
+        let device = devices.find(|device| device.slot() == slot)?;
+        Some(device.worker().memory()?.guest_address)
+    }
+
+    /// What there is of a device that is memory.
+    pub(super) fn with_memory<T>(
+        &self,
+        id: &str,
+        act: impl FnOnce(&Worker) -> T,
+    ) -> Result<T, MachineError> {
+        let mut devices = self.devices.iter().map(|device| lock(device));
+        let device = devices.find(|device| device.id() == id);
+        let device = device.ok_or_else(|| MachineError::NoDevice { id: id.to_owned() })?;
+        Ok(act(device.worker()))
     }
 
     /// What a guest did to a device; lets go of one that it has taken out.

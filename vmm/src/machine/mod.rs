@@ -13,6 +13,7 @@ mod error;
 mod generation;
 mod hotplug;
 mod lifecycle;
+mod modules;
 mod pci;
 mod records;
 mod request;
@@ -20,6 +21,7 @@ mod stages;
 pub mod state;
 mod timer;
 
+pub use crate::device::virtio::device::MemoryFigures;
 pub use crate::vcpu::run::Failure;
 pub use build::{HostCheck, prepare_for_forks};
 pub use connections::{
@@ -33,6 +35,7 @@ pub use error::MachineError;
 pub use generation::GenerationId;
 pub use hotplug::{DeviceNews, Function};
 pub use lifecycle::{Machine, MachineHandle, Outcome, Paused, Running};
+pub use modules::{Module, PlugError};
 pub use request::{Phase, Refusal, Request, Verdict, decide};
 pub use stages::Stages;
 pub use state::MachineState;

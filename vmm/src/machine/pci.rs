@@ -4,7 +4,9 @@
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+use crossbeam::channel::Sender;
 
 use crate::arch::x86_64::ports::{PCI_CONFIG_PORTS, PCI_HOTPLUG_GSI, PCI_HOTPLUG_PORTS};
 use crate::device::bus::{BusError, MmioBus, PioBus};
@@ -24,6 +26,7 @@ use crate::device::virtio::console::backend::{ConsoleConnection, ConsolePort};
 use crate::device::virtio::console::device::Console;
 use crate::device::virtio::device::VirtioDevice;
 use crate::device::virtio::limit::{HostClock, Limiter};
+use crate::device::virtio::mem::device::{Mem, SizeListener};
 use crate::device::virtio::net::backend::{NetConnection, NetPort};
 use crate::device::virtio::net::device::Net;
 use crate::device::virtio::rng::device::Rng;
@@ -38,7 +41,9 @@ use crate::memory::guest::GuestRam;
 use crate::memory::layout::{PCI_CONFIG_MEMORY, PCI_WINDOW};
 use crate::spec::{DeviceKind, DeviceSpec, MacAddress, MachineSpec, VhostUserFunction};
 
+use super::driver::Message as DriverMessage;
 use super::error::MachineError;
+use super::modules::ModuleMessage;
 use super::records::{decode, decode_one, encode};
 use super::state::DeviceRecord;
 
@@ -67,6 +72,22 @@ pub(super) struct Ports {
     pub(super) consoles: Vec<(String, ConsolePort)>,
     /// That of the balloon, if there is one.
     pub(super) balloon: Option<BalloonPort>,
+    /// Who hears what memory grows and shrinks.
+    pub(super) driver: Arc<OnceLock<Sender<DriverMessage>>>,
+}
+
+impl Ports {
+    /// Tells the driver that a guest has more or less memory of a device.
+    fn size_listener(&self, id: &str) -> SizeListener {
+        let (id, driver) = (id.to_owned(), Arc::clone(&self.driver));
+        Arc::new(move |was_told| {
+            if let Some(driver) = driver.get() {
+                let message = ModuleMessage::Resized(id.clone(), Arc::clone(was_told));
+                // A driver that has ended takes its devices along.
+                let _ = driver.send(DriverMessage::Module(message));
+            }
+        })
+    }
 }
 
 /// What devices are connected to.
@@ -102,6 +123,7 @@ impl PciDevices {
             document: DocumentPort::default(),
             consoles: console_ports(spec.devices(), consoles),
             balloon: balloon_port(spec.devices()),
+            driver: Arc::default(),
         };
         if let Some(vsock) = vsock {
             connections.vsock.put(vsock);
@@ -302,6 +324,10 @@ pub(super) fn make(
 ) -> Result<Box<dyn VirtioDevice>, MachineError> {
     match spec.kind() {
         DeviceKind::Rng => Ok(Box::new(Rng::default())),
+        DeviceKind::Mem(parts) => Ok(Box::new(Mem::new(
+            parts,
+            Some(ports.size_listener(spec.id())),
+        ))),
         DeviceKind::Document => Ok(Box::new(Document::new(ports.document.clone()))),
         DeviceKind::Vsock(parts) => Ok(Box::new(Vsock::new(parts.cid, ports.vsock.clone()))),
         DeviceKind::Net(net) => {
@@ -383,7 +409,7 @@ impl MessageSink for Sink {
 }
 
 /// The line of devices that come and go.
-struct HotplugLine(LevelLine);
+pub(super) struct HotplugLine(pub(super) LevelLine);
 
 impl Level for HotplugLine {
     fn set(&self, is_raised: bool) {

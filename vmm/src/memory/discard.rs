@@ -10,7 +10,7 @@
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Duration, Instant};
 
 use thiserror::Error;
@@ -172,7 +172,7 @@ impl BackendDiscards {
 /// The gate of one machine.
 #[derive(Debug, Default)]
 pub struct DiscardGate {
-    backends: Vec<BackendDiscards>,
+    backends: RwLock<Vec<BackendDiscards>>,
     holders: Mutex<Vec<DiscardHolder>>,
     refused: [Refused; DiscardSource::ALL.len()],
 }
@@ -188,7 +188,7 @@ impl DiscardGate {
     /// A gate for these backends, in the machine's order.
     pub fn new(backends: Vec<BackendDiscards>) -> Self {
         Self {
-            backends,
+            backends: RwLock::new(backends),
             ..Self::default()
         }
     }
@@ -209,8 +209,46 @@ impl DiscardGate {
     }
 
     /// What becomes of discards, backend by backend.
-    pub fn backends(&self) -> &[BackendDiscards] {
-        &self.backends
+    pub fn backends(&self) -> Vec<BackendDiscards> {
+        self.known().clone()
+    }
+
+    fn known(&self) -> RwLockReadGuard<'_, Vec<BackendDiscards>> {
+        self.backends.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A backend came; those from `position` on are counted one higher.
+    pub(crate) fn insert(&self, position: usize, backend: BackendDiscards) {
+        let all = self.backends.write();
+        let mut all = all.unwrap_or_else(PoisonError::into_inner);
+        let position = position.min(all.len());
+        all.insert(position, backend);
+        drop(all);
+        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        for holder in holders
+            .iter_mut()
+            .filter(|holder| holder.backend >= position)
+        {
+            holder.backend += 1;
+        }
+    }
+
+    /// A backend went; those behind it are counted one lower.
+    pub(crate) fn remove(&self, position: usize) {
+        let all = self.backends.write();
+        let mut all = all.unwrap_or_else(PoisonError::into_inner);
+        if position < all.len() {
+            all.remove(position);
+        }
+        drop(all);
+        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
+        holders.retain(|holder| holder.backend != position);
+        for holder in holders
+            .iter_mut()
+            .filter(|holder| holder.backend > position)
+        {
+            holder.backend -= 1;
+        }
     }
 
     /// Asks for `attempts` discards of one backend's memory. A refusal is counted and told.
@@ -249,7 +287,7 @@ impl DiscardGate {
 
     /// Names of the devices that cannot do without discarding memory of the backend of this id.
     pub fn holders_of(&self, id: &str) -> Vec<String> {
-        let backend = self.backends.iter().position(|backend| backend.id == id);
+        let backend = self.known().iter().position(|backend| backend.id == id);
         let holders = backend.map(|backend| self.holders(backend));
         let holders = holders.into_iter().flatten();
         holders.map(|holder| holder.device).collect()
@@ -269,19 +307,23 @@ impl DiscardGate {
 
     fn discards(&self, backend: usize) -> Discards {
         // What is not known is not discarded.
-        let known = self.backends.get(backend);
-        known.map_or(Discards::Refused, |backend| backend.discards)
+        let known = self.known();
+        known
+            .get(backend)
+            .map_or(Discards::Refused, |backend| backend.discards)
     }
 
     fn refusal(&self, source: DiscardSource, backend: usize) -> Option<DiscardRefusal> {
         if self.discards(backend) != Discards::Refused {
             return None;
         }
-        let known = self.backends.get(backend);
+        let known = self.known();
         let number = || format!("number {backend}");
         Some(DiscardRefusal {
             who: source.word(),
-            backend: known.map_or_else(number, |backend| backend.id.clone()),
+            backend: known
+                .get(backend)
+                .map_or_else(number, |backend| backend.id.clone()),
         })
     }
 
@@ -324,13 +366,14 @@ impl GuestRam {
         let Some(end) = end else {
             return Err(outside);
         };
+        let view = self.view();
         let mut at = guest_address;
         while at < end {
-            let mut slots = self.slots().iter();
+            let mut slots = view.slots().iter();
             let slot = slots
                 .find(|slot| (slot.guest_address..slot.guest_address + slot.bytes).contains(&at));
             let Some((slot, backing)) =
-                slot.and_then(|slot| Some((slot, self.backings().get(slot.backend)?)))
+                slot.and_then(|slot| Some((slot, view.backings().get(slot.backend)?)))
             else {
                 return Err(outside);
             };

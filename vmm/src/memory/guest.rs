@@ -10,8 +10,10 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Deref;
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
 use pando_pager::{ByteOffset, CloneMemory, PageCount, PageIndex, PageRange};
 use rustix::mm::Advice;
@@ -20,7 +22,7 @@ use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use super::discard::{BackendDiscards, DiscardGate, Discards};
-use super::layout::RamLayout;
+use super::layout::{PAGE_BYTES, RamLayout, RamSegment};
 use super::slots::{HostMemory, Slots};
 use crate::observe::memory::ram::MemoryPlace;
 
@@ -150,7 +152,7 @@ impl RamBacking {
     }
 
     /// What a discard makes of this memory, where nobody says more: what is a template's stays.
-    fn discards(&self) -> Discards {
+    pub(crate) fn discards(&self) -> Discards {
         match self {
             Self::Shared(_) | Self::Anonymous(_) => Discards::Allowed,
             Self::Paged(memory) if memory.discards_to_zero() => Discards::Zero,
@@ -191,6 +193,19 @@ impl RamBacking {
         }
     }
 
+    /// Takes pages from the host now. `offset_bytes` and `bytes` are whole pages.
+    fn populate(&self, offset_bytes: u64, bytes: u64) -> io::Result<()> {
+        let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+        let end = offset_bytes.checked_add(bytes);
+        end.filter(|&end| end <= self.bytes()).ok_or_else(invalid)?;
+        let offset = usize::try_from(offset_bytes).map_err(|_| invalid())?;
+        let length = usize::try_from(bytes).map_err(|_| invalid())?;
+        let start = self.host_address().wrapping_add(offset);
+        // SAFETY: the range lies in this backing's mapping, as was just checked, and stays as it is.
+        unsafe { rustix::mm::madvise(start.cast(), length, Advice::LinuxPopulateWrite) }?;
+        Ok(())
+    }
+
     /// Whether the guest can only read it.
     pub fn is_rom(&self) -> bool {
         matches!(self, Self::Rom(_))
@@ -205,7 +220,8 @@ impl RamBacking {
         }
     }
 
-    fn bytes(&self) -> u64 {
+    /// How many bytes.
+    pub fn bytes(&self) -> u64 {
         match self {
             Self::Shared(shared) => shared.mapping.len() as u64,
             Self::Anonymous(mapping) => mapping.len() as u64,
@@ -253,22 +269,25 @@ fn private_mapping(
     .map_err(|source| GuestMemoryError::Map { bytes, source })
 }
 
-/// All RAM of one machine: the backings, where the guest sees them, and copies in and out.
+/// RAM as it is at one moment. Whoever holds it keeps its memory mapped.
 #[derive(Debug)]
-pub struct GuestRam {
+pub struct View {
     // Before `backings`: regions are dropped while the memory that they point to is still mapped.
     regions: GuestMemoryMmap<()>,
     slots: Slots,
     layout: RamLayout,
-    backings: Vec<RamBacking>,
-    gate: DiscardGate,
+    backings: Vec<Arc<RamBacking>>,
 }
 
-impl GuestRam {
-    /// Joins one backing per backend to the address map.
-    pub fn new(layout: RamLayout, backings: Vec<RamBacking>) -> Result<Self, GuestMemoryError> {
+impl View {
+    /// Joins one backing per backend to the address map. Slots that were there `before` keep their numbers.
+    pub(crate) fn new(
+        layout: RamLayout,
+        backings: Vec<Arc<RamBacking>>,
+        before: Option<&Slots>,
+    ) -> Result<Self, GuestMemoryError> {
         for (backend, &expected) in layout.backend_bytes().iter().enumerate() {
-            let actual = backings.get(backend).map_or(0, RamBacking::bytes);
+            let actual = backings.get(backend).map_or(0, |backing| backing.bytes());
             if actual != expected {
                 return Err(GuestMemoryError::BackingSize {
                     backend,
@@ -287,65 +306,26 @@ impl GuestRam {
         let slots = Slots::new(&layout, &hosts).ok_or(GuestMemoryError::BackingSize {
             backend: backings.len(),
             expected: layout.total_bytes(),
-            actual: backings.iter().map(RamBacking::bytes).sum(),
+            actual: backings.iter().map(|backing| backing.bytes()).sum(),
         })?;
         let mut regions = Vec::new();
         for segment in layout.segments() {
-            let place = |reason: String| GuestMemoryError::Place {
-                guest_address: segment.guest_address,
-                reason,
-            };
-            let bytes = usize::try_from(segment.bytes).map_err(|e| place(e.to_string()))?;
-            let offset =
-                usize::try_from(segment.backend_offset_bytes).map_err(|e| place(e.to_string()))?;
-            let base = backings[segment.backend]
-                .host_address()
-                .wrapping_add(offset);
-            let mut builder = MmapRegionBuilder::new(bytes)
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_NORESERVE);
-            let offset_bytes = segment.backend_offset_bytes;
-            if let Some(file) = backings[segment.backend].shared_file(offset_bytes) {
-                // Nothing is mapped by it: a device in another process is given it.
-                builder = builder.with_file_offset(file);
-            }
-            // SAFETY: `base..base + bytes` lies inside the backing, whose size was checked above
-            // and which `self.backings` keeps mapped for longer than the regions live.
-            let region = unsafe { builder.with_raw_mmap_pointer(base) }
-                .build()
-                .map_err(|e| place(e.to_string()))?;
-            let region = GuestRegionMmap::new(region, GuestAddress(segment.guest_address))
-                .ok_or_else(|| place("address overflow".to_owned()))?;
-            regions.push(region);
+            regions.push(region(segment, &backings[segment.backend])?);
         }
         let regions =
             GuestMemoryMmap::from_regions(regions).map_err(|e| GuestMemoryError::Place {
                 guest_address: 0,
                 reason: e.to_string(),
             })?;
-        let named = (0..)
-            .zip(&backings)
-            .map(|(number, backing)| BackendDiscards {
-                id: format!("number {number}"),
-                discards: backing.discards(),
-            });
         Ok(Self {
             regions,
-            slots,
+            slots: match before {
+                Some(before) => slots.numbered_after(before),
+                None => slots,
+            },
             layout,
-            gate: DiscardGate::new(named.collect()),
             backings,
         })
-    }
-
-    /// The same, with a gate that knows backends by their names and what is to become of discards.
-    pub fn with_gate(self, gate: DiscardGate) -> Self {
-        Self { gate, ..self }
-    }
-
-    /// Who is asked before any of it is discarded.
-    pub fn gate(&self) -> &DiscardGate {
-        &self.gate
     }
 
     /// The KVM memory slots of this RAM.
@@ -359,30 +339,126 @@ impl GuestRam {
     }
 
     /// The backings, in the machine's order.
-    pub fn backings(&self) -> &[RamBacking] {
+    pub fn backings(&self) -> &[Arc<RamBacking>] {
         &self.backings
     }
+}
 
-    /// Where each backend lies in this process, in the machine's order.
-    pub fn places(&self) -> impl Iterator<Item = MemoryPlace> {
-        self.backings.iter().map(|backing| MemoryPlace {
-            address: backing.host_address() as u64,
-            bytes: backing.bytes(),
+/// One run of guest addresses as `vm-memory` has it.
+fn region(
+    segment: &RamSegment,
+    backing: &RamBacking,
+) -> Result<GuestRegionMmap<()>, GuestMemoryError> {
+    let place = |reason: String| GuestMemoryError::Place {
+        guest_address: segment.guest_address,
+        reason,
+    };
+    let bytes = usize::try_from(segment.bytes).map_err(|e| place(e.to_string()))?;
+    let offset = usize::try_from(segment.backend_offset_bytes).map_err(|e| place(e.to_string()))?;
+    let base = backing.host_address().wrapping_add(offset);
+    let mut builder = MmapRegionBuilder::new(bytes)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_NORESERVE);
+    if let Some(file) = backing.shared_file(segment.backend_offset_bytes) {
+        // Nothing is mapped by it: a device in another process is given it.
+        builder = builder.with_file_offset(file);
+    }
+    // SAFETY: `base..base + bytes` lies inside the backing, whose size `View::new` has checked and which
+    // the view keeps mapped for longer than its regions live.
+    let region = unsafe { builder.with_raw_mmap_pointer(base) }
+        .build()
+        .map_err(|e| place(e.to_string()))?;
+    GuestRegionMmap::new(region, GuestAddress(segment.guest_address))
+        .ok_or_else(|| place("address overflow".to_owned()))
+}
+
+/// A view for code written against `vm-memory` (loaders, virtqueues).
+#[derive(Debug, Clone)]
+pub struct VmMemory(Arc<View>);
+
+impl Deref for VmMemory {
+    type Target = GuestMemoryMmap<()>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0.regions
+    }
+}
+
+/// All RAM of one machine: the backings, where the guest sees them, and copies in and out.
+///
+/// Memory modules come and go while others read and write: each access is to the [`View`] of its moment,
+/// and memory that went is unmapped when the last view with it is dropped.
+#[derive(Debug)]
+pub struct GuestRam {
+    view: ArcSwap<View>,
+    gate: DiscardGate,
+}
+
+impl GuestRam {
+    /// Joins one backing per backend to the address map.
+    pub fn new(layout: RamLayout, backings: Vec<RamBacking>) -> Result<Self, GuestMemoryError> {
+        let named = (0..)
+            .zip(&backings)
+            .map(|(number, backing)| BackendDiscards {
+                id: format!("number {number}"),
+                discards: backing.discards(),
+            });
+        let gate = DiscardGate::new(named.collect());
+        let backings = backings.into_iter().map(Arc::new).collect();
+        Ok(Self {
+            view: ArcSwap::from_pointee(View::new(layout, backings, None)?),
+            gate,
         })
     }
 
+    /// The same, with a gate that knows backends by their names and what is to become of discards.
+    pub fn with_gate(self, gate: DiscardGate) -> Self {
+        Self { gate, ..self }
+    }
+
+    /// Who is asked before any of it is discarded.
+    pub fn gate(&self) -> &DiscardGate {
+        &self.gate
+    }
+
+    /// RAM as it is now.
+    pub fn view(&self) -> Arc<View> {
+        self.view.load_full()
+    }
+
+    /// From now on RAM is this. Those that hold an older view go on with that.
+    pub(crate) fn show(&self, view: Arc<View>) {
+        self.view.store(view);
+    }
+
+    /// Where the RAM lies in the guest now.
+    pub fn layout(&self) -> RamLayout {
+        self.view.load().layout.clone()
+    }
+
+    /// Where each backend lies in this process, in the machine's order.
+    pub fn places(&self) -> Vec<MemoryPlace> {
+        let view = self.view.load();
+        let places = view.backings.iter().map(|backing| MemoryPlace {
+            address: backing.host_address() as u64,
+            bytes: backing.bytes(),
+        });
+        places.collect()
+    }
+
     /// The same RAM for code written against `vm-memory` (loaders, virtqueues).
-    pub fn as_vm_memory(&self) -> &GuestMemoryMmap<()> {
-        &self.regions
+    pub fn as_vm_memory(&self) -> VmMemory {
+        VmMemory(self.view())
     }
 
     /// Copies `bytes` into RAM; may fault pages in. What goes to read-only memory is lost, as it is for
     /// the guest.
     pub fn write(&self, guest_address: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
-        if self.slots.is_rom_at(guest_address) {
+        let view = self.view.load();
+        if view.slots.is_rom_at(guest_address) {
             return Ok(());
         }
-        self.regions
+        view.regions
             .write_slice(bytes, GuestAddress(guest_address))
             .map_err(|source| GuestMemoryError::Access {
                 guest_address,
@@ -391,10 +467,26 @@ impl GuestRam {
             })
     }
 
+    /// Takes memory of one module from the host now.
+    pub fn populate(&self, guest_address: u64, bytes: u64) -> io::Result<()> {
+        let view = self.view();
+        let mut slots = view.slots.iter();
+        let found = slots.find(|slot| {
+            (slot.guest_address..slot.guest_address + slot.bytes).contains(&guest_address)
+        });
+        let slot = found.ok_or(io::ErrorKind::InvalidInput)?;
+        let backing = view.backings.get(slot.backend);
+        let backing = backing.ok_or(io::ErrorKind::InvalidInput)?;
+        let first = slot.first_page * PAGE_BYTES;
+        backing.populate(first + (guest_address - slot.guest_address), bytes)
+    }
+
     /// Fills `buffer` from RAM; may fault pages in.
     pub fn read(&self, guest_address: u64, buffer: &mut [u8]) -> Result<(), GuestMemoryError> {
         let length = buffer.len();
-        self.regions
+        self.view
+            .load()
+            .regions
             .read_slice(buffer, GuestAddress(guest_address))
             .map_err(|source| GuestMemoryError::Access {
                 guest_address,
@@ -405,74 +497,4 @@ impl GuestRam {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn reads_give_back_what_was_written_across_a_backend_boundary() {
-        let layout = RamLayout::new(&[1 << 20, 1 << 20]).unwrap();
-        let backings = vec![
-            RamBacking::anonymous(1 << 20).unwrap(),
-            RamBacking::anonymous(1 << 20).unwrap(),
-        ];
-        let ram = GuestRam::new(layout, backings).unwrap();
-        let address = (1 << 20) - 3;
-        ram.write(address, b"aspen").unwrap();
-        let mut back = [0; 5];
-        ram.read(address, &mut back).unwrap();
-        assert_eq!(&back, b"aspen");
-        let error = ram.write((2 << 20) - 1, b"xy").unwrap_err();
-        assert!(error.to_string().contains("outside RAM"), "{error}");
-    }
-
-    #[test]
-    fn a_private_backing_never_writes_its_file() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        file.as_file().set_len(8192).unwrap();
-        let read_only = File::open(file.path()).unwrap();
-        let backing = RamBacking::private(&read_only, 8192).unwrap();
-        let ram = GuestRam::new(RamLayout::new(&[8192]).unwrap(), vec![backing]).unwrap();
-        ram.write(4096, b"private").unwrap();
-        assert!(
-            std::fs::read(file.path())
-                .unwrap()
-                .iter()
-                .all(|&byte| byte == 0)
-        );
-    }
-
-    #[test]
-    fn read_only_memory_is_the_file_and_takes_no_writes() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(file.path(), [[7; 4096], [8; 4096]].concat()).unwrap();
-        let read_only = File::open(file.path()).unwrap();
-        let backing = RamBacking::rom(&read_only, 4096, 4096).unwrap();
-        let ram = GuestRam::new(RamLayout::new(&[4096]).unwrap(), vec![backing]).unwrap();
-        ram.write(0, b"lost").unwrap();
-        let mut back = [0; 4];
-        ram.read(0, &mut back).unwrap();
-        assert_eq!(back, [8; 4]);
-    }
-
-    #[test]
-    fn every_advice_is_taken() {
-        let backing = RamBacking::anonymous(1 << 20).unwrap();
-        for advice in [MemoryAdvice::LeaveOutOfDumps, MemoryAdvice::Populate] {
-            backing.advise(advice).unwrap();
-        }
-        // A kernel without KSM knows no merging.
-        if let Err(error) = backing.advise(MemoryAdvice::Merge) {
-            assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
-        }
-    }
-
-    #[test]
-    fn a_backing_of_the_wrong_size_is_refused_by_number() {
-        let layout = RamLayout::new(&[8192]).unwrap();
-        let error = GuestRam::new(layout, vec![RamBacking::anonymous(4096).unwrap()]).unwrap_err();
-        assert_eq!(
-            error.to_string(),
-            "memory backend 0 has 4096 bytes where the machine needs 8192"
-        );
-    }
-}
+mod tests;

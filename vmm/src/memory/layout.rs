@@ -166,6 +166,42 @@ impl RamLayout {
         Ok(self)
     }
 
+    /// The same with one module more, which becomes backend `position`: those from there on are counted one
+    /// higher. It is behind all RAM.
+    pub fn with_module(mut self, position: usize, module: Placed) -> Result<Self, LayoutError> {
+        let last = self.backends.len();
+        let first = last - self.modules;
+        self = self.with_modules(&[module])?;
+        let position = position.clamp(first, last);
+        for segment in &mut self.segments {
+            segment.backend = match segment.backend {
+                backend if backend == last => position,
+                backend if backend >= position => backend + 1,
+                backend => backend,
+            };
+        }
+        self.backends.insert(position, module.bytes);
+        self.backends.truncate(last + 1);
+        Ok(self)
+    }
+
+    /// The same without the module that is backend `position`; those behind it are counted one lower. RAM
+    /// stays.
+    #[must_use]
+    pub fn without_module(mut self, position: usize) -> Self {
+        let last = self.backends.len();
+        if !(last - self.modules..last).contains(&position) {
+            return self;
+        }
+        self.segments.retain(|segment| segment.backend != position);
+        for segment in &mut self.segments {
+            segment.backend -= usize::from(segment.backend > position);
+        }
+        self.backends.remove(position);
+        self.modules -= 1;
+        self
+    }
+
     /// Where memory modules may begin: behind all RAM, above 4 GiB.
     pub fn module_area_start(&self) -> u64 {
         let end = self.ram_segments().map(|s| s.guest_address + s.bytes).max();
@@ -308,6 +344,23 @@ mod tests {
         ] {
             assert!(small.clone().with_modules(&wrong).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn modules_come_and_go_in_any_order() {
+        let at = |gib, bytes| Placed {
+            guest_address: gib * GIB,
+            bytes,
+        };
+        let ram = RamLayout::new(&[64 << 20, 64 << 20]).unwrap();
+        let (a, b, c) = (at(5, 4096), at(4, 8192), at(6, 12288));
+        let all = ram.clone().with_modules(&[a, b, c]).unwrap();
+        let two = ram.clone().with_modules(&[a, c]).unwrap();
+        assert_eq!(two.clone().with_module(3, b).unwrap(), all);
+        assert_eq!(all.clone().without_module(3), two);
+        assert_eq!(two.clone().without_module(2).without_module(2), ram);
+        assert_eq!(two.clone().without_module(1), two, "RAM stays");
+        two.clone().with_module(3, a).unwrap_err();
     }
 
     proptest! {

@@ -64,6 +64,14 @@ pub enum ProvideError {
         #[source]
         source: io::Error,
     },
+    /// A file that is only read, when its machine is there already.
+    #[error(
+        "memory backend {id} is a file that is only read, which cannot be plugged into a machine that is there:          name it on the command line, or use memory-backend-ram, or share=on"
+    )]
+    Late {
+        /// The backend.
+        id: String,
+    },
     /// Pages that cannot be had now.
     #[error(
         "memory backend {id}: qemu_prealloc_mem: preallocating memory failed: {why}: is the disk full, \
@@ -140,6 +148,56 @@ impl HeldFiles {
         (!held.opened.is_nameless).then_some(&held.opened.file)
     }
 
+    /// Takes in the file of a backend that comes; those from `position` on are counted one higher.
+    pub fn insert(&mut self, position: usize, backend: &BackendSpec, file: Option<OpenedFile>) {
+        let drops = backend
+            .file()
+            .is_some_and(|source| source.discard_data() && source.access() == FileAccess::Template);
+        let range = (backend.file()).map(|source| (source.offset_bytes(), backend.bytes()));
+        let held = file.map(|opened| Held {
+            discard: range.filter(|_| drops),
+            made: None,
+            opened,
+        });
+        self.files.insert(position.min(self.files.len()), held);
+    }
+
+    /// Gives the file of a backend that goes; those behind it are counted one lower.
+    pub fn remove(&mut self, position: usize) -> Option<OpenedFile> {
+        if position >= self.files.len() {
+            return None;
+        }
+        self.files.remove(position).map(|held| held.opened)
+    }
+
+    /// Memory of one backend that comes while its machine is there: its own, or a file that it writes. What
+    /// would have to be served by a pager cannot be had.
+    pub fn make_one(
+        &self,
+        position: usize,
+        backend: &BackendSpec,
+        begin: Begin<'_>,
+    ) -> Result<RamBacking, ProvideError> {
+        let held = self.files.get(position).and_then(Option::as_ref);
+        if let (Some(source), Some(held)) = (backend.file(), held)
+            && !held.opened.is_nameless
+            && source.access() != FileAccess::Template
+        {
+            return Err(ProvideError::Late {
+                id: backend.id().to_owned(),
+            });
+        }
+        let mut making = Making {
+            files: self,
+            begin,
+            options: PagerOptions::default(),
+            pager: None,
+        };
+        let backing = making.backing(position, backend)?;
+        advise(backend, &backing)?;
+        Ok(backing)
+    }
+
     /// Maps or serves the memory of every backend: as often as a machine is made, but only when the one
     /// before has ended. Nothing runs yet, and no page of a served file is read but where `prealloc`
     /// asks for it.
@@ -157,7 +215,14 @@ impl HeldFiles {
         };
         let mut backings = (0..)
             .zip(spec.backends())
-            .map(|(position, backend)| making.backing(position, backend))
+            .map(|(position, backend)| {
+                making.begin = match begin {
+                    // Nothing is plugged at first, whatever a file holds.
+                    Begin::Files if spec.is_growing(position) => Begin::Zero,
+                    other => other,
+                };
+                making.backing(position, backend)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         if spec.backends().iter().any(BackendSpec::discards_to_zero)
             && let Some(pager) = &mut making.pager

@@ -67,6 +67,35 @@ impl Slots {
         Some(Self { slots })
     }
 
+    /// The same slots, where each that was there `before` keeps its number and any other takes the least
+    /// that is free.
+    #[must_use]
+    pub fn numbered_after(mut self, before: &Self) -> Self {
+        let place = |slot: &Slot| (slot.guest_address, slot.host_address, slot.bytes);
+        let old = |slot: &Slot| {
+            let mut all = before.slots.iter();
+            all.find(|other| place(other) == place(slot))
+                .map(|other| other.number)
+        };
+        let mut taken: Vec<u32> = before.slots.iter().map(|slot| slot.number).collect();
+        for slot in &mut self.slots {
+            slot.number = old(slot).unwrap_or_else(|| {
+                let free = (0..u32::MAX).find(|number| !taken.contains(number));
+                let number = free.unwrap_or(u32::MAX);
+                taken.push(number);
+                number
+            });
+        }
+        self
+    }
+
+    /// The slots of one backend.
+    pub fn of_backend(&self, backend: usize) -> impl Iterator<Item = &Slot> {
+        self.slots
+            .iter()
+            .filter(move |slot| slot.backend == backend)
+    }
+
     /// All slots, lowest guest address first.
     pub fn iter(&self) -> impl Iterator<Item = &Slot> {
         self.slots.iter()
@@ -136,6 +165,28 @@ mod tests {
     fn a_backend_without_memory_gives_no_slots() {
         let layout = RamLayout::new(&[1 << 20, 1 << 20]).unwrap();
         assert_eq!(Slots::new(&layout, &[host(0x1000)]), None);
+    }
+
+    #[test]
+    fn slots_that_stay_keep_their_numbers() {
+        let at = |guest_address| Placed {
+            guest_address,
+            bytes: PAGE_BYTES,
+        };
+        let ram = RamLayout::new(&[1 << 20]).unwrap();
+        let both = [at(HIGH_RAM_START), at(HIGH_RAM_START + (1 << 30))];
+        let hosts = [host(0x10_0000), host(0x20_0000), host(0x30_0000)];
+        let full = ram.clone().with_modules(&both).unwrap();
+        let full = Slots::new(&full, &hosts).unwrap();
+        let numbers = |slots: &Slots| slots.iter().map(|slot| slot.number).collect::<Vec<_>>();
+        assert_eq!(numbers(&full), [0, 1, 2]);
+        let later = ram.clone().with_modules(&both[1..]).unwrap();
+        let later = Slots::new(&later, &[hosts[0], hosts[2]]).unwrap();
+        let later = later.numbered_after(&full);
+        assert_eq!(numbers(&later), [0, 2], "the first module went");
+        let again = ram.with_modules(&both).unwrap();
+        let again = Slots::new(&again, &[hosts[0], host(0x40_0000), hosts[2]]).unwrap();
+        assert_eq!(numbers(&again.numbered_after(&later)), [0, 1, 2]);
     }
 
     #[test]

@@ -246,6 +246,20 @@ fn memdev(backend: &Value) -> String {
 
 fn dimm(device: &Value) -> String {
     let data = &device["data"];
+    if device["type"] == "virtio-mem" {
+        return format!(
+            "Memory device [virtio-mem]: \"{}\"\n  memaddr: {:#x}\n  node: {}\n  requested-size: {}\n  size: {}\n  \
+             max-size: {}\n  block-size: {}\n  memdev: {}\n",
+            data["id"].as_str().unwrap_or(""),
+            data["memaddr"].as_u64().unwrap_or(0),
+            data["node"],
+            data["requested-size"],
+            data["size"],
+            data["max-size"],
+            data["block-size"],
+            data["memdev"].as_str().unwrap_or(""),
+        );
+    }
     format!(
         "Memory device [dimm]: \"{}\"\n  addr: {:#x}\n  slot: {}\n  node: {}\n  size: {}\n  memdev: {}\n  hotplugged: {}\n  \
          hotpluggable: {}\n",

@@ -10,6 +10,7 @@ use super::balloon::BalloonParts;
 use super::console::{ConsoleFault, ConsoleParts};
 use super::limits::Limits;
 use super::mac::MacAddress;
+use super::mem::{MemFault, MemParts};
 use super::tap::TapSpec;
 use super::vhost_user::{VhostUserFunction, VhostUserParts};
 
@@ -55,6 +56,8 @@ pub enum DeviceKind {
     VhostUser(VhostUserParts),
     /// Memory that the guest gives away and takes back.
     Balloon(BalloonParts),
+    /// Memory that grows and shrinks.
+    Mem(MemParts),
 }
 
 /// A network device.
@@ -184,6 +187,9 @@ pub enum DeviceFault {
     /// Ports that cannot be.
     #[error(transparent)]
     Console(#[from] ConsoleFault),
+    /// Memory that cannot grow and shrink.
+    #[error(transparent)]
+    Memory(#[from] MemFault),
 }
 
 impl DeviceKind {
@@ -198,6 +204,7 @@ impl DeviceKind {
             Self::Console(_) => "virtio-console",
             Self::VhostUser(parts) => parts.function.word(),
             Self::Balloon(_) => "virtio-balloon",
+            Self::Mem(_) => "virtio-mem",
         }
     }
 
@@ -211,15 +218,19 @@ impl DeviceKind {
             Self::Console(_) => "console",
             Self::VhostUser(_) => "vhost-user",
             Self::Balloon(_) => "balloon",
+            Self::Mem(_) => "mem",
         }
     }
 
     fn check(&self) -> Result<(), DeviceFault> {
         match self {
             // Ports are proven together with those of other devices.
-            Self::Rng | Self::Net(_) | Self::Document | Self::Console(_) | Self::Balloon(_) => {
-                Ok(())
-            }
+            Self::Rng
+            | Self::Net(_)
+            | Self::Document
+            | Self::Console(_)
+            | Self::Balloon(_)
+            | Self::Mem(_) => Ok(()),
             Self::Block(disk) => disk.check(),
             Self::Vsock(vsock) => vsock.check(),
             Self::VhostUser(parts) => parts.check(),
@@ -323,6 +334,23 @@ impl DeviceSpec {
             DeviceKind::Balloon(balloon) => Some(balloon),
             _ => None,
         }
+    }
+
+    /// The memory that grows and shrinks, if it is that.
+    pub fn memory(&self) -> Option<&MemParts> {
+        match &self.kind {
+            DeviceKind::Mem(mem) => Some(mem),
+            _ => None,
+        }
+    }
+
+    /// Requests so much of memory that grows and shrinks.
+    pub(super) fn request_memory(&mut self, bytes: u64) -> Result<(), MemFault> {
+        if let DeviceKind::Mem(mem) = &mut self.kind {
+            mem.check_requested(bytes)?;
+            mem.requested_bytes = bytes;
+        }
+        Ok(())
     }
 
     /// The image of a disk.

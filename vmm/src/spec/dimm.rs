@@ -1,8 +1,12 @@
 #![forbid(unsafe_code)]
 //! Memory modules (`pc-dimm`): which slot, which node, which address.
 
+use std::ops::Range;
+
+use super::MachineSpec;
 use super::backend::{BackendKind, BackendSpec};
 use super::error::{DimmFault, SpecError};
+use super::mem::{MemFault, MemParts};
 use super::parts::DimmParts;
 use crate::memory::layout::PAGE_BYTES;
 
@@ -72,7 +76,7 @@ pub(super) struct Room {
 }
 
 impl Room {
-    fn end(&self) -> u64 {
+    pub(super) fn end(&self) -> u64 {
         let spare = u64::from(self.slots).saturating_mul(SLOT_ROOM_BYTES);
         self.start.saturating_add(self.bytes).saturating_add(spare)
     }
@@ -115,6 +119,93 @@ impl Room {
             backend: position,
             node: parts.node,
             slot,
+            guest_address,
+            bytes,
+        })
+    }
+
+    /// Finds the places of all modules, and of all memory that grows and shrinks: what has a place of its own
+    /// comes first. `modules` are their backends, the first of which is backend `first`.
+    pub(super) fn place_all(
+        &self,
+        first: usize,
+        parts: &[DimmParts],
+        mems: &mut [(String, MemParts)],
+        modules: &[BackendSpec],
+    ) -> Result<(Vec<Dimm>, Vec<Dimm>), SpecError> {
+        let backends = || (first..).zip(modules);
+        let mut regions: Vec<Option<Dimm>> = vec![None; mems.len()];
+        let place = |regions: &mut [Option<Dimm>],
+                     mems: &mut [(String, MemParts)],
+                     dimms: &[Dimm],
+                     of_asked: bool| {
+            for (at, (id, mem)) in mems.iter_mut().enumerate() {
+                if regions[at].is_some() || mem.guest_address.is_some() != of_asked {
+                    continue;
+                }
+                let Some(backend) = backends().nth(parts.len() + at) else {
+                    continue;
+                };
+                let all: Vec<Dimm> = dimms
+                    .iter()
+                    .chain(regions.iter().flatten())
+                    .cloned()
+                    .collect();
+                let region = self.place_memory(&all, id, mem, backend)?;
+                mem.guest_address = Some(region.guest_address);
+                regions[at] = Some(region);
+            }
+            Ok::<_, SpecError>(())
+        };
+        place(&mut regions, mems, &[], true)?;
+        let mut dimms: Vec<Dimm> = Vec::new();
+        for (part, module) in parts.iter().zip(backends()) {
+            let all: Vec<Dimm> = dimms
+                .iter()
+                .chain(regions.iter().flatten())
+                .cloned()
+                .collect();
+            dimms.push(self.place(&all, part, module)?);
+        }
+        place(&mut regions, mems, &dimms, false)?;
+        Ok((dimms, regions.into_iter().flatten().collect()))
+    }
+
+    /// Finds the address of memory that grows and shrinks.
+    fn place_memory(
+        &self,
+        taken: &[Dimm],
+        id: &str,
+        mem: &mut MemParts,
+        (position, backend): (usize, &BackendSpec),
+    ) -> Result<Dimm, SpecError> {
+        let fault = |fault| SpecError::of_memory(id, fault);
+        if self.bytes == 0 {
+            return Err(fault(MemFault::NoRoom));
+        }
+        mem.check(backend, self.nodes).map_err(fault)?;
+        let bytes = backend.bytes();
+        let used_bytes: u64 = taken.iter().map(Dimm::bytes).sum();
+        let place = |reason| SpecError::Dimm {
+            id: id.to_owned(),
+            reason,
+        };
+        if used_bytes.saturating_add(bytes) > self.bytes {
+            return Err(place(DimmFault::NoSpace {
+                used_bytes,
+                room_bytes: self.bytes,
+            }));
+        }
+        let align_bytes = mem.block().max(backend.align_bytes());
+        let guest_address = self
+            .address(taken, mem.guest_address, bytes, align_bytes)
+            .map_err(place)?;
+        Ok(Dimm {
+            id: id.to_owned(),
+            backend: position,
+            node: mem.node,
+            // It has none.
+            slot: u32::MAX,
             guest_address,
             bytes,
         })
@@ -185,6 +276,53 @@ impl Room {
                 used_bytes: taken.iter().map(Dimm::bytes).sum(),
                 room_bytes: self.bytes,
             })
+    }
+}
+
+impl MachineSpec {
+    /// Where modules may be; empty where there is no room for any.
+    pub fn module_area(&self) -> Range<u64> {
+        let bytes = self.max_bytes - self.ram_bytes();
+        let start = self.layout.module_area_start();
+        if bytes == 0 {
+            return start..start;
+        }
+        let room = Room {
+            slots: self.slots,
+            bytes,
+            start,
+            nodes: self.numa.nodes().len(),
+        };
+        start..room.end()
+    }
+
+    /// The same machine with one module more, on a backend of its own.
+    pub fn with_dimm(&self, backend: BackendSpec, dimm: DimmParts) -> Result<Self, SpecError> {
+        let mut parts = self.to_parts();
+        parts.backends.push(backend);
+        parts.dimms.push(dimm);
+        Self::from_parts(parts)
+    }
+
+    /// The same machine without a module and its backend.
+    #[must_use]
+    pub fn without_dimm(&self, id: &str) -> Self {
+        let mut spec = self.clone();
+        let Some(at) = spec.dimms.iter().position(|dimm| dimm.id == id) else {
+            return spec;
+        };
+        let gone = spec.dimms.remove(at).backend;
+        spec.without_module(gone)
+    }
+
+    /// The same machine without a backend behind its RAM.
+    pub(super) fn without_module(mut self, gone: usize) -> Self {
+        self.backends.remove(gone);
+        self.layout = self.layout.without_module(gone);
+        for dimm in &mut self.dimms {
+            dimm.backend -= usize::from(dimm.backend > gone);
+        }
+        self
     }
 }
 

@@ -3,6 +3,8 @@
 
 use thiserror::Error;
 
+use super::mem::MemFault;
+
 use super::backend::BackendError;
 use super::device::DeviceFault;
 use super::{MAX_BACKENDS, MAX_CPUS, MAX_NODES, MAX_SLOTS, MAX_SYSTEM_TEXT_BYTES, MIN_RAM_BYTES};
@@ -350,3 +352,17 @@ pub enum DimmFault {
 }
 
 const _: () = assert!(PAGE_BYTES == 4096, "texts speak of 4 KiB");
+
+impl SpecError {
+    /// Why the memory of a device cannot grow and shrink.
+    pub(super) fn of_memory(device: &str, fault: MemFault) -> Self {
+        let id = match device {
+            "" => "virtio-mem",
+            device => device,
+        };
+        Self::Device {
+            id: id.to_owned(),
+            reason: fault.into(),
+        }
+    }
+}

@@ -2,6 +2,7 @@
 //! The PCI bus of a machine, and what is on it.
 
 use super::device::place;
+use super::mem::{MemFault, MemParts, of_parts};
 use super::{DeviceParts, DeviceSpec, MachineSpec, SpecError};
 
 impl MachineSpec {
@@ -16,6 +17,18 @@ impl MachineSpec {
 
     /// The same machine with these devices. A bus stays when the last of its devices has gone.
     pub fn with_devices(self, parts: Vec<DeviceParts>) -> Result<Self, SpecError> {
+        let is_known = |mem: &MemParts| {
+            let mut backends = self.backends().iter();
+            mem.guest_address.is_some() && backends.any(|backend| backend.id() == mem.backend)
+        };
+        let mut mems = of_parts(&parts).into_iter();
+        if let Some((device, mem)) = mems.find(|(_, mem)| !is_known(mem)) {
+            let backend = mem.backend;
+            return Err(SpecError::of_memory(
+                &device,
+                MemFault::NoBackend { backend },
+            ));
+        }
         let devices = place(parts).map_err(|(id, reason)| SpecError::Device { id, reason })?;
         self.check_sharing(&devices)?;
         Ok(Self {
@@ -36,8 +49,13 @@ impl MachineSpec {
     #[must_use]
     pub fn without_device(&self, id: &str) -> Self {
         let mut spec = self.clone();
+        let gone = spec.devices.iter().find(|device| device.id() == id);
+        let backend = gone.and_then(|device| spec.memory_backend_of(device));
         spec.devices.retain(|device| device.id() != id);
-        spec
+        match backend {
+            Some(backend) => spec.without_module(backend),
+            None => spec,
+        }
     }
 
     /// Whether it has a PCI bus: there is one where there is a device, and where one was asked for.

@@ -45,6 +45,15 @@ pub enum BuildError {
     /// The machine.
     #[error("the template VM failed")]
     Machine(#[from] MachineError),
+    /// Memory that grows and shrinks.
+    #[error(
+        "device {id:?} is memory that grows and shrinks, which a template's files cannot have: plug it into the \
+         clones, or make the template with `pando qemu`"
+    )]
+    Growing {
+        /// The device.
+        id: String,
+    },
     /// A backend that has a file of its own.
     #[error(
         "memory backend {id:?} has a file of its own: a template keeps all memory in its own directory; \
@@ -114,6 +123,11 @@ impl TemplateVm {
         if let Some(backend) = spec.backends().iter().find(|b| b.file().is_some()) {
             let id = backend.id().to_owned();
             return Err(BuildError::OwnFile { id });
+        }
+        let mut devices = spec.devices().iter();
+        if let Some(device) = devices.find(|device| device.memory().is_some()) {
+            let id = device.id().to_owned();
+            return Err(BuildError::Growing { id });
         }
         let staging = Staging::new(out)?;
         if !reserve {

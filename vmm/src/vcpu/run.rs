@@ -215,7 +215,7 @@ pub fn run(vcpu: &mut Vcpu, number: u8, outside: &Outside, is_ordered: impl Fn()
                 data,
             } => {
                 // What is written to read-only memory is lost, as on a PC.
-                if outside.ram.slots().is_rom_at(guest_address) {
+                if outside.ram.view().slots().is_rom_at(guest_address) {
                     continue;
                 }
                 if is_ram(&outside.ram, guest_address) {
@@ -289,7 +289,7 @@ fn kvm_failure(cpu: u8, error: &dyn std::error::Error) -> Failure {
 /// KVM takes RAM that it cannot reach while it emulates an instruction for a device: an access
 /// "to a device" at an address of RAM is a memory error.
 fn is_ram(ram: &GuestRam, guest_address: u64) -> bool {
-    ram.slots().page_at(guest_address).is_some()
+    ram.view().slots().page_at(guest_address).is_some()
 }
 
 fn memory_error(vcpu: &Vcpu, number: u8, outside: &Outside, address: FaultAddress) -> Stop {
@@ -307,7 +307,8 @@ fn memory_error(vcpu: &Vcpu, number: u8, outside: &Outside, address: FaultAddres
 
 /// Where the guest sees a host address, if it lies in RAM.
 fn guest_address_of(ram: &GuestRam, host_address: u64) -> Option<u64> {
-    ram.slots()
+    ram.view()
+        .slots()
         .iter()
         .find(|slot| (slot.host_address..slot.host_address + slot.bytes).contains(&host_address))
         .map(|slot| slot.guest_address + (host_address - slot.host_address))

@@ -28,7 +28,7 @@ use super::layout::{ACPI_ADDRESS, BOOT_PARAMS_ADDRESS, COMMAND_LINE_ADDRESS};
 use super::regs::InitialRegisters;
 use super::smbios;
 use crate::memory::guest::{GuestMemoryError, GuestRam};
-use crate::memory::layout::PCI_CONFIG_MEMORY;
+use crate::memory::layout::{PCI_CONFIG_MEMORY, RamLayout};
 use crate::spec::{BackendSpec, MachineSpec};
 
 /// Where the kernel comes from.
@@ -95,7 +95,11 @@ pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<Boo
     } else {
         &[PCI_CONFIG_MEMORY]
     };
-    let map = memory_map(ram.layout(), &is_rom, reserved);
+    // Memory that grows is not there yet: its device tells of it.
+    let growing = (0..spec.backends().len()).rev();
+    let growing = growing.filter(|&backend| spec.is_growing(backend));
+    let there = growing.fold(ram.layout(), RamLayout::without_module);
+    let map = memory_map(&there, &is_rom, reserved);
     let handover = Handover {
         map: &map,
         initrd,

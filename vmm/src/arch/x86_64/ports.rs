@@ -14,6 +14,8 @@ pub const GENERATION_ID_GSI: u32 = 10;
 /// The interrupt line (GSI) that tells of devices that come and go on the PCI bus, level triggered, active
 /// high.
 pub const PCI_HOTPLUG_GSI: u32 = 9;
+/// The interrupt line (GSI) that tells of memory modules that come and go, level triggered, active high.
+pub const MODULE_HOTPLUG_GSI: u32 = 11;
 /// The keyboard controller's data.
 pub const I8042_DATA_PORTS: Range<u16> = 0x60..0x61;
 /// The keyboard controller's command and status. Only its reset command exists.
@@ -26,6 +28,8 @@ pub const SPEAKER_PORTS: Range<u16> = 0x61..0x62;
 pub const PCI_CONFIG_PORTS: Range<u16> = 0xcf8..0xd00;
 /// What devices come and go on the PCI bus: four registers of four bytes each.
 pub const PCI_HOTPLUG_PORTS: Range<u16> = 0x610..0x620;
+/// What memory modules come and go: registers of four bytes each (see [`crate::device::modules`]).
+pub const MODULE_HOTPLUG_PORTS: Range<u16> = 0x620..0x650;
 /// ACPI sleep control, sleep status and reset registers, one byte each, in this order.
 pub const POWER_PORTS: Range<u16> = 0x600..0x603;
 /// Port of the ACPI sleep control register.

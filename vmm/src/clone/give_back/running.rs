@@ -98,7 +98,7 @@ impl Asking<'_> {
 
 impl Subject for Running<'_> {
     fn places(&self) -> Vec<MemoryPlace> {
-        self.ram.places().collect()
+        self.ram.places()
     }
 
     fn pause(&mut self) -> Result<(), GiveBackError> {
@@ -127,7 +127,8 @@ impl Subject for Running<'_> {
     }
 
     fn discard(&mut self, run: &GivenRun) -> io::Result<()> {
-        match self.ram.backings().get(run.backend) {
+        let view = self.ram.view();
+        match view.backings().get(run.backend).map(|backing| &**backing) {
             Some(RamBacking::Paged(memory)) => memory.discard(run.pages),
             _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
         }

@@ -10,7 +10,8 @@ use super::port::PortTable;
 use super::{Bytes, is_default};
 use crate::spec::{
     BalloonParts, ConsoleParts, DeviceKind, DeviceParts, DeviceSpec, DiskAccess, DiskParts, Limits,
-    MacAddress, NetParts, PortParts, Rate, TapSpec, VhostUserFunction, VhostUserParts, VsockParts,
+    MacAddress, MemParts, NetParts, PortParts, Rate, TapSpec, VhostUserFunction, VhostUserParts,
+    VsockParts,
 };
 
 /// One device on the PCI bus. There is a bus where there is a device.
@@ -117,6 +118,34 @@ pub enum DeviceTable {
         #[schemars(range(min = 1))]
         pps_burst: Option<u64>,
     },
+    /// Memory that grows and shrinks while the machine runs. A template that is made of a machine file has none.
+    #[serde(rename = "virtio-mem")]
+    Mem {
+        /// What it is called; `mem0`, `mem1`, ... if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<String>,
+        /// Its device number on the bus; the first free one if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        #[schemars(range(min = 1, max = 31))]
+        slot: Option<u8>,
+        /// Id of its memory backend.
+        memory: String,
+        /// How much of it the guest is to have.
+        #[serde(default, skip_serializing_if = "is_default")]
+        requested: Bytes,
+        /// What is plugged at once: a power of two; 2 MiB if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        block: Option<Bytes>,
+        /// The node that it belongs to.
+        #[serde(default, skip_serializing_if = "is_default")]
+        node: u32,
+        /// Whether what is plugged is taken from the host at once.
+        #[serde(default, skip_serializing_if = "is_default")]
+        prealloc: bool,
+        /// Its first guest physical address; the first that fits if left out.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        address: Option<u64>,
+    },
     /// A small disk that tells the guest who it is: in each clone something else (docs/identity.md).
     #[serde(rename = "document")]
     Document {
@@ -216,6 +245,7 @@ impl DeviceTable {
             Self::Balloon { id, .. } => (id, "virtio-balloon"),
             Self::VhostUserBlock { id, .. } => (id, "vhost-user-blk"),
             Self::VhostUserNet { id, .. } => (id, "vhost-user-net"),
+            Self::Mem { id, .. } => (id, "virtio-mem"),
         };
         id.as_deref().unwrap_or(word)
     }
@@ -228,6 +258,28 @@ impl TryFrom<&DeviceTable> for DeviceParts {
         Ok(match table.clone() {
             DeviceTable::Rng { id, slot } => device(id, slot, DeviceKind::Rng),
             DeviceTable::Document { id, slot } => device(id, slot, DeviceKind::Document),
+            DeviceTable::Mem {
+                id,
+                slot,
+                memory,
+                requested,
+                block,
+                node,
+                prealloc,
+                address,
+            } => device(
+                id,
+                slot,
+                DeviceKind::Mem(MemParts {
+                    backend: memory,
+                    requested_bytes: requested.0,
+                    block_bytes: block.map(|block| block.0),
+                    node,
+                    prealloc,
+                    guest_address: address,
+                    bytes: 0,
+                }),
+            ),
             DeviceTable::Vsock {
                 id,
                 slot,
@@ -330,6 +382,16 @@ impl From<&DeviceSpec> for DeviceTable {
         match device.kind().clone() {
             DeviceKind::Rng => Self::Rng { id, slot },
             DeviceKind::Document => Self::Document { id, slot },
+            DeviceKind::Mem(mem) => Self::Mem {
+                id,
+                slot,
+                memory: mem.backend,
+                requested: Bytes(mem.requested_bytes),
+                block: mem.block_bytes.map(Bytes),
+                node: mem.node,
+                prealloc: mem.prealloc,
+                address: mem.guest_address,
+            },
             DeviceKind::Vsock(VsockParts { cid, path }) => Self::Vsock {
                 id,
                 slot,

@@ -135,6 +135,14 @@ pub trait VirtioDevice: Send + fmt::Debug {
         Ok(false)
     }
 
+    /// What there is of a device that is memory.
+    fn memory(&self) -> Option<MemoryFigures> {
+        None
+    }
+
+    /// So much memory is requested of a device that is memory; the guest is told of what changes.
+    fn request_memory(&mut self, _bytes: u64) {}
+
     /// What comes from outside, where the device has such a side.
     fn inbound(&mut self) -> Option<&mut dyn Inbound> {
         None
@@ -150,6 +158,17 @@ pub trait VirtioDevice: Send + fmt::Debug {
 
     /// Goes on where `state` was saved.
     fn restore(&mut self, state: &[u8]) -> Result<(), VirtioStateError>;
+}
+
+/// What there is of memory that grows and shrinks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryFigures {
+    /// First guest physical address.
+    pub guest_address: u64,
+    /// How much the guest is to have, in bytes.
+    pub requested_bytes: u64,
+    /// How much it has.
+    pub plugged_bytes: u64,
 }
 
 /// How a device makes itself heard.

@@ -26,6 +26,7 @@ pub mod delegate;
 pub mod device;
 pub mod inbound;
 pub mod limit;
+pub mod mem;
 pub mod net;
 pub mod queue;
 pub mod rng;

@@ -232,7 +232,7 @@ impl VirtQueue {
 
     /// Whether all of its rings are in RAM.
     pub fn is_valid(&self, ram: &GuestRam) -> bool {
-        self.queue.is_valid(ram.as_vm_memory())
+        self.queue.is_valid(&*ram.as_vm_memory())
     }
 
     /// The next request; `None` where there is none.
@@ -264,7 +264,7 @@ impl VirtQueue {
     /// Gives a request back, with the number of bytes that were written to its memory.
     pub fn push(&mut self, ram: &GuestRam, chain: &Chain, bytes: u32) -> Result<(), QueueError> {
         self.queue
-            .add_used(ram.as_vm_memory(), chain.head, bytes)
+            .add_used(&*ram.as_vm_memory(), chain.head, bytes)
             .map_err(broken(self.number))?;
         self.added = self.added.saturating_add(1);
         Ok(())
@@ -328,14 +328,14 @@ impl VirtQueue {
     /// Asks the guest not to notify of more.
     pub fn hush(&mut self, ram: &GuestRam) -> Result<(), QueueError> {
         self.queue
-            .disable_notification(ram.as_vm_memory())
+            .disable_notification(&*ram.as_vm_memory())
             .map_err(broken(self.number))
     }
 
     /// Asks the guest to notify of more; whether there is more already.
     pub fn listen(&mut self, ram: &GuestRam) -> Result<bool, QueueError> {
         self.queue
-            .enable_notification(ram.as_vm_memory())
+            .enable_notification(&*ram.as_vm_memory())
             .map_err(broken(self.number))
     }
 
@@ -366,7 +366,9 @@ impl VirtQueue {
 
     /// The index of what the guest makes available.
     fn available(&self, ram: &GuestRam) -> Result<u16, QueueError> {
-        let index = self.queue.avail_idx(ram.as_vm_memory(), Ordering::Acquire);
+        let index = self
+            .queue
+            .avail_idx(&*ram.as_vm_memory(), Ordering::Acquire);
         index.map(|index| index.0).map_err(broken(self.number))
     }
 
@@ -378,7 +380,7 @@ impl VirtQueue {
     /// How many requests guest memory shows as answered, for a ring that somebody else works on; `None` where
     /// there is no such memory.
     pub fn used_index(&self, ram: &GuestRam) -> Option<u16> {
-        let index = self.queue.used_idx(ram.as_vm_memory(), Ordering::Acquire);
+        let index = self.queue.used_idx(&*ram.as_vm_memory(), Ordering::Acquire);
         index.ok().map(|index| index.0)
     }
 

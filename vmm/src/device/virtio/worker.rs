@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::bell::Bell;
 use super::core::{Core, SOURCE, SOURCE_BIT};
 use super::delegate::DelegateError;
-use super::device::{DeviceType, Interrupt, VirtioDevice, VirtioStateError};
+use super::device::{DeviceType, Interrupt, MemoryFigures, VirtioDevice, VirtioStateError};
 use crate::memory::guest::GuestRam;
 use crate::report::one_line;
 
@@ -213,6 +213,22 @@ impl Worker {
             self.shared.is_active.store(false, Ordering::SeqCst);
             self.shared.kicked.store(0, Ordering::SeqCst);
             self.shared.quit.store(true, Ordering::SeqCst);
+        });
+    }
+
+    /// What there is of a device that is memory.
+    pub fn memory(&self) -> Option<MemoryFigures> {
+        self.with_core(|core| core.device.memory())
+    }
+
+    /// Requests so much of a device that is memory, and tells the guest.
+    pub fn request_memory(&self, bytes: u64) {
+        self.with_core(|core| {
+            let before = core.device.generation();
+            core.device.request_memory(bytes);
+            if core.device.generation() != before {
+                core.tell_config();
+            }
         });
     }
 

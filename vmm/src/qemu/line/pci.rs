@@ -6,14 +6,16 @@
 use super::balloon;
 use super::chardev::Chardev;
 use super::console::{self, Port};
+use super::mem;
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
+use super::place::slot;
 use super::throttle;
 use super::vhost_user::{self, Backend, VhostUser};
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
 use crate::qemu::words::{Form, Props};
 use crate::spec::{
-    BalloonParts, DeviceKind, DeviceParts, DiskAccess, DiskParts, TapSpec, VsockParts,
+    BalloonParts, DeviceKind, DeviceParts, DiskAccess, DiskParts, MemParts, TapSpec, VsockParts,
 };
 
 pub use super::blockdev::{blockdev, is_file_node, no_drive};
@@ -85,6 +87,7 @@ enum What {
     Console(console::Bus),
     VhostUser(Backend),
     Balloon(BalloonParts),
+    Mem(MemParts),
 }
 
 impl PciDevices {
@@ -305,6 +308,16 @@ impl PciDevices {
         })
     }
 
+    /// The option of a memory device, as it was typed; that of the only one, where it has no name.
+    pub fn typed_of_memory(&self, id: &str) -> Option<&str> {
+        let mut mems = self
+            .devices
+            .iter()
+            .filter(|device| device.memdev().is_some());
+        let found = mems.find(|device| device.id.as_deref().is_none_or(|own| own == id));
+        found.map(|device| device.typed.as_str())
+    }
+
     /// Sources of entropy.
     pub fn sources(&self) -> &[String] {
         &self.sources
@@ -321,7 +334,9 @@ impl Device {
         let is_console = console::DRIVERS.contains(&driver.as_str());
         let is_balloon = balloon::DRIVERS.contains(&driver.as_str());
         let is_vhost_user = vhost_user::DRIVERS.contains(&driver.as_str());
-        let is_virtual = is_vsock || is_net || is_console || is_balloon || is_vhost_user;
+        let is_mem = mem::DRIVERS.contains(&driver.as_str());
+        let is_memory = is_balloon || is_mem;
+        let is_virtual = is_vsock || is_net || is_console || is_memory || is_vhost_user;
         let is_other = is_virtual || RNG_DRIVERS.contains(&driver.as_str());
         if !is_block && !is_other {
             props.add("driver", &driver);
@@ -343,6 +358,8 @@ impl Device {
             }
         } else if is_vsock {
             What::Vsock(vsock::parts(&mut props)?)
+        } else if is_mem {
+            What::Mem(mem::parts(&mut props)?)
         } else if is_net {
             What::Net(NetDevice::read(&mut props)?)
         } else if is_console {
@@ -368,6 +385,14 @@ impl Device {
             what,
             typed: typed.to_owned(),
         }))
+    }
+
+    /// The backend of memory that grows and shrinks.
+    pub fn memdev(&self) -> Option<&str> {
+        match &self.what {
+            What::Mem(mem) => Some(&mem.backend),
+            _ => None,
+        }
     }
 
     /// The drive of a disk.
@@ -422,6 +447,7 @@ impl Device {
                 }
                 DeviceKind::Rng
             }
+            What::Mem(mem) => DeviceKind::Mem(mem.clone()),
             What::Vsock(vsock) => DeviceKind::Vsock(vsock.clone()),
             What::Net(net) => DeviceKind::Net(net.parts(tap_of)?),
             What::Console(bus) => DeviceKind::Console(bus.parts()?),
@@ -455,20 +481,6 @@ pub(super) fn only(props: &mut Props, key: &str, words: &[&str]) -> Result<(), O
             words.first().copied().unwrap_or_default()
         ))),
         _ => Ok(()),
-    }
-}
-
-/// A device number and, behind a dot, a function, both hexadecimal.
-fn slot(text: &str) -> Result<u8, OptionError> {
-    let (slot, function) = text.split_once('.').unwrap_or((text, "0"));
-    let digits = slot.strip_prefix("0x").unwrap_or(slot);
-    let is_number = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let slot = u8::from_str_radix(digits, 16).ok().filter(|_| is_number);
-    match (slot, function) {
-        (Some(slot @ 1..32), "0") => Ok(slot),
-        _ => Err(OptionError::new(format!(
-            "addr={text} cannot be had: a device is function 0 of slot 01 to 1f of the bus"
-        ))),
     }
 }
 

@@ -176,10 +176,6 @@ const DEVICES: &[(&str, &str)] = &[
          and virtio-net-pci on -netdev vhost-user",
     ),
     ("x-pci-proxy-dev", MULTI_PROCESS),
-    (
-        "virtio-mem",
-        "Pando has no virtio-mem device yet: give the memory as RAM, or as pc-dimm modules",
-    ),
     ("virtio-net", "network devices are virtio-net-pci"),
     ("e1000", "network devices are virtio-net-pci"),
     ("rtl8139", "network devices are virtio-net-pci"),
@@ -202,8 +198,8 @@ pub fn device(driver: &str) -> String {
         Some(instead) => format!("device '{driver}' cannot be had: {instead}"),
         None => format!(
             "'{driver}' is not a valid device model name, or one that Pando does not have: pc-dimm, \
-             virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, virtserialport, \
-             virtio-balloon-pci, vhost-vsock-pci, vhost-user-blk-pci and vmgenid are the devices to add"
+             virtio-mem-pci, virtio-blk-pci, virtio-net-pci, virtio-rng-pci, virtio-serial-pci, virtconsole, \
+             virtserialport, virtio-balloon-pci, vhost-vsock-pci, vhost-user-blk-pci and vmgenid are the devices to add"
         ),
     }
 }

@@ -64,11 +64,11 @@ fn each_piece(
     length: usize,
     visit: &mut dyn FnMut(u64, std::ops::Range<usize>) -> io::Result<()>,
 ) -> io::Result<()> {
+    let layout = ram.layout();
     let mut done = 0;
     while done < length {
         let at = offset + done as u64;
-        let segment = ram
-            .layout()
+        let segment = layout
             .segments()
             .iter()
             .find(|s| {
@@ -237,8 +237,8 @@ pub fn load(
     placement: Placement,
     file: &mut File,
 ) -> io::Result<()> {
-    let all = ram.layout().backend_bytes();
-    let bytes = all.get(backend).copied().unwrap_or(0);
+    let layout = ram.layout();
+    let bytes = layout.backend_bytes().get(backend).copied().unwrap_or(0);
     read_runs(saved, bytes, placement, file, &mut |offset, piece| {
         write(ram, backend, offset, piece)
     })

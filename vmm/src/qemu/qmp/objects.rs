@@ -9,7 +9,7 @@ use super::message::{Class, QmpError};
 use crate::qemu::line::memory;
 use crate::qemu::vm::Vm;
 use crate::qemu::words::Props;
-use crate::spec::{BackendKind, BackendSpec, Dimm};
+use crate::spec::{BackendKind, BackendSpec, DeviceSpec, Dimm};
 
 /// Where a path leads.
 enum Place<'a> {
@@ -19,6 +19,7 @@ enum Place<'a> {
     Peripherals,
     Dimm(&'a Dimm),
     Balloon,
+    Growing(&'a DeviceSpec),
     Backend(&'a BackendSpec),
 }
 
@@ -35,7 +36,9 @@ fn find<'a>(vm: &'a Vm, path: &str) -> Result<Place<'a>, QmpError> {
             if vm.is_balloon(id) {
                 return Ok(Place::Balloon);
             }
-            vm.find_dimm(id).map(Place::Dimm).ok_or_else(not_found)
+            let dimm = vm.find_dimm(id).map(Place::Dimm);
+            let growing = || vm.find_memory_device(id).map(Place::Growing);
+            dimm.or_else(growing).ok_or_else(not_found)
         }
         other => {
             let id = other.strip_prefix("/objects/").unwrap_or(other);
@@ -60,6 +63,11 @@ pub fn list(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
         }
         Place::Dimm(dimm) => {
             let names = dimm_properties(vm, dimm);
+            let all = names.into_iter().map(|(name, kind, _)| json!({"name": name, "type": kind}));
+            properties.extend(all);
+        }
+        Place::Growing(device) => {
+            let names = growing_properties(vm, device);
             let all = names.into_iter().map(|(name, kind, _)| json!({"name": name, "type": kind}));
             properties.extend(all);
         }
@@ -100,6 +108,12 @@ pub fn get(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             .find(|(known, ..)| *known == name)
             .map(|(_, _, value)| value)
             .ok_or_else(|| not_found("pc-dimm")),
+        Place::Growing(_) if name == "type" => Ok(json!("virtio-mem-pci")),
+        Place::Growing(device) => growing_properties(vm, device)
+            .into_iter()
+            .find(|(known, ..)| *known == name)
+            .map(|(_, _, value)| value)
+            .ok_or_else(|| not_found("virtio-mem-pci")),
         Place::Machine => match name {
             "type" => Ok(json!(format!("{}-machine", vm.kind()))),
             "memory-backend" => Ok(json!(vm.ram_object())),
@@ -132,6 +146,11 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
         return Err(QmpError::generic(format!(
             "Attempt to set property '{name}' on device '{id}' (type 'vmgenid') after it was realized"
         )));
+    }
+    if let Place::Growing(device) = find(vm, args.text("path"))? {
+        let id = device.id().to_owned();
+        vm.set_memory_device(&id, name, &value)?;
+        return Ok(json!({}));
     }
     let (id, kind) = match find(vm, args.text("path"))? {
         Place::Balloon => return set_of_balloon(vm, name, &value),
@@ -238,7 +257,7 @@ pub fn delete(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
 
 /// Properties of a memory module: name, type, value.
 fn dimm_properties(vm: &Vm, dimm: &Dimm) -> Vec<(&'static str, &'static str, Value)> {
-    let all = vm.dimm(dimm);
+    let all = vm.dimm_facts(dimm);
     let value = |name: &'static str, kind| (name, kind, all[name].clone());
     vec![
         value("addr", "uint64"),
@@ -249,6 +268,20 @@ fn dimm_properties(vm: &Vm, dimm: &Dimm) -> Vec<(&'static str, &'static str, Val
         value("hotplugged", "bool"),
         value("hotpluggable", "bool"),
         ("realized", "bool", json!(true)),
+    ]
+}
+
+/// Properties of a memory device: name, type, value.
+fn growing_properties(vm: &Vm, device: &DeviceSpec) -> Vec<(&'static str, &'static str, Value)> {
+    let all = vm.memory_device_facts(device);
+    let value = |name: &'static str, kind| (name, kind, all[name].clone());
+    vec![
+        value("memaddr", "uint64"),
+        value("node", "uint32"),
+        value("memdev", "link<memory-backend>"),
+        value("block-size", "size"),
+        value("requested-size", "size"),
+        value("size", "size"),
     ]
 }
 

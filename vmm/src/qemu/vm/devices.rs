@@ -38,7 +38,12 @@ impl Vm {
         let mut device = match device.map_err(|error| QmpError::generic(error.message()))? {
             Ok(device) => device,
             Err(mut other) => {
-                return Err(not_plugged(other.text("driver").ok().flatten().as_deref()));
+                let driver = other.text("driver").ok().flatten();
+                if driver.as_deref() == Some("pc-dimm") {
+                    other.add("driver", "pc-dimm");
+                    return self.module_add(other);
+                }
+                return Err(not_plugged(driver.as_deref()));
             }
         };
         self.take_news();
@@ -56,6 +61,10 @@ impl Vm {
             && (spec.dimms().iter().any(|dimm| dimm.id() == id) || self.is_generation_device(id))
         {
             return Err(duplicate(id));
+        }
+        if let Some(memdev) = device.memdev() {
+            let memdev = memdev.to_owned();
+            return self.memory_device_add(&device, &memdev);
         }
         let pci = &self.plan.wanted.memory.pci;
         // A chardev leads to one device.
@@ -140,7 +149,7 @@ impl Vm {
             return Err(no_hotplug("vmgenid"));
         }
         if spec.dimms().iter().any(|dimm| dimm.id() == id) {
-            return Err(no_hotplug("pc-dimm"));
+            return self.module_del(id);
         }
         if spec.devices().iter().all(|device| device.id() != id) {
             let desc = format!("Device '{id}' not found");
@@ -156,6 +165,7 @@ impl Vm {
             )));
         }
         let id = id.to_owned();
+        self.refuse_plugged_memory(&id)?;
         match self.held.handle() {
             // There is no guest that could be asked.
             None => self.gone(&id),
@@ -172,7 +182,8 @@ impl Vm {
     pub(super) fn watch_devices(&mut self) {
         self.news = crossbeam::channel::never();
         self.unplugging.clear();
-        let Some(handle) = self.held.handle().filter(|_| self.plan.spec.has_pci()) else {
+        let comes_and_goes = self.plan.spec.has_pci() || self.plan.spec.slots() > 0;
+        let Some(handle) = self.held.handle().filter(|_| comes_and_goes) else {
             return;
         };
         self.news = handle.watch();
@@ -201,6 +212,14 @@ impl Vm {
                 let data = json!({"device": id, "path": format!("{PERIPHERAL}{id}")});
                 self.bus.send("DEVICE_UNPLUG_GUEST_ERROR", Some(data));
             }
+            DeviceNews::Resized { id, bytes } => self.memory_resized(&id, bytes),
+            DeviceNews::ModuleGone { slot } => self.module_gone(slot),
+            DeviceNews::ModuleOutcome {
+                slot,
+                event,
+                status,
+                is_refusal,
+            } => self.module_outcome(slot, (event, status), is_refusal),
         }
     }
 
@@ -214,7 +233,15 @@ impl Vm {
     fn gone(&mut self, id: &str) {
         self.unplugging.remove(id);
         let was_balloon = self.is_balloon(id);
-        self.plan.spec = self.plan.spec.without_device(id);
+        let spec = &self.plan.spec;
+        let gone = spec.devices().iter().find(|device| device.id() == id);
+        let backend = gone.and_then(|device| spec.memory_backend_of(device));
+        let without = spec.without_device(id);
+        match backend {
+            Some(position) => self.release(without, position),
+            None => self.plan.spec = without,
+        }
+        self.hotplugged.remove(id);
         // A guest that has taken it out has had this done; without one there is nobody else to do it.
         for (_, disk) in self.disks.iter().filter(|(of, _)| of == id) {
             if disk.has_pending_writes()
@@ -258,7 +285,7 @@ fn may_ask(asked: Option<Option<Instant>>, now: Instant) -> bool {
 fn not_plugged(driver: Option<&str>) -> QmpError {
     match driver {
         None => QmpError::generic("Parameter 'driver' is missing"),
-        Some(driver @ ("vmgenid" | "pc-dimm")) => no_hotplug(driver),
+        Some(driver @ "vmgenid") => no_hotplug(driver),
         Some(driver) => QmpError::generic(refused::device(driver)),
     }
 }
@@ -272,7 +299,7 @@ fn duplicate(id: &str) -> QmpError {
 }
 
 /// A refusal in QEMU's words.
-fn refusal(device: &Device, spec: &MachineSpec, error: &SpecError) -> QmpError {
+pub(super) fn refusal(device: &Device, spec: &MachineSpec, error: &SpecError) -> QmpError {
     let driver = &device.driver;
     let SpecError::Device { reason, id } = error else {
         return QmpError::generic(one_line(error));

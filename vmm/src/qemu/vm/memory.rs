@@ -7,7 +7,8 @@ use std::fs::File;
 use pando_pager::{Pager, PagerOptions, Serving};
 use rustix::fs::{FallocateFlags, fallocate};
 
-use crate::memory::guest::GuestRam;
+use crate::memory::guest::{GuestRam, RamBacking};
+use crate::memory::open::OpenedFile;
 use crate::memory::provide::{Begin, HeldFiles};
 use crate::qemu::error::OptionError;
 use crate::qemu::link::reason;
@@ -88,6 +89,32 @@ impl Memory {
                 reason(&errno.into())
             ))
         })
+    }
+
+    /// The machine is to have one backend more.
+    pub(super) fn insert(&mut self, spec: &MachineSpec, position: usize, file: Option<OpenedFile>) {
+        if let Some(backend) = spec.backends().get(position) {
+            self.files.insert(position, backend, file);
+        }
+        self.spec = spec.clone();
+    }
+
+    /// The machine is to have one backend less, whose file this is.
+    pub(super) fn remove(&mut self, spec: &MachineSpec, position: usize) -> Option<OpenedFile> {
+        self.spec = spec.clone();
+        self.files.remove(position)
+    }
+
+    /// Memory of a backend that comes while the machine is there.
+    pub(super) fn make_one(&self, position: usize) -> Result<RamBacking, OptionError> {
+        let backend = self.spec.backends().get(position);
+        let backend = backend.ok_or_else(|| OptionError::new("there is no such memory backend"))?;
+        let begin = match self.spec.is_growing(position) {
+            true => Begin::Zero,
+            false => Begin::Files,
+        };
+        let made = self.files.make_one(position, backend, begin);
+        made.map_err(|error| refused(&error))
     }
 
     /// Makes memory.

@@ -9,10 +9,12 @@ mod control;
 mod devices;
 mod discards;
 mod functions;
+mod growing;
 mod held;
 mod hubs;
 mod incoming;
 mod memory;
+mod modules;
 mod nets;
 mod objects;
 mod order;
@@ -23,7 +25,7 @@ mod query;
 mod serial;
 mod status;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::Instant;
 
@@ -128,6 +130,8 @@ pub struct Vm {
     balloon: balloon::Balloon,
     /// Events that come at most so often.
     paced: paced::Paced,
+    /// Memory devices that came while the machine was there.
+    hotplugged: BTreeSet<String>,
     /// Images that devices have or may get.
     images: Images,
     /// Ends of cables that devices have or may get.
@@ -190,6 +194,7 @@ impl Vm {
             added: Vec::new(),
             balloon: balloon::Balloon::default(),
             paced: paced::Paced::default(),
+            hotplugged: BTreeSet::new(),
             images,
             netdevs,
             unplugging: BTreeMap::new(),

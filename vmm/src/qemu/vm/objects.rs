@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
 //! Memory backends: those of the machine, and those that a monitor added. The latter exist, with
-//! their files open, and belong to no device: none can be added to a machine that runs.
+//! their files open, and belong to no device until one comes that names them.
 
 use super::{Vm, order};
 use crate::memory::open::{OpenedFile, open};
@@ -11,9 +11,9 @@ use crate::spec::{BackendSpec, MAX_BACKENDS};
 /// A backend that a monitor added.
 #[derive(Debug)]
 pub(super) struct Added {
-    spec: BackendSpec,
+    pub(super) spec: BackendSpec,
     /// Open as long as the object is there.
-    _file: Option<OpenedFile>,
+    pub(super) file: Option<OpenedFile>,
 }
 
 impl Vm {
@@ -49,7 +49,7 @@ impl Vm {
         }
         let opened = spec.file().map(|source| open(&spec, source)).transpose();
         let file = opened.map_err(|error| QmpError::generic(one_line(&error)))?;
-        self.added.push(Added { spec, _file: file });
+        self.added.push(Added { spec, file });
         Ok(())
     }
 

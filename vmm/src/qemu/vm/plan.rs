@@ -14,7 +14,7 @@ use crate::qemu::line::Wanted;
 use crate::qemu::link::reason;
 use crate::qemu::{outputs, processes};
 use crate::report::one_line;
-use crate::spec::{DeviceKind, DeviceParts, MachineSpec, SpecError};
+use crate::spec::{DeviceFault, DeviceKind, DeviceParts, MachineSpec, SpecError};
 
 /// What a machine is made from.
 #[derive(Debug)]
@@ -107,6 +107,18 @@ fn refused(wanted: &Wanted, error: &SpecError) -> OptionError {
         return OptionError::new(one_line(&fault));
     }
     let refusal = OptionError::new(one_line(error));
+    // The same of memory that grows and shrinks; each line of it.
+    if let SpecError::Device {
+        id,
+        reason: DeviceFault::Memory(fault),
+    } = error
+    {
+        let text = fault.to_string();
+        let typed = wanted.memory.pci.typed_of_memory(id).unwrap_or_default();
+        let mut lines = text.lines();
+        let first = OptionError::new(lines.next().unwrap_or_default()).at(typed);
+        return lines.fold(first, |first, line| first.hint(format!("{typed}: {line}")));
+    }
     // The option of the module that is at fault, as QEMU quotes it.
     if let SpecError::Dimm { id, .. } = error
         && let Some((_, typed)) = wanted.memory.dimms.iter().find(|(dimm, _)| dimm.id == *id)

@@ -160,22 +160,24 @@ impl Vm {
     }
 
     pub(in crate::qemu) fn query_memory_devices(&self) -> Value {
-        let mut dimms: Vec<_> = self.plan.spec.dimms().iter().collect();
-        dimms.sort_by_key(|dimm| dimm.guest_address());
-        dimms
-            .into_iter()
+        let dimms = self.plan.spec.dimms().iter();
+        let mut all: Vec<(u64, Value)> = dimms
             .map(|dimm| {
-                let mut device = self.dimm(dimm);
+                let mut device = self.dimm_facts(dimm);
                 if let Some(id) = self.plan.wanted.dimm_id(dimm.id()) {
                     device["id"] = json!(id);
                 }
-                json!({"type": "dimm", "data": device})
+                let address = dimm.guest_address();
+                (address, json!({"type": "dimm", "data": device}))
             })
-            .collect()
+            .collect();
+        all.extend(self.query_growing());
+        all.sort_by_key(|(address, _)| *address);
+        all.into_iter().map(|(_, device)| device).collect()
     }
 
     /// What QEMU says of a module, besides its id.
-    pub(in crate::qemu) fn dimm(&self, dimm: &Dimm) -> Value {
+    pub(in crate::qemu) fn dimm_facts(&self, dimm: &Dimm) -> Value {
         let backend = self.plan.spec.backends()[dimm.backend()].id();
         json!({
                     "addr": dimm.guest_address(),
@@ -183,7 +185,7 @@ impl Vm {
                     "slot": dimm.slot(),
                     "node": dimm.node(),
                     "memdev": format!("/objects/{backend}"),
-                    "hotplugged": false,
+                    "hotplugged": self.hotplugged.contains(dimm.id()),
                     "hotpluggable": true,
         })
     }
@@ -200,6 +202,7 @@ impl Vm {
 
     pub(in crate::qemu) fn query_memory_size(&self) -> Value {
         let plugged: u64 = self.plan.spec.dimms().iter().map(|dimm| dimm.bytes()).sum();
+        let plugged = plugged + self.grown_bytes();
         json!({"base-memory": self.plan.spec.ram_bytes(), "plugged-memory": plugged})
     }
 

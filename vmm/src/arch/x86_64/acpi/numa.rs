@@ -4,6 +4,8 @@
 //! `acpi_tables` has the structure for memory and none for local APICs, and its SLIT knows no distance
 //! that differs by direction: both tables are put together here.
 
+use std::ops::Range;
+
 use acpi_tables::sdt::Sdt;
 use acpi_tables::srat::MemoryAffinity;
 
@@ -45,7 +47,29 @@ pub(super) fn srat(spec: &MachineSpec) -> Vec<u8> {
     for segment in layout.module_segments().filter(|s| !is_rom(s)) {
         srat.append_slice(&bytes_of(&memory(segment).hotpluggable()));
     }
+    // Where modules may come: of the last node, as with QEMU, until one of another node does.
+    let last = u32::try_from(spec.numa().nodes().len().saturating_sub(1)).unwrap_or_default();
+    for Range { start, end } in free_of_modules(spec) {
+        let room = MemoryAffinity::new(last, start, end - start);
+        srat.append_slice(&bytes_of(&room.enabled().hotpluggable()));
+    }
     srat.as_slice().to_vec()
+}
+
+/// What the room for modules has beside those that are there.
+fn free_of_modules(spec: &MachineSpec) -> Vec<Range<u64>> {
+    let Range { mut start, end } = spec.module_area();
+    let mut free = Vec::new();
+    for module in spec.layout().module_segments() {
+        if start < module.guest_address {
+            free.push(start..module.guest_address);
+        }
+        start = start.max(module.guest_address + module.bytes);
+    }
+    if start < end {
+        free.push(start..end);
+    }
+    free
 }
 
 /// The SLIT: one byte for each pair of nodes, row by row.

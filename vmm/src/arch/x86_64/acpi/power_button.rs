@@ -2,7 +2,7 @@
 //! The power button (ACPI 6.5, 4.8.3.1 and 5.6.9): hardware-reduced machines have it as a device whose
 //! press is an interrupt of the Generic Event Device. Without state: each interrupt is one press. The
 //! same device brings the event of a new VM generation, and those of devices that come and go on the PCI
-//! bus, whose line stays raised until they are read.
+//! bus and of memory modules, whose lines stay raised until they are read.
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -11,8 +11,10 @@ use acpi_tables::aml::{
 };
 use acpi_tables::sdt::Sdt;
 
-use super::{generation, hotplug};
-use crate::arch::x86_64::ports::{GENERATION_ID_GSI, PCI_HOTPLUG_GSI, POWER_BUTTON_GSI};
+use super::{generation, hotplug, module};
+use crate::arch::x86_64::ports::{
+    GENERATION_ID_GSI, MODULE_HOTPLUG_GSI, PCI_HOTPLUG_GSI, POWER_BUTTON_GSI,
+};
 use crate::spec::MachineSpec;
 
 /// What the button is told: it was pressed (ACPI 6.5, table 5.187).
@@ -36,6 +38,10 @@ pub(super) fn append(dsdt: &mut Sdt, spec: &MachineSpec) {
     let is_moved = Equal::new(&Arg(0), &PCI_HOTPLUG_GSI);
     let look = MethodCall::new(Path::new(hotplug::METHOD), vec![]);
     let on_move = If::new(&is_moved, vec![&look]);
+    let grown = Interrupt::new(true, false, false, false, MODULE_HOTPLUG_GSI);
+    let is_grown = Equal::new(&Arg(0), &MODULE_HOTPLUG_GSI);
+    let look_at_slots = MethodCall::new(Path::new(module::METHOD), vec![]);
+    let on_growth = If::new(&is_grown, vec![&look_at_slots]);
     let mut interrupts: Vec<&dyn Aml> = vec![&interrupt];
     let mut events: Vec<&dyn Aml> = vec![&on_press];
     if spec.has_generation_id() {
@@ -45,6 +51,10 @@ pub(super) fn append(dsdt: &mut Sdt, spec: &MachineSpec) {
     if spec.has_pci() {
         interrupts.push(&moved);
         events.push(&on_move);
+    }
+    if spec.slots() > 0 {
+        interrupts.push(&grown);
+        events.push(&on_growth);
     }
     Scope::new(
         Path::new("_SB_"),

@@ -1,6 +1,6 @@
 #![forbid(unsafe_code)]
 use super::*;
-use crate::arch::x86_64::layout::{ACPI_ADDRESS, ACPI_END};
+use crate::arch::x86_64::layout::{ACPI_ADDRESS, ACPI_END, GENERATION_ID_ADDRESS};
 use crate::spec::{
     BackendKind, BackendOptions, BackendSpec, CpuCount, DimmParts, DistanceParts, MachineParts,
     MemoryParts, NodeParts,
@@ -209,6 +209,8 @@ fn the_srat_has_every_cpu_all_ram_and_every_module_that_can_be_written() {
             (1, 4 * gib, gib + 64 * MIB, 1),
             // Enabled and hot-pluggable, at the next GiB.
             (1, 6 * gib, 128 * MIB, 3),
+            // Room for more: up to the 16 GiB, but for the read-only module, and a GiB for each slot.
+            (1, 6 * gib + 130 * MIB, 16 * gib - 64 * MIB - 130 * MIB, 3),
         ]
     );
 }
@@ -224,23 +226,30 @@ fn the_slit_has_distances_by_direction() {
 }
 
 #[test]
-fn a_module_is_a_device_with_slot_node_and_range() {
+fn each_slot_of_a_module_is_a_device() {
     let image = tables(ACPI_ADDRESS, &two_nodes());
     let [_, _, dsdt] = walk(&image);
     let names = dsdt
         .windows(4)
         .filter(|name| name[0] == b'M' && name[1..3] == *b"00");
+    // Each twice: as a device, and where it is told.
     assert_eq!(
         names.collect::<Vec<_>>(),
-        [b"M002"],
-        "the read-only one is none"
+        [
+            b"M000", b"M001", b"M002", b"M003", b"M000", b"M001", b"M002", b"M003"
+        ],
     );
     // EISAID("PNP0C80").
     assert!(dsdt.windows(4).any(|id| id == [0x41, 0xd0, 0x0c, 0x80]));
-    let range = [
-        (6_u64 << 30).to_le_bytes(),
-        ((6 << 30) + 128 * MIB - 1).to_le_bytes(),
-    ]
-    .concat();
-    assert!(dsdt.windows(16).any(|bytes| bytes == range));
+}
+
+#[test]
+fn as_many_slots_as_there_can_be_fit() {
+    let mut parts = two_nodes().to_parts();
+    parts.memory.slots = crate::spec::MAX_SLOTS;
+    let image = tables(
+        ACPI_ADDRESS,
+        &MachineSpec::from_parts(parts).unwrap().with_pci(true),
+    );
+    assert!(image.len() as u64 <= GENERATION_ID_ADDRESS - ACPI_ADDRESS);
 }

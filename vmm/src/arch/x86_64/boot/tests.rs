@@ -160,7 +160,7 @@ fn a_bzimage_is_loaded_at_one_mib_and_told_everything() {
     assert_eq!(read::<2>(&ram, 0x3ff_e000 + 4999), [0x5a, 0]);
     assert_eq!(u32_at(0x228), 0x2_0000, "cmd_line_ptr");
     assert_eq!(&read::<20>(&ram, 0x2_0000), b"console=ttyS0 quiet\0");
-    let map = memory_map(ram.layout(), &|_| false, &[]);
+    let map = memory_map(&ram.layout(), &|_| false, &[]);
     assert_eq!(usize::from(params[0x1e8]), map.len());
     for (number, range) in map.iter().enumerate() {
         let at = 0x2d0 + 20 * number;
@@ -227,7 +227,7 @@ fn an_elf_with_a_pvh_note_starts_there_without_paging() {
     assert_eq!(first[8..16], 0x9_fc00_u64.to_le_bytes());
     assert_eq!(
         info[48] as usize,
-        memory_map(ram.layout(), &|_| false, &[]).len()
+        memory_map(&ram.layout(), &|_| false, &[]).len()
     );
 }
 

@@ -76,7 +76,7 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     image.check_fit(ram, end)?;
 
     let loaded = BzImage::load(
-        ram.as_vm_memory(),
+        &*ram.as_vm_memory(),
         Some(GuestAddress(HIGH_MEMORY_ADDRESS)),
         image.file,
         None,

@@ -58,7 +58,7 @@ pub(super) fn load<F: Read + ReadVolatile + Seek>(
     }
     image.check_fit(ram, end)?;
 
-    let loaded = Elf::load(ram.as_vm_memory(), None, image.file, None)
+    let loaded = Elf::load(&*ram.as_vm_memory(), None, image.file, None)
         .map_err(|error| image.bad(error.to_string()))?;
     let protocol = match loaded.pvh_boot_cap {
         PvhBootCapability::PvhEntryPresent(entry) => Protocol::Pvh { entry: entry.0 },

@@ -1,0 +1,160 @@
+# shellcheck shell=dash
+# Debian's kernel while memory comes and goes in a clone: a module (pc-dimm) by ACPI, and memory that grows and
+# shrinks (virtio-mem), frozen with nothing plugged and plugged into a clone that runs. Functions of
+# l1-lib.sh; `say SOCKET COMMAND` runs a command in a guest.
+
+folder=/tmp/memory
+mkdir -p "$folder/extra" /var/tmp
+cd "$folder" || exit 1
+ln -s /bin/pando qemu-system-x86_64
+
+# What the guest has before its ready mark: drivers, and how it waits, for a minute.
+cat >"$folder/extra/prepare" <<'PREPARE'
+while read -r module; do insmod "/modules/$module.ko"; done </modules/order
+cat >/bin/becomes <<'BECOMES'
+#!/bin/sh
+for try in $(seq 300); do eval "$1" && exit 0; sleep 0.2; done
+exit 1
+BECOMES
+cat >/bin/total <<'TOTAL'
+#!/bin/sh
+# MemTotal in MiB.
+awk '/MemTotal/{print int($2 / 1024)}' /proc/meminfo
+TOTAL
+cat >/bin/used <<'USED'
+#!/bin/sh
+# So many MiB filled, and read back.
+mkdir -p /mnt && mount -t tmpfs -o size=90% none /mnt
+dd if=/dev/urandom of=/tmp/seed bs=1M count=1 2>/dev/null
+for number in $(seq "$1"); do cat /tmp/seed; done >/mnt/blob
+[ "$(md5sum </mnt/blob)" = "$(for number in $(seq "$1"); do cat /tmp/seed; done | md5sum)" ]
+USED
+cat >/bin/freed <<'FREED'
+#!/bin/sh
+rm -f /mnt/blob; umount /mnt
+FREED
+chmod +x /bin/becomes /bin/total /bin/used /bin/freed
+echo online_movable >/sys/devices/system/memory/auto_online_blocks
+PREPARE
+(cd "$folder/extra" && echo prepare | cpio -o -H newc 2>/dev/null) >"$folder/extra.cpio"
+cat /rig/initrd "$folder/extra.cpio" >"$folder/initrd"
+
+# start NAME OPTIONS...: a machine that speaks QMP at NAME.in and NAME.out, COM1 at NAME.com1.
+start() {
+    name=$1
+    shift
+    mkfifo "$name.in"
+    ./qemu-system-x86_64 -nodefaults -nographic -qmp stdio -m 256M,slots=4,maxmem=2G \
+        -serial "unix:$name.com1,server=on,wait=off" \
+        -object memory-backend-ram,id=v0ram,size=256M \
+        -device virtio-mem-pci,id=v0,memdev=v0ram,requested-size=0 "$@" <>"$name.in" >"$name.out" 2>&1 &
+    tell "$name" qmp_capabilities
+}
+
+# tell NAME COMMAND [ARGUMENTS]: a QMP command, its arguments without braces.
+tell() { echo "{\"execute\": \"$2\", \"arguments\": {$3}}" >"$1.in"; }
+
+# memory HOW: RAM on the file `template`.
+memory() { echo "memory-backend-file,id=pc.ram,mem-path=template,size=256M,$1"; }
+
+# migrated NAME: true when its last save or load is complete.
+migrated() {
+    tell "$1" query-migrate
+    sleep 0.2
+    grep -q '"status": "completed"' "$1.out"
+}
+
+# resident PID: what a process has of the host's memory, in MiB.
+resident() { awk '/^VmRSS/{print int($2 / 1024)}' "/proc/$1/status"; }
+
+# request ID BYTES: so much of a device that grows and shrinks.
+request() {
+    tell c qom-set "\"path\": \"/machine/peripheral/$1\", \"property\": \"requested-size\", \"value\": $2"
+}
+
+# has_size ID BYTES: true when the guest has so much of a device.
+has_size() {
+    tell c query-memory-devices
+    sleep 0.2
+    tail -n 3 c.out | tr '{' '\n' | grep "\"id\": \"$1\"" | grep -q "\"size\": $2[,}]"
+}
+
+start t -object "$(memory share=on)" -machine q35,memory-backend=pc.ram -smp 2 \
+    -kernel /rig/vmlinuz -initrd "$folder/initrd" -append "console=ttyS0 quiet panic=-1"
+template=$!
+check answers within 300 say t.com1 true || {
+    cat t.out
+    exit 1
+}
+tell t stop
+tell t migrate-set-capabilities '"capabilities": [{"capability": "x-ignore-shared", "state": true}]'
+tell t migrate '"uri": "file:state"'
+check saved within 60 migrated t || cat t.out
+tell t quit
+wait $template
+same template-ends 0 $?
+chmod a-w template
+
+start c -object "$(memory share=off,readonly=on,rom=off)" -smp 2 \
+    -machine q35,memory-backend=pc.ram -incoming defer
+clone=$!
+tell c migrate-set-capabilities '"capabilities": [{"capability": "x-ignore-shared", "state": true}]'
+tell c migrate-incoming '"uri": "file:state"'
+check loaded within 60 migrated c || cat c.out
+tell c cont
+check clone-answers within 60 say c.com1 true
+before=$(say c.com1 total)
+
+# A module.
+tell c object-add '"qom-type": "memory-backend-ram", "id": "d0", "size": 268435456'
+tell c device_add '"driver": "pc-dimm", "id": "dimm0", "memdev": "d0"'
+check module-comes say c.com1 "becomes '[ \$(total) -ge $((before + 240)) ]'" || {
+    say c.com1 'dmesg | tail -n 20'
+    cat c.out
+}
+check module-is-used say c.com1 "used 200"
+full=$(resident $clone)
+say c.com1 freed
+tell c device_del '"id": "dimm0"'
+check module-goes within 60 grep -q '"device": "dimm0".*DEVICE_DELETED\|DEVICE_DELETED.*"device": "dimm0"' c.out || {
+    say c.com1 'dmesg | tail -n 20'
+    cat c.out
+}
+same module-gone "$before" "$(say c.com1 total)"
+between module-is-the-hosts-again 0 $((full - 100)) "$(resident $clone)"
+tell c object-del '"id": "d0"'
+
+# Memory that was frozen with nothing plugged.
+request v0 134217728
+check frozen-grows within 60 has_size v0 134217728 || cat c.out
+request v0 0
+check frozen-shrinks within 60 has_size v0 0 || cat c.out
+
+# Memory that is plugged into a clone.
+tell c object-add '"qom-type": "memory-backend-ram", "id": "v1ram", "size": 536870912'
+tell c device_add '"driver": "virtio-mem-pci", "id": "v1", "memdev": "v1ram"'
+request v1 268435456
+check grows within 60 has_size v1 268435456 || {
+    say c.com1 'dmesg | tail -n 20'
+    cat c.out
+}
+check grown-is-seen say c.com1 "becomes '[ \$(total) -ge $((before + 240)) ]'"
+check grown-is-used say c.com1 "used 200"
+full=$(resident $clone)
+tell c device_del '"id": "v1"'
+check grown-does-not-go within 10 grep -q 'cannot get unplugged while some of its memory is still plugged' c.out
+say c.com1 freed
+request v1 0
+check shrinks within 60 has_size v1 0 || cat c.out
+between shrunk-is-the-hosts-again 0 $((full - 100)) "$(resident $clone)"
+check told-of-sizes grep -q MEMORY_DEVICE_SIZE_CHANGE c.out
+tell c device_del '"id": "v1"'
+check device-goes within 60 grep -q '"device": "v1".*DEVICE_DELETED\|DEVICE_DELETED.*"device": "v1"' c.out || cat c.out
+tell c object-del '"id": "v1ram"'
+check own-memory-is-intact say c.com1 "used 40"
+same errors 1 "$(grep -c '"error"' c.out)"
+tell c quit
+wait $clone
+same clone-ends 0 $?
+cd / || exit 1
+rm -rf "$folder"
