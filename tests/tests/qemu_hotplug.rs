@@ -156,7 +156,10 @@ fn what_cannot_be_plugged_is_refused_in_qemus_words() -> Result<()> {
             "'nope' is not a valid device model name",
         ),
         (json!({"driver": "vmgenid"}), no_hotplug),
-        (json!({"driver": "pc-dimm", "memdev": "m"}), no_hotplug),
+        (
+            json!({"driver": "pc-dimm", "memdev": "m"}),
+            "Device 'm' not found",
+        ),
         (rng("r"), "Duplicate device ID 'r'"),
         (rng("g"), "Duplicate device ID 'g'"),
         (rng(".x"), "Parameter 'id' expects an identifier"),
