@@ -9,7 +9,7 @@ use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::mem;
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
-use super::place::slot;
+use super::place::{slot, words};
 use super::throttle;
 use super::vsock;
 use crate::qemu::error::{OptionError, missing};
@@ -483,16 +483,6 @@ pub fn blockdev(mut props: Props, images: &[Image]) -> Result<Image, OptionError
             "driver '{other}' cannot be had: images are raw files, so say driver=file or driver=raw"
         ))),
     }
-}
-
-/// Properties of a blockdev or a netdev: words, or JSON.
-fn words(value: &str, first: &str) -> Result<Props, OptionError> {
-    let form = if value.starts_with('{') {
-        Form::SwitchesOrJson
-    } else {
-        Form::KeyValue
-    };
-    Props::parse(value, Some(first), form)
 }
 
 /// Refuses a property that says anything else than what is so.

@@ -137,7 +137,7 @@ impl Vm {
             return Err(no_hotplug("vmgenid"));
         }
         if spec.dimms().iter().any(|dimm| dimm.id() == id) {
-            return self.module_del(&id.to_owned());
+            return self.module_del(id);
         }
         if spec.devices().iter().all(|device| device.id() != id) {
             let desc = format!("Device '{id}' not found");
