@@ -148,7 +148,7 @@ fn what_cannot_be_plugged_is_refused_in_qemus_words() -> Result<()> {
         |name: &str, path: &str| json!({"driver": "file", "node-name": name, "filename": path});
     qmp.ok("blockdev-add", &file("n", &path))?;
     let rng = |id: &str| json!({"driver": "virtio-rng-pci", "id": id});
-    let no_hotplug = "does not support hotplugging";
+    let (no_hotplug, no_object) = ("does not support hotplugging", "Device 'm' not found");
     for (arguments, text) in [
         (json!({}), "Parameter 'driver' is missing"),
         (
@@ -156,7 +156,7 @@ fn what_cannot_be_plugged_is_refused_in_qemus_words() -> Result<()> {
             "'nope' is not a valid device model name",
         ),
         (json!({"driver": "vmgenid"}), no_hotplug),
-        (json!({"driver": "pc-dimm", "memdev": "m"}), no_hotplug),
+        (json!({"driver": "pc-dimm", "memdev": "m"}), no_object),
         (rng("r"), "Duplicate device ID 'r'"),
         (rng("g"), "Duplicate device ID 'g'"),
         (rng(".x"), "Parameter 'id' expects an identifier"),

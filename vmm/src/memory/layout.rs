@@ -360,7 +360,7 @@ mod tests {
         assert_eq!(all.clone().without_module(3), two);
         assert_eq!(two.clone().without_module(2).without_module(2), ram);
         assert_eq!(two.clone().without_module(1), two, "RAM stays");
-        two.clone().with_module(3, a).unwrap_err();
+        two.with_module(3, a).unwrap_err();
     }
 
     proptest! {

@@ -258,28 +258,7 @@ impl TryFrom<&DeviceTable> for DeviceParts {
         Ok(match table.clone() {
             DeviceTable::Rng { id, slot } => device(id, slot, DeviceKind::Rng),
             DeviceTable::Document { id, slot } => device(id, slot, DeviceKind::Document),
-            DeviceTable::Mem {
-                id,
-                slot,
-                memory,
-                requested,
-                block,
-                node,
-                prealloc,
-                address,
-            } => device(
-                id,
-                slot,
-                DeviceKind::Mem(MemParts {
-                    backend: memory,
-                    requested_bytes: requested.0,
-                    block_bytes: block.map(|block| block.0),
-                    node,
-                    prealloc,
-                    guest_address: address,
-                    bytes: 0,
-                }),
-            ),
+            table @ DeviceTable::Mem { .. } => mem(table)?,
             DeviceTable::Vsock {
                 id,
                 slot,
@@ -451,6 +430,33 @@ impl From<&DeviceSpec> for DeviceTable {
             },
         }
     }
+}
+
+/// Memory that grows and shrinks.
+fn mem(table: DeviceTable) -> Result<DeviceParts, String> {
+    let DeviceTable::Mem {
+        id,
+        slot,
+        memory,
+        requested,
+        block,
+        node,
+        prealloc,
+        address,
+    } = table
+    else {
+        return Err("it is no virtio-mem".to_owned());
+    };
+    let kind = DeviceKind::Mem(MemParts {
+        backend: memory,
+        requested_bytes: requested.0,
+        block_bytes: block.map(|block| block.0),
+        node,
+        prealloc,
+        guest_address: address,
+        bytes: 0,
+    });
+    Ok(DeviceParts { id, slot, kind })
 }
 
 /// The limits of bytes and of what a device has beside.

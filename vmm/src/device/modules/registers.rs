@@ -267,7 +267,8 @@ impl ModuleSlots {
     }
 }
 
-/// The registers, from the guest's side. An access that is not one whole register is none.
+/// The registers, from the guest's side. An access that is not one whole register is none,
+/// but that a slot can be emptied by its first byte.
 #[derive(Debug)]
 pub struct ModulePorts {
     slots: Arc<ModuleSlots>,
@@ -308,6 +309,10 @@ impl PioDevice for ModulePorts {
     }
 
     fn write(&mut self, offset: u16, data: &[u8]) -> DeviceEvent {
+        // A slot's number has one byte.
+        if let (EJECT, &[slot]) = (offset, data) {
+            self.slots.eject(slot.into());
+        }
         if let &[a, b, c, d] = data {
             let value = u32::from_le_bytes([a, b, c, d]);
             match offset {

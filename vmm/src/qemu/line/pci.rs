@@ -8,7 +8,7 @@ use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::mem;
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
-use super::place::slot;
+use super::place::{slot, words};
 use super::throttle;
 use super::vhost_user::{self, Backend, VhostUser};
 use super::vsock;
@@ -461,16 +461,6 @@ impl Device {
         };
         Ok(self.as_parts(kind))
     }
-}
-
-/// Properties of a blockdev or a netdev: words, or JSON.
-fn words(value: &str, first: &str) -> Result<Props, OptionError> {
-    let form = if value.starts_with('{') {
-        Form::SwitchesOrJson
-    } else {
-        Form::KeyValue
-    };
-    Props::parse(value, Some(first), form)
 }
 
 /// Refuses a property that says anything else than what is so.

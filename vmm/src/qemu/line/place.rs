@@ -1,7 +1,8 @@
 #![forbid(unsafe_code)]
-//! Places on the bus as options say them.
+//! What options of devices have in common: places on the bus, and properties in words or as JSON.
 
 use crate::qemu::error::OptionError;
+use crate::qemu::words::{Form, Props};
 
 /// A device number and, behind a dot, a function, both hexadecimal.
 pub(super) fn slot(text: &str) -> Result<u8, OptionError> {
@@ -15,4 +16,14 @@ pub(super) fn slot(text: &str) -> Result<u8, OptionError> {
             "addr={text} cannot be had: a device is function 0 of slot 01 to 1f of the bus"
         ))),
     }
+}
+
+/// Properties of a blockdev or a netdev: words, or JSON.
+pub(super) fn words(value: &str, first: &str) -> Result<Props, OptionError> {
+    let form = if value.starts_with('{') {
+        Form::SwitchesOrJson
+    } else {
+        Form::KeyValue
+    };
+    Props::parse(value, Some(first), form)
 }

@@ -89,9 +89,11 @@ pub const COMMANDS: &[Command] = &[
     query("query-memdev", "memory backends", |vm, _| {
         Ok(vm.query_memdev())
     }),
-    query("query-memory-devices", "memory modules", |vm, _| {
-        Ok(vm.query_memory_devices())
-    }),
+    query(
+        "query-memory-devices",
+        "memory modules, and memory that grows",
+        |vm, _| Ok(vm.query_memory_devices()),
+    ),
     query(
         "query-memory-size-summary",
         "RAM and modules in bytes",
@@ -134,7 +136,7 @@ pub const COMMANDS: &[Command] = &[
         ..command(
             "object-add",
             &[must("qom-type", Kind::Str), must("id", Kind::Str)],
-            "a memory backend; no device can be added that would use it",
+            "a memory backend, for a device that is added later",
             objects::add,
         )
     },
@@ -153,7 +155,7 @@ pub const COMMANDS: &[Command] = &[
                 may("bus", Kind::Str),
                 may("id", Kind::Str),
             ],
-            "plug a device on the PCI bus: `virtio-blk-pci` with its `drive`, `virtio-net-pci` with its `netdev`, `virtio-rng-pci`, `vhost-vsock-pci` with its `guest-cid`, `vhost-user-blk-pci` with its `chardev`",
+            "plug a device: `pc-dimm` or `virtio-mem-pci` with its `memdev`, `virtio-blk-pci` with its `drive`, `virtio-net-pci` with its `netdev`, `virtio-rng-pci`, `vhost-vsock-pci` with its `guest-cid`, `vhost-user-blk-pci` with its `chardev`, `virtio-balloon-pci`",
             devices::add,
         )
     },

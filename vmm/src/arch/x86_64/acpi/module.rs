@@ -14,11 +14,12 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 
 use crate::arch::x86_64::ports::MODULE_HOTPLUG_PORTS;
-use crate::device::modules::registers::NOTHING;
 use crate::spec::MachineSpec;
 
 /// The method to call when the interrupt has come.
 pub(super) const METHOD: &str = "\\_SB_.MHPE";
+/// What the register of events reads where nothing has happened.
+const NOTHING: u32 = u32::MAX;
 /// Bits of a register.
 const REGISTER_BITS: usize = 32;
 /// Waits for the lock as long as it takes.

@@ -238,11 +238,8 @@ impl VirtioDevice for Mem {
         }
         let fits = request.writable_bytes() >= ANSWER_BYTES as u64;
         let written = fits && request.write(ram, 0, &answer.bytes()).is_ok();
-        if written {
-            u32::try_from(ANSWER_BYTES).unwrap_or(0)
-        } else {
-            0
-        }
+        let bytes = u32::try_from(ANSWER_BYTES).unwrap_or(0);
+        if written { bytes } else { 0 }
     }
 
     fn memory(&self) -> Option<MemoryFigures> {
