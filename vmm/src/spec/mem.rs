@@ -36,7 +36,7 @@ pub struct MemParts {
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum MemFault {
     /// No such backend.
-    #[error("Device '{backend}' not found")]
+    #[error("memdev: Device '{backend}' not found")]
     NoBackend {
         /// The one asked for.
         backend: String,
