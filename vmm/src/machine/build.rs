@@ -259,6 +259,9 @@ impl Shell {
         if ram.layout() != spec.layout() {
             return Err(MachineError::RamLayout);
         }
+        for device in spec.devices() {
+            ram.gate().require_for(device)?;
+        }
         sigbus::install().map_err(MachineError::Sigbus)?;
         let ram = Arc::new(ram);
         timer.done("devices");

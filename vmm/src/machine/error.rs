@@ -13,6 +13,7 @@ use crate::device::virtio::console::backend::PortError;
 use crate::device::virtio::net::backend::TapError;
 use crate::device::virtio::vhost_user::error::VhostUserError;
 use crate::kvm::KvmError;
+use crate::memory::discard::DiscardRefusal;
 
 use super::lifecycle::Outcome;
 use super::request::Refusal;
@@ -217,6 +218,9 @@ pub enum MachineError {
     /// A memory module that cannot be shown to the guest.
     #[error("the memory cannot be shown to the guest")]
     Module(#[source] super::modules::PlugError),
+    /// A device that needs what its memory cannot give.
+    #[error(transparent)]
+    Discard(#[from] DiscardRefusal),
     /// There is no such device.
     #[error("there is no device {id:?}")]
     NoDevice {

@@ -279,6 +279,9 @@ impl PciDevices {
             driver: Arc::clone(&self.connections.driver),
         };
         let device = make(spec, &mut disks, &ports)?;
+        if let Some(outside) = &self.outside {
+            outside.ram.gate().require_for(spec)?;
+        }
         // Without an address, as after a reset: the guest chooses one.
         let device = VirtioPci::new(spec.id(), spec.slot(), 0, device);
         if let Some(outside) = &self.outside {

@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::guest::GuestRam;
 use super::layout::PAGE_BYTES;
 use crate::observe::metrics::{DISCARD_SOURCES, count_discard_refused};
-use crate::spec::{BackendSpec, FileAccess, FileSource, MachineSpec};
+use crate::spec::{BackendSpec, DeviceSpec, FileAccess, FileSource, MachineSpec, MemParts};
 
 /// How often refusals are told at most; they are counted all the same.
 const TELL_EACH: Duration = Duration::from_secs(1);
@@ -279,10 +279,19 @@ impl DiscardGate {
         Ok(())
     }
 
-    /// A device that is gone requires nothing.
-    pub fn release(&self, device: &str) {
-        let mut holders = self.holders.lock().unwrap_or_else(PoisonError::into_inner);
-        holders.retain(|holder| holder.device != device);
+    /// As [`Self::require`], for a device that is one of those, if it is. Memory that has no name here is not looked
+    /// at: whoever made it has none of them.
+    pub fn require_for(&self, device: &DeviceSpec) -> Result<(), DiscardRefusal> {
+        let named =
+            |mem: &MemParts| (self.known().iter()).position(|known| known.id == mem.backend);
+        match device.memory().and_then(named) {
+            Some(backend) => self.require(DiscardHolder {
+                device: device.id().to_owned(),
+                source: DiscardSource::VirtioMem,
+                backend,
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Names of the devices that cannot do without discarding memory of the backend of this id.

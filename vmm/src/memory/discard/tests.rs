@@ -52,7 +52,7 @@ fn who_cannot_do_without_is_refused_early_or_known() {
     gate.require(holder(1)).unwrap();
     assert_eq!(gate.holders(1), [holder(1)]);
     assert!(gate.holders(0).is_empty());
-    gate.release("vm0");
+    gate.remove(1);
     assert!(gate.holders(1).is_empty());
 }
 
