@@ -33,7 +33,8 @@ serve() {
     /rig/qemu-storage-daemon --blockdev file,node-name=disk,filename=image \
         --export vhost-user-blk,id=e,node-name=disk,addr.type=unix,addr.path=socket,writable=on >>daemon.log 2>&1 &
     daemon=$!
-    check "$1" within 60 [ -S "$folder/socket" ]
+    # Its path is there before it listens: 00010000 is who does.
+    check "$1" within 60 grep -q " 00010000 .*socket\$" /proc/net/unix
 }
 
 # start NAME OPTIONS...: a machine that speaks QMP at NAME.in and NAME.out, COM1 at NAME.com1.

@@ -33,9 +33,19 @@ impl Daemon {
             .context("qemu-storage-daemon: run tests/setup")?;
         let daemon = Self(child);
         let socket = dir.join("socket");
-        eventually("the daemon listens", || socket.exists())?;
+        eventually("the daemon listens", || {
+            // Its path is there before it listens, which nobody else can see.
+            socket.exists() && listening("socket")
+        })?;
         Ok(daemon)
     }
+}
+
+/// Whether somebody listens at a path of this name: the kernel's own list says so.
+fn listening(name: &str) -> bool {
+    let all = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+    let mut lines = all.lines();
+    lines.any(|line| line.contains(" 00010000 ") && line.ends_with(name))
 }
 
 impl Drop for Daemon {
@@ -156,7 +166,8 @@ fn a_daemon_that_stands_still_is_not_waited_for() -> Result<()> {
     ensure!(error.contains(why), "{error}");
     ensure!(vm.qmp.status()? == "running");
     signal_pid(daemon.0.id(), Signal::CONT)?;
-    vm.qmp.ok("device_add", &device)?;
+    // It lets go of the one that gave up first.
+    eventually("it answers", || vm.qmp.ok("device_add", &device).is_ok())?;
     let functions = vm.qmp.ok("query-pci", &json!({}))?;
     ensure!(ids(&functions) == ["vb0"], "{functions}");
     vm.quit()?;

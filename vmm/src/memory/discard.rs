@@ -354,15 +354,14 @@ impl DiscardGate {
 }
 
 impl GuestRam {
-    /// Discards whole pages of RAM: they go back to the host, and read as zero from then on. Where they may
-    /// not be, nothing is done, and that counts as so many attempts. Memory of several backends is
-    /// discarded as far as the first that refuses.
+    /// Discards whole pages of RAM: they go back to the host, and read as zero from then on. Memory of a backend
+    /// that refuses stays, and is told of when the rest was done. Of a balloon each page is an attempt, of others
+    /// each run.
     pub fn discard(
         &self,
         source: DiscardSource,
         guest_address: u64,
         bytes: u64,
-        attempts: u64,
     ) -> Result<(), DiscardError> {
         let outside = DiscardError::Outside {
             guest_address,
@@ -377,6 +376,7 @@ impl GuestRam {
         };
         let view = self.view();
         let mut at = guest_address;
+        let mut refused = None;
         while at < end {
             let mut slots = view.slots().iter();
             let slot = slots
@@ -387,7 +387,15 @@ impl GuestRam {
                 return Err(outside);
             };
             let bytes = end.min(slot.guest_address + slot.bytes) - at;
-            self.gate().ask(source, slot.backend, attempts)?;
+            let attempts = match source {
+                DiscardSource::Balloon => bytes / PAGE_BYTES,
+                _ => 1,
+            };
+            if let Err(refusal) = self.gate().ask(source, slot.backend, attempts) {
+                refused.get_or_insert(refusal);
+                at += bytes;
+                continue;
+            }
             let offset_bytes = slot.first_page * PAGE_BYTES + (at - slot.guest_address);
             let done = backing.discard(offset_bytes, bytes);
             done.map_err(|source| DiscardError::System {
@@ -397,7 +405,7 @@ impl GuestRam {
             })?;
             at += bytes;
         }
-        Ok(())
+        refused.map_or(Ok(()), |refusal| Err(refusal.into()))
     }
 }
 

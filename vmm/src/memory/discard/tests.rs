@@ -72,7 +72,6 @@ fn discarded_pages_read_as_zero_and_others_stay() {
             DiscardSource::Balloon,
             page * PAGE_BYTES,
             pages * PAGE_BYTES,
-            pages,
         )
     };
     discard(3, 3).unwrap();
@@ -97,7 +96,7 @@ fn discarded_pages_read_as_zero_and_others_stay() {
         (7 * PAGE_BYTES, 2 * PAGE_BYTES),
         (u64::MAX - 4095, 4096),
     ] {
-        let refused = ram.discard(DiscardSource::Balloon, address, bytes, 1);
+        let refused = ram.discard(DiscardSource::Balloon, address, bytes);
         assert!(
             matches!(refused, Err(DiscardError::Outside { .. })),
             "{address:#x}"
@@ -113,9 +112,9 @@ fn memory_of_a_template_is_as_it_was() {
     let backing = RamBacking::private(&read_only, 8192).unwrap();
     let ram = GuestRam::new(RamLayout::new(&[8192]).unwrap(), vec![backing]).unwrap();
     ram.write(0, b"own").unwrap();
-    let refused = ram.discard(DiscardSource::FreePageReporting, 0, 8192, 2);
+    let refused = ram.discard(DiscardSource::Balloon, 0, 8192);
     assert!(matches!(refused, Err(DiscardError::Refused(_))));
-    assert_eq!(ram.gate().refused(DiscardSource::FreePageReporting), 2);
+    assert_eq!(ram.gate().refused(DiscardSource::Balloon), 2);
     let mut back = [0; 4];
     ram.read(0, &mut back).unwrap();
     assert_eq!(&back, b"own\x07");

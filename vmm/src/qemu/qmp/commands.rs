@@ -223,7 +223,7 @@ pub const COMMANDS: &[Command] = &[
             must("property", Kind::Str),
             must("value", Kind::Any),
         ],
-        "change `merge`, `dump` or `prealloc` of a backend, as far as QEMU lets one, or `guest-stats-polling-interval` of a balloon",
+        "change `merge`, `dump` or `prealloc` of a backend, as far as QEMU lets one, `guest-stats-polling-interval` of a balloon, or `requested-size` of a `virtio-mem-pci`",
         objects::set,
     ),
     command(

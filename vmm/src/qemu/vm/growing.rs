@@ -32,12 +32,10 @@ impl Vm {
             Ok(new) => new,
             Err(error) => return Err(self.no_memory_device(device, &error)),
         };
-        let Some(made) = new.devices().last().cloned() else {
-            return Ok(());
-        };
-        let Some(position) = new.memory_backend_of(&made) else {
-            return Ok(());
-        };
+        let made = new.devices().last().cloned();
+        let found = made.and_then(|made| Some((new.memory_backend_of(&made)?, made)));
+        let (position, made) =
+            found.ok_or_else(|| QmpError::generic(format!("memory backend {id} has no device")))?;
         let plugged = made.clone();
         self.bring(&new, at, position, |handle, module| {
             handle.plug(plugged, Attachment::Memory(Box::new(module)))

@@ -51,9 +51,8 @@ impl Vm {
             )));
         }
         let new = with_dimm(&self.plan.spec, backend, parts)?;
-        let Some(dimm) = new.dimms().iter().find(|dimm| dimm.id() == id).cloned() else {
-            return Ok(());
-        };
+        let dimm = new.dimms().iter().find(|dimm| dimm.id() == id).cloned();
+        let dimm = dimm.ok_or_else(|| QmpError::generic(format!("there is no module {id}")))?;
         let (slot, node) = (dimm.slot(), dimm.node());
         self.bring(&new, at, dimm.backend(), |handle, module| {
             handle.plug_module(module, slot, node)

@@ -67,7 +67,6 @@ struct Wishes {
     target_pages: Option<u32>,
     actual_pages: u32,
     stats: Stats,
-    interval: Duration,
     on_change: Option<OnChange>,
 }
 
@@ -127,14 +126,8 @@ impl BalloonPort {
         self.wishes().stats
     }
 
-    /// How often it is asked; zero for never.
-    pub fn interval(&self) -> Duration {
-        self.wishes().interval
-    }
-
     /// Asks the guest for statistics so often from now on; zero for never.
     pub fn set_interval(&self, interval: Duration) {
-        self.wishes().interval = interval;
         let Some(events) = &self.0.events else {
             return;
         };

@@ -99,7 +99,8 @@ impl Balloon {
     /// Takes in what the host wants; whether the guest is to hear of it.
     fn take_wishes(&mut self) -> bool {
         let (target, is_time) = self.port.look();
-        self.wants_stats |= is_time;
+        // A guest that has not yet answered the last question is not asked another.
+        self.wants_stats |= is_time && self.is_held;
         let Some(target) = target.filter(|&target| target != self.word(TARGET_AT)) else {
             return false;
         };
@@ -108,8 +109,8 @@ impl Balloon {
         true
     }
 
-    fn discard(&mut self, source: DiscardSource, run: Run, attempts: u64, ram: &GuestRam) {
-        match ram.discard(source, run.guest_address, run.bytes(), attempts) {
+    fn discard(&mut self, source: DiscardSource, run: Run, ram: &GuestRam) {
+        match ram.discard(source, run.guest_address, run.bytes()) {
             // A refusal was counted and told by the gate: the guest has given the memory away all the same.
             Ok(()) | Err(DiscardError::Refused(_)) => (),
             Err(error) => {
@@ -131,7 +132,7 @@ impl Balloon {
         }
         let runs: Vec<Run> = request::free(request).collect();
         for run in runs {
-            self.discard(DiscardSource::FreePageReporting, run, 1, ram);
+            self.discard(DiscardSource::FreePageReporting, run, ram);
         }
     }
 }
@@ -192,7 +193,7 @@ impl VirtioDevice for Balloon {
         match queue {
             INFLATE => {
                 for run in request::pages(request, ram) {
-                    self.discard(DiscardSource::Balloon, run, run.pages, ram);
+                    self.discard(DiscardSource::Balloon, run, ram);
                 }
             }
             // The guest finds zeros there, or what it left.
@@ -219,12 +220,12 @@ impl VirtioDevice for Balloon {
 
     fn activate(&mut self, features: u64) -> Result<(), VirtioStateError> {
         self.features = features;
-        self.is_held = false;
+        (self.is_held, self.wants_stats) = (false, false);
         Ok(())
     }
 
     fn reset(&mut self) {
-        (self.is_held, self.features) = (false, 0);
+        (self.is_held, self.wants_stats, self.features) = (false, false, 0);
         self.set_word(POISON_AT, 0);
     }
 

@@ -145,7 +145,7 @@ impl Mem {
     /// Gives blocks back to the host.
     fn discard(&self, range: &Range<usize>, ram: &GuestRam) -> bool {
         let (first, bytes) = self.place(range);
-        match ram.discard(DiscardSource::VirtioMem, first, bytes, range.len() as u64) {
+        match ram.discard(DiscardSource::VirtioMem, first, bytes) {
             Ok(()) => true,
             Err(error) => {
                 tracing::warn!("unplugged memory stays with the host: {error}");

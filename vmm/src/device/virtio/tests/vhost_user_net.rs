@@ -330,8 +330,8 @@ fn a_pause_waits_for_what_is_under_way() {
     guest.set_up(MERGE);
     let packets = [(BUFFERS, 64, false), (BUFFERS + 64, 64, false)];
     guest.offer(1, &packets);
-    // It has taken both.
-    thread::sleep(Duration::from_millis(100));
+    // It has taken both by then, or the pause waits for it.
+    thread::sleep(Duration::from_millis(500));
     assert!(guest.used(1).is_empty());
     guest.driver.device.worker().pause();
     assert_eq!(guest.used(1).len(), 2);
