@@ -197,11 +197,12 @@ impl Devices {
             DeviceMessage::Plug(device, mut attachment, reply) => {
                 let memory = attachment.take_memory();
                 let shown = memory.map_or(Ok(()), |memory| self.show(*memory, vm));
+                let is_shown = shown.is_ok();
                 let pci = self.pci.as_mut();
                 let plug = |pci: &mut PciDevices| pci.plug(&device, attachment, phase);
                 let plugged = shown.and_then(|()| pci.map_or_else(no_bus, plug));
                 let address = device.memory().and_then(|memory| memory.guest_address);
-                if let (Err(_), Some(address)) = (&plugged, address) {
+                if let (true, Err(_), Some(address)) = (is_shown, &plugged, address) {
                     self.remove_module(address, vm);
                 }
                 let _ = reply.send(plugged);

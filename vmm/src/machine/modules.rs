@@ -239,7 +239,9 @@ impl Devices {
                 slot,
                 guest_address,
             } => {
-                self.remove_module(guest_address, vm);
+                if !self.remove_module(guest_address, vm) {
+                    return;
+                }
                 tracing::info!(slot, "memory unplugged");
                 DeviceNews::ModuleGone { slot }
             }
@@ -258,15 +260,17 @@ impl Devices {
         self.tell(news);
     }
 
-    /// Takes memory away that the guest has let go of.
-    pub(super) fn remove_module(&self, guest_address: u64, vm: &Vm) {
+    /// Takes memory away that the guest has let go of; whether it is away.
+    pub(super) fn remove_module(&self, guest_address: u64, vm: &Vm) -> bool {
         let Some(ram) = &self.ram else {
-            return;
+            return false;
         };
         if let Err(error) = ram.unplug(vm, guest_address) {
             tracing::error!(guest_address, "memory stays with the guest: {error}");
+            return false;
         }
         self.tell_of_memory();
+        true
     }
 }
 

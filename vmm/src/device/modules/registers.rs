@@ -19,6 +19,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use super::state::ModulesState;
 use crate::device::bus::{DeviceEvent, PioDevice};
 use crate::device::pci::hotplug::Level;
+/// How often a guest is heard of one slot between two things that it is told there: it says what it likes.
+const MAX_OUTCOMES: u8 = 4;
 
 /// Offset of the register that says which slot the next seven are about.
 pub const SELECT: u16 = 0x00;
@@ -95,6 +97,8 @@ struct Registers {
     plugged: BTreeSet<u32>,
     unplug: BTreeSet<u32>,
     requested: BTreeSet<u32>,
+    /// How often the guest has said what came of it, slot by slot, since it was last told of something there.
+    outcomes: BTreeMap<u32, u8>,
 }
 
 /// The registers, from the host's side.
@@ -126,6 +130,7 @@ impl ModuleSlots {
                 selected: saved.selected,
                 plugged: taken(&saved.plugged),
                 unplug: &taken(&saved.unplug) & &requested,
+                outcomes: BTreeMap::new(),
                 requested,
                 modules,
             }),
@@ -170,6 +175,7 @@ impl ModuleSlots {
         let mut registers = self.registers();
         registers.modules.insert(slot, module);
         registers.plugged.insert(slot);
+        registers.outcomes.remove(&slot);
         self.set_line(&registers);
     }
 
@@ -180,6 +186,7 @@ impl ModuleSlots {
             return false;
         }
         registers.requested.insert(slot);
+        registers.outcomes.remove(&slot);
         registers.unplug.insert(slot);
         self.set_line(&registers);
         true
@@ -238,7 +245,13 @@ impl ModuleSlots {
             registers.unplug.remove(&slot);
             self.set_line(&registers);
         }
+        let said = registers.outcomes.entry(slot).or_default();
+        *said = said.saturating_add(1);
+        let is_heard = *said <= MAX_OUTCOMES || is_refusal;
         drop(registers);
+        if !is_heard {
+            return;
+        }
         self.tell(ModuleEvent::Outcome {
             slot,
             event,

@@ -228,6 +228,8 @@ impl Vm {
             self.bus.send("STOP", None);
         }
         self.status = RunStatus::FinishMigrate;
+        // What the guest let go of before it stood still is not there to be saved.
+        self.take_news();
         let started = self
             .job(target.0)
             .and_then(|job| self.start_job(job).map_err(|error| error.to_string()));
@@ -246,6 +248,9 @@ impl Vm {
         let state = self.held.save().map_err(|error| one_line(&error))?;
         let machine = state_file::encode(&target.path, &state).map_err(|error| one_line(&error))?;
         let ram = self.held.ram().ok_or("the machine has ended")?;
+        if ram.layout() != self.plan.spec.layout() {
+            return Err("memory is just coming or going: save again in a moment".to_owned());
+        }
         let capabilities = self.migration.capabilities;
         let mut left_out = Vec::new();
         let mut backends = Vec::new();

@@ -130,8 +130,7 @@ impl Balloon {
             // The guest wants to find there what it wrote.
             return;
         }
-        let runs: Vec<Run> = request::free(request).collect();
-        for run in runs {
+        for run in request::free(request) {
             self.discard(DiscardSource::FreePageReporting, run, ram);
         }
     }

@@ -61,9 +61,10 @@ pub(super) fn pages(request: &Chain, ram: &GuestRam) -> Vec<Run> {
     runs
 }
 
-/// The whole pages of the memory that a request has for the device: those are free.
-pub(super) fn free(request: &Chain) -> impl Iterator<Item = Run> + '_ {
-    request.writable().filter_map(|(address, bytes)| {
+/// The whole pages of the memory that a request has for the device: those are free. In ascending order, and what
+/// is named twice once: a request is never more work than there is memory.
+pub(super) fn free(request: &Chain) -> Vec<Run> {
+    let named = request.writable().filter_map(|(address, bytes)| {
         let start = address.checked_next_multiple_of(PAGE_BYTES)?;
         let end = address.checked_add(bytes.into())? / PAGE_BYTES * PAGE_BYTES;
         let pages = end.checked_sub(start)? / PAGE_BYTES;
@@ -71,7 +72,21 @@ pub(super) fn free(request: &Chain) -> impl Iterator<Item = Run> + '_ {
             guest_address: start,
             pages,
         })
-    })
+    });
+    let mut all: Vec<Run> = named.collect();
+    all.sort_unstable_by_key(|run| run.guest_address);
+    let mut runs: Vec<Run> = Vec::new();
+    for run in all {
+        let end = run.guest_address + run.bytes();
+        match runs.last_mut() {
+            Some(last) if run.guest_address < last.guest_address + last.bytes() => {
+                let last_end = last.guest_address + last.bytes();
+                last.pages = (last_end.max(end) - last.guest_address) / PAGE_BYTES;
+            }
+            _ => runs.push(run),
+        }
+    }
+    runs
 }
 
 /// What a request says of the guest's memory; a statistic that nobody knows is left out.

@@ -170,6 +170,8 @@ impl Mem {
                 let is_clean = self.discard(&range, ram);
                 let is_there = !self.parts.prealloc || ram.populate(first, bytes).is_ok();
                 if !is_clean || !is_there {
+                    // What of it is there already is no more the guest's than the rest.
+                    self.discard(&range, ram);
                     return Answer::Busy;
                 }
                 self.blocks.set(&range, true);
