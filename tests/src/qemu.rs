@@ -138,6 +138,17 @@ impl Qmp {
         }
     }
 
+    /// Waits until a device is deleted, as its event says; takes the events until then.
+    pub fn deleted(&mut self, id: &str) -> Result<Vec<Value>> {
+        let told =
+            |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == id;
+        while !self.events.iter().any(told) {
+            let message = self.receive()?;
+            self.events.push(message);
+        }
+        Ok(std::mem::take(&mut self.events))
+    }
+
     /// Names of the events that came.
     pub fn event_names(&self) -> Vec<&str> {
         self.events

@@ -18,14 +18,9 @@ fn eject(serial: &mut Serial, slot: u16) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a device is deleted, as its event says.
+/// Waits until a device is deleted, and proves its events.
 fn deleted(qmp: &mut Qmp, id: &str) -> Result<()> {
-    let told = |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == id;
-    while !qmp.events.iter().any(told) {
-        let message = qmp.receive()?;
-        qmp.events.push(message);
-    }
-    let all = std::mem::take(&mut qmp.events);
+    let all = qmp.deleted(id)?;
     let events = all
         .iter()
         .filter(|event| event["event"] == "DEVICE_DELETED");

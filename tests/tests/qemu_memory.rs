@@ -19,17 +19,6 @@ fn eject(serial: &mut Serial, slot: u8) -> Result<()> {
     Ok(())
 }
 
-/// Waits until a device is deleted, as its event says.
-fn deleted(qmp: &mut Qmp, id: &str) -> Result<()> {
-    let told = |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == id;
-    while !qmp.events.iter().any(told) {
-        let message = qmp.receive()?;
-        qmp.events.push(message);
-    }
-    qmp.events.clear();
-    Ok(())
-}
-
 /// A machine with room for memory.
 fn start(dir: &Path, name: &str, how: &str, more: &[&str]) -> Result<QemuVm> {
     let mut all = memory("template", how);
@@ -117,7 +106,7 @@ fn a_module_comes_is_saved_is_kept_by_a_reset_and_goes() -> Result<()> {
         qmp.ok("device_del", &json!({"id": "dimm0"}))?;
     }
     eject(&mut serial, 1)?;
-    deleted(qmp, "dimm0")?;
+    qmp.deleted("dimm0")?;
     ensure!(plugged(qmp)? == 0 && device(qmp, "dimm0")? == Value::Null);
     // Many come and go, in any order.
     qmp.ok("object-add", &object("d1", 128))?;
@@ -129,7 +118,7 @@ fn a_module_comes_is_saved_is_kept_by_a_reset_and_goes() -> Result<()> {
         ensure!(plugged(qmp)? == 256 * MIB);
         for slot in [round % 2, 1 - round % 2] {
             eject(&mut serial, slot)?;
-            deleted(qmp, &format!("dimm-d{slot}"))?;
+            qmp.deleted(&format!("dimm-d{slot}"))?;
         }
     }
     for id in ["d0", "d1"] {

@@ -19,7 +19,7 @@ use crate::report::one_line;
 use crate::spec::{DeviceFault, DeviceSpec, MachineSpec, SpecError};
 
 /// Where QEMU has devices that were given a name.
-const PERIPHERAL: &str = "/machine/peripheral/";
+pub(super) const PERIPHERAL: &str = "/machine/peripheral/";
 /// How long a guest that was asked to let go of a device is not asked again, as with QEMU: asked twice it may
 /// let go twice, and the second time of what has come there meanwhile.
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -4,19 +4,23 @@
 use serde_json::{Value, json};
 
 use super::Vm;
+use super::devices::PERIPHERAL;
 use crate::machine::{Attachment, MemoryFigures};
-use crate::qemu::line::pci::Device;
+use crate::qemu::line::netdev::no_netdev;
+use crate::qemu::line::pci::{Device, no_drive};
 use crate::qemu::qmp::message::QmpError;
 use crate::report::one_line;
 use crate::spec::{DeviceFault, DeviceSpec, MemFault, SpecError};
 
-/// Where QEMU has devices that were given a name.
-const PERIPHERAL: &str = "/machine/peripheral/";
 impl Vm {
     /// `device_add` of a virtio-mem-pci
     pub(super) fn memory_device_add(&mut self, device: &Device, id: &str) -> Result<(), QmpError> {
-        let none = |_: &str| Err(crate::qemu::error::OptionError::new(""));
-        let parts = device.parts(&[], none, |_| Err(crate::qemu::error::OptionError::new("")));
+        // It names neither a disk nor a network.
+        let parts = device.parts(
+            &[],
+            |drive| Err(no_drive(drive, false)),
+            |netdev| Err(no_netdev(netdev, false)),
+        );
         let parts = parts.map_err(|error| QmpError::generic(error.message()))?;
         let at = self.free_object(id).map_err(|error| {
             let is_there = self.objects().any(|backend| backend.id() == id);

@@ -4,6 +4,7 @@
 
 use serde_json::json;
 
+use super::devices::PERIPHERAL;
 use super::objects::Added;
 use super::{RunStatus, Vm};
 use crate::machine::Module;
@@ -12,9 +13,6 @@ use crate::qemu::qmp::message::{Class, QmpError};
 use crate::qemu::words::Props;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, Dimm, DimmFault, DimmParts, MachineSpec, SpecError};
-
-/// Where QEMU has devices that were given a name.
-const PERIPHERAL: &str = "/machine/peripheral/";
 
 impl Vm {
     /// `device_add` of a pc-dimm
