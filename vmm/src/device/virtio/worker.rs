@@ -237,13 +237,15 @@ impl Worker {
         self.with_core(|core| core.device.settle());
     }
 
-    /// Goes on as a device was saved: set up, with these features, or not; broken or not.
+    /// Becomes as a device was saved: set up, with these features, or not; broken or not. It stands still
+    /// until [`Self::resume`], as after [`Self::pause`]: its rings are not handed over before that.
     pub fn restore_phase(
         &self,
         features: Option<u64>,
         is_broken: bool,
     ) -> Result<(), VirtioStateError> {
         self.with_core(|core| {
+            core.is_paused = true;
             if let Some(features) = features.filter(|_| !is_broken) {
                 core.device.activate(features)?;
                 core.is_active = true;
