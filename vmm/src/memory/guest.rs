@@ -451,8 +451,7 @@ impl GuestRam {
         VmMemory(self.view())
     }
 
-    /// Copies `bytes` into RAM; may fault pages in. What goes to read-only memory is lost, as it is for
-    /// the guest.
+    /// Copies `bytes` into RAM; may fault pages in. Read-only memory stays as it is, as for the guest.
     pub fn write(&self, guest_address: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
         let view = self.view.load();
         if view.slots.is_rom_at(guest_address) {
@@ -496,5 +495,6 @@ impl GuestRam {
     }
 }
 
+mod holes;
 #[cfg(test)]
 mod tests;

@@ -96,9 +96,15 @@ pub fn contents(
     let mut hash = Xxh3::new();
     let mut buffer = vec![0; CHUNK];
     let mut offset = 0;
-    while offset < bytes {
+    // Memory that the guest has given back is not to come again by being looked at.
+    while let Some(data) = ram.next_data(backend, offset) {
+        offset = data.start - data.start % PAGE_BYTES;
+        let end = data.end.next_multiple_of(PAGE_BYTES).min(bytes);
+        if offset >= end {
+            break;
+        }
         check(cancel)?;
-        let length = usize::try_from((bytes - offset).min(CHUNK_BYTES)).unwrap_or(CHUNK);
+        let length = usize::try_from((end - offset).min(CHUNK_BYTES)).unwrap_or(CHUNK);
         read(ram, backend, offset, &mut buffer[..length])?;
         let first = offset / PAGE_BYTES;
         let pages = buffer[..length].chunks(PAGE_LENGTH);
@@ -354,13 +360,34 @@ pub fn copy(
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt;
+
     use super::*;
+    use crate::memory::discard::DiscardSource;
     use crate::memory::guest::RamBacking;
     use crate::memory::layout::RamLayout;
 
     fn ram(bytes: u64) -> GuestRam {
         let backing = RamBacking::anonymous(bytes).unwrap();
         GuestRam::new(RamLayout::new(&[bytes]).unwrap(), vec![backing]).unwrap()
+    }
+
+    #[test]
+    fn a_look_at_memory_does_not_bring_what_was_given_back() {
+        let (bytes, page) = (8 << 20, 4096);
+        let file =
+            File::from(rustix::fs::memfd_create("ram", rustix::fs::MemfdFlags::CLOEXEC).unwrap());
+        file.set_len(bytes + 2 * page).unwrap();
+        let backing = RamBacking::shared_from(&file, 2 * page, bytes).unwrap();
+        let source = GuestRam::new(RamLayout::new(&[bytes]).unwrap(), vec![backing]).unwrap();
+        source.write(0, b"root").unwrap();
+        source.write(3 << 20, &[7; 9000]).unwrap();
+        source.write(bytes - 1, b"!").unwrap();
+        source.discard(DiscardSource::Balloon, 0, page).unwrap();
+        let before = file.metadata().unwrap().blocks();
+        let found = contents(&source, 0, bytes, &AtomicBool::new(false)).unwrap();
+        assert_eq!(found.runs, [(768, 3), (2047, 1)]);
+        assert_eq!(file.metadata().unwrap().blocks(), before);
     }
 
     #[test]
