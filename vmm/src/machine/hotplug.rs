@@ -11,6 +11,7 @@ use crate::device::pci::bus::{ConfigAddress, HOST_BRIDGE_SLOT};
 use crate::device::pci::hotplug::SlotEvent;
 use crate::device::virtio::balloon::backend::BalloonPort;
 use crate::device::virtio::block::document::DocumentPort;
+use crate::device::virtio::mem::device::SizeNotice;
 use crate::device::virtio::transport::pci::{BAR_BYTES, VirtioPci};
 use crate::device::virtio::vsock::backend::VsockPort;
 use crate::device::virtio::worker::Worker;
@@ -32,11 +33,12 @@ const HEADER_BYTES: usize = 64;
 /// Most news that wait. For each place there is one that its device has gone, or that it is kept, and no
 /// other before somebody plugs or unplugs there again, who takes in first what waits.
 ///
-/// For each slot of memory the same, and how it went when something came.
-const MAX_NEWS: usize = 2 * (LAST_SLOT as usize + 1) + 4 * MAX_SLOTS as usize;
+/// For each slot of memory the same, and how it went when something came. For each device that is memory one
+/// that there is more or less of it.
+const MAX_NEWS: usize = 3 * (LAST_SLOT as usize + 1) + 4 * MAX_SLOTS as usize;
 
 /// What became of a device.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, PartialEq, Eq)]
 pub enum DeviceNews {
     /// The guest has let go of it, and everything that it had of the host's is closed.
     Gone {
@@ -55,12 +57,12 @@ pub enum DeviceNews {
         /// The slot.
         slot: u32,
     },
-    /// A guest has more or less of memory that grows and shrinks.
+    /// A guest has more or less of memory that grows and shrinks: see [`MachineHandle::memory_figures`].
     Resized {
         /// What its device is called.
         id: String,
-        /// How much it has, in bytes.
-        bytes: u64,
+        /// Until it is dropped there are no more such news of the device.
+        notice: SizeNotice,
     },
     /// The guest says how something went with the memory module in a slot.
     ModuleOutcome {

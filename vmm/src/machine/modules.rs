@@ -10,7 +10,6 @@
 //! access holds the view of its moment, and the VM holds what its slots show.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crossbeam::channel::{Sender, bounded};
 
@@ -22,6 +21,7 @@ use super::lifecycle::MachineHandle;
 use super::pci::lock;
 use crate::device::modules::registers::{ModuleEvent, SlotModule};
 use crate::device::virtio::device::MemoryFigures;
+use crate::device::virtio::mem::device::SizeNotice;
 use crate::device::virtio::worker::Worker;
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
@@ -100,8 +100,8 @@ pub(super) enum ModuleMessage {
     Unplug(u32, Sender<Result<(), MachineError>>),
     /// A guest did something.
     Event(ModuleEvent),
-    /// A guest has more or less memory of a device; the flag is taken back when that was heard.
-    Resized(String, Arc<AtomicBool>),
+    /// A guest has more or less memory of a device.
+    Resized(String, SizeNotice),
     /// Request so much of a device's memory.
     Request(String, u64, Sender<Result<(), MachineError>>),
     /// Say what there is of a device's memory.
@@ -164,13 +164,7 @@ impl Devices {
                 let _ = reply.send(if is_there { Ok(()) } else { Err(no_module) });
             }
             ModuleMessage::Event(event) => self.module_event(event, vm),
-            ModuleMessage::Resized(id, was_told) => {
-                was_told.store(false, Ordering::SeqCst);
-                if let Ok(Some(figures)) = self.with_memory(&id, Worker::memory) {
-                    let bytes = figures.plugged_bytes;
-                    self.tell(DeviceNews::Resized { id, bytes });
-                }
-            }
+            ModuleMessage::Resized(id, notice) => self.tell(DeviceNews::Resized { id, notice }),
             ModuleMessage::Request(id, bytes, reply) => {
                 let _ = reply.send(self.with_memory(&id, |worker| worker.request_memory(bytes)));
             }

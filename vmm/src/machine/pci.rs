@@ -80,9 +80,9 @@ impl Ports {
     /// Tells the driver that a guest has more or less memory of a device.
     fn size_listener(&self, id: &str) -> SizeListener {
         let (id, driver) = (id.to_owned(), Arc::clone(&self.driver));
-        Arc::new(move |was_told| {
+        Arc::new(move |notice| {
             if let Some(driver) = driver.get() {
-                let message = ModuleMessage::Resized(id.clone(), Arc::clone(was_told));
+                let message = ModuleMessage::Resized(id.clone(), notice);
                 // A driver that has ended takes its devices along.
                 let _ = driver.send(DriverMessage::Module(message));
             }

@@ -47,7 +47,10 @@ impl Vm {
         let wishes = &mut self.balloon;
         wishes.changes = never();
         if let Some(port) = &port {
-            if let Some(pages) = wishes.target_pages {
+            if let Some(pages) = port.restored_target_pages() {
+                // A reset makes another machine, of which as much is wanted.
+                wishes.target_pages = Some(pages);
+            } else if let Some(pages) = wishes.target_pages {
                 port.set_target(pages);
             }
             if !wishes.interval.is_zero() {

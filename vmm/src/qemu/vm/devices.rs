@@ -188,6 +188,7 @@ impl Vm {
         };
         self.news = handle.watch();
         self.meet_balloon();
+        self.meet_memory_devices();
         // Of a machine that ends at this moment another one is made.
         let functions = handle.functions().unwrap_or_default();
         let going = functions.into_iter().filter(|function| function.is_going);
@@ -212,7 +213,11 @@ impl Vm {
                 let data = json!({"device": id, "path": format!("{PERIPHERAL}{id}")});
                 self.bus.send("DEVICE_UNPLUG_GUEST_ERROR", Some(data));
             }
-            DeviceNews::Resized { id, bytes } => self.memory_resized(&id, bytes),
+            DeviceNews::Resized { id, notice } => {
+                // What comes from now on is told anew.
+                drop(notice);
+                self.memory_resized(&id);
+            }
             DeviceNews::ModuleGone { slot } => self.module_gone(slot),
             DeviceNews::ModuleOutcome {
                 slot,

@@ -186,8 +186,30 @@ impl Vm {
         Ok(())
     }
 
+    /// Takes what is requested from a machine that a state was loaded into: a reset makes another one, of
+    /// which as much is requested.
+    pub(super) fn meet_memory_devices(&mut self) {
+        let devices = self.memory_devices();
+        let requested: Vec<(String, u64)> = devices
+            .map(|device| {
+                let figures = self.memory_figures(device);
+                (device.id().to_owned(), figures.requested_bytes)
+            })
+            .collect();
+        for (id, bytes) in requested {
+            // The device has checked it as this does.
+            if let Ok(spec) = self.plan.spec.with_requested(&id, bytes) {
+                self.plan.spec = spec;
+            }
+        }
+    }
+
     /// A guest has more or less of a memory device.
-    pub(super) fn memory_resized(&mut self, id: &str, bytes: u64) {
+    pub(super) fn memory_resized(&mut self, id: &str) {
+        let Some(device) = self.find_memory_device(id) else {
+            return;
+        };
+        let bytes = self.memory_figures(device).plugged_bytes;
         let path = format!("{PERIPHERAL}{id}/virtio-backend");
         let data = json!({"id": id, "size": bytes, "qom-path": path});
         self.pace("MEMORY_DEVICE_SIZE_CHANGE", id, data);

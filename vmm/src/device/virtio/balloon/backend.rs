@@ -64,7 +64,10 @@ struct Events {
 
 #[derive(Default)]
 struct Wishes {
+    /// What the device has not taken in yet.
     target_pages: Option<u32>,
+    /// What it had when it was saved.
+    restored_target_pages: Option<u32>,
     actual_pages: u32,
     stats: Stats,
     on_change: Option<OnChange>,
@@ -174,9 +177,21 @@ impl BalloonPort {
         }
     }
 
-    /// As [`Self::changed`], of a device that was saved: nobody hears of it.
-    pub(super) fn restored(&self, pages: u32) {
-        self.wishes().actual_pages = pages;
+    /// A device was saved with so many pages given away, and so many to be: nobody hears of it.
+    pub(super) fn restored(&self, actual_pages: u32, target_pages: u32) {
+        let mut wishes = self.wishes();
+        wishes.actual_pages = actual_pages;
+        wishes.restored_target_pages = Some(target_pages);
+    }
+
+    /// How many pages were to be given away when the device was saved, of one that was.
+    pub fn restored_target_pages(&self) -> Option<u32> {
+        self.wishes().restored_target_pages
+    }
+
+    /// A target that the device has not taken in yet.
+    pub(super) fn next_target_pages(&self) -> Option<u32> {
+        self.wishes().target_pages
     }
 
     /// The guest says this of its memory.

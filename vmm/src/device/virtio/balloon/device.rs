@@ -63,6 +63,8 @@ pub struct Balloon {
     is_held: bool,
     /// The guest is to be asked for statistics.
     wants_stats: bool,
+    /// It was saved before the guest had done what was wanted, and perhaps before it had heard of that.
+    is_behind: bool,
     /// Something that the guest gave away is no RAM: said once.
     has_told_outside: bool,
 }
@@ -78,6 +80,7 @@ impl Balloon {
             features: 0,
             is_held: false,
             wants_stats: false,
+            is_behind: false,
             has_told_outside: false,
         }
     }
@@ -229,7 +232,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn begin(&mut self) -> Result<bool, VirtioStateError> {
-        Ok(self.take_wishes())
+        let is_behind = std::mem::take(&mut self.is_behind);
+        Ok(self.take_wishes() || is_behind)
     }
 
     fn inbound(&mut self) -> Option<&mut dyn Inbound> {
@@ -238,7 +242,8 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> Vec<u8> {
         let state = BalloonState {
-            target_pages: self.word(TARGET_AT),
+            // What was wanted while the machine stood still is taken in when it goes on.
+            target_pages: (self.port.next_target_pages()).unwrap_or_else(|| self.word(TARGET_AT)),
             actual_pages: self.word(ACTUAL_AT),
             poison: self.word(POISON_AT),
             features: self.features(),
@@ -262,7 +267,8 @@ impl VirtioDevice for Balloon {
         self.set_word(TARGET_AT, state.target_pages);
         self.set_word(ACTUAL_AT, state.actual_pages);
         self.set_word(POISON_AT, state.poison);
-        self.port.restored(state.actual_pages);
+        self.is_behind = state.target_pages != state.actual_pages;
+        self.port.restored(state.actual_pages, state.target_pages);
         Ok(())
     }
 }

@@ -34,9 +34,35 @@ static TYPE: DeviceType = DeviceType {
     queues: &[128],
 };
 
-/// Who hears that a guest has more or less: from the device's thread, so it must not block. One call is
-/// enough until the flag was taken back.
-pub type SizeListener = Arc<dyn Fn(&Arc<AtomicBool>) + Send + Sync>;
+/// A guest has more or less than it had. There is one of a device at a time: the next is given when this one
+/// is dropped, so that a guest cannot make more of them than are taken in.
+#[derive(Debug)]
+pub struct SizeNotice(Arc<AtomicBool>);
+
+impl SizeNotice {
+    /// One, if there is none.
+    fn new(is_out: &Arc<AtomicBool>) -> Option<Self> {
+        let was_out = is_out.swap(true, Ordering::SeqCst);
+        (!was_out).then(|| Self(Arc::clone(is_out)))
+    }
+}
+
+impl PartialEq for SizeNotice {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for SizeNotice {}
+
+impl Drop for SizeNotice {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+/// Who hears that a guest has more or less: from the device's thread, so it must not block.
+pub type SizeListener = Arc<dyn Fn(SizeNotice) + Send + Sync>;
 
 /// Memory that grows and shrinks.
 pub struct Mem {
@@ -47,7 +73,7 @@ pub struct Mem {
     blocks: Blocks,
     config: [u8; CONFIG_BYTES],
     generation: u8,
-    was_told: Arc<AtomicBool>,
+    is_notice_out: Arc<AtomicBool>,
     listener: Option<SizeListener>,
 }
 
@@ -72,7 +98,7 @@ impl Mem {
             blocks: Blocks::new(blocks),
             config: [0; CONFIG_BYTES],
             generation: 0,
-            was_told: Arc::default(),
+            is_notice_out: Arc::default(),
             listener,
         };
         device.request(parts.requested_bytes);
@@ -234,9 +260,9 @@ impl VirtioDevice for Mem {
         self.write_config();
         if self.blocks.count() != before
             && let Some(listener) = &self.listener
-            && !self.was_told.swap(true, Ordering::SeqCst)
+            && let Some(notice) = SizeNotice::new(&self.is_notice_out)
         {
-            listener(&self.was_told);
+            listener(notice);
         }
         let fits = request.writable_bytes() >= ANSWER_BYTES as u64;
         let written = fits && request.write(ram, 0, &answer.bytes()).is_ok();

@@ -258,6 +258,8 @@ fn a_saved_balloon_goes_on_as_it_was() {
     let mut rings = guest(ALL, &port, memory(Discards::Allowed));
     rings.driver.write(REGISTERS + 4, 4, 8);
     rings.driver.device.worker().pause();
+    // Of this the guest has not heard yet.
+    port.set_target(11);
     let state = rings.driver.device.save();
     let other = |parts| {
         let port = BalloonPort::default();
@@ -272,9 +274,11 @@ fn a_saved_balloon_goes_on_as_it_was() {
     let (mut device, port) = other(ALL);
     device.restore(&state).unwrap();
     assert_eq!(port.actual_pages(), 8);
+    assert_eq!(port.restored_target_pages(), Some(11));
     let mut rings = rings.continued(device);
     rings.driver.device.worker().resume();
-    assert_eq!(rings.driver.read(REGISTERS, 4), 9);
+    assert_eq!(rings.driver.wait(), 0x40);
+    assert_eq!(rings.driver.read(REGISTERS, 4), 11);
     assert_eq!(rings.driver.read(REGISTERS + 4, 4), 8);
     name(&mut rings, INFLATE, &[0x80]);
     assert_eq!(kept(&rings).len() as u64, PAGES - 1);
