@@ -67,6 +67,14 @@ migrated() {
 # resident PID: what a process has of the host's memory, in MiB.
 resident() { awk '/^VmRSS/{print int($2 / 1024)}' "/proc/$1/status"; }
 
+# refuses TEXT COMMAND ARGUMENTS: true when the clone's monitor answers a command with this text.
+refuses() {
+    refused_from=$(($(wc -l <c.out) + 1)) refused_text=$1
+    tell c "$2" "$3"
+    within 20 refused
+}
+refused() { tail -n "+$refused_from" c.out | grep '"error"' | grep -qF "$refused_text"; }
+
 # request ID BYTES: so much of a device that grows and shrinks.
 request() {
     tell c qom-set "\"path\": \"/machine/peripheral/$1\", \"property\": \"requested-size\", \"value\": $2"
@@ -77,6 +85,41 @@ has_size() {
     tell c query-memory-devices
     sleep 0.2
     tail -n 3 c.out | tr '{' '\n' | grep "\"id\": \"$1\"" | grep -q "\"size\": $2[,}]"
+}
+
+# saved_again: true when the clone says that a save is complete, after the load that it began with.
+saved_again() {
+    tell c query-migrate
+    sleep 0.2
+    tail -n 3 c.out | grep -q '"status": "completed"'
+}
+
+# moves_on: a clone with memory of which a part is plugged goes on in another process. Its RAM is in the state.
+moves_on() {
+    blob=$(say c.com1 "md5sum </mnt/blob")
+    tell c stop
+    tell c migrate-set-capabilities '"capabilities": [{"capability": "x-ignore-shared", "state": false}]'
+    tell c migrate '"uri": "file:moved"'
+    check moved-is-saved within 120 saved_again || cat c.out
+    moved=$(($(stat -c %s moved) >> 20))
+    between moved-is-what-is-used 200 450 $moved
+    tell c quit
+    wait $clone
+    same errors-before-the-move 4 "$(grep -c '"error"' c.out)"
+    mv c.out c.before
+    rm -f c.in c.com1
+    start c -object memory-backend-ram,id=pc.ram,size=256M -smp 2 -machine q35,memory-backend=pc.ram \
+        -object memory-backend-ram,id=v1ram,size=512M -device virtio-mem-pci,id=v1,memdev=v1ram,requested-size=0 \
+        -incoming defer
+    clone=$!
+    tell c migrate-incoming '"uri": "file:moved"'
+    check moved-is-loaded within 120 migrated c || cat c.out
+    rm moved
+    check moved-has-its-memory within 20 has_size v1 268435456 || cat c.out
+    tell c cont
+    same moved-is-intact "$blob" "$(say c.com1 "md5sum </mnt/blob")"
+    full=$(resident $clone)
+    between moved-takes-no-more 0 $((moved + 64)) "$full"
 }
 
 start t -object "$(memory share=on)" -machine q35,memory-backend=pc.ram -smp 2 \
@@ -104,6 +147,19 @@ check loaded within 60 migrated c || cat c.out
 tell c cont
 check clone-answers within 60 say c.com1 true
 before=$(say c.com1 total)
+
+# What would discard a template's memory, or share it with another process.
+tell c object-add '"qom-type": "memory-backend-file", "id": "again", "mem-path": "template", "size": 268435456, "readonly": true, "rom": "off"'
+check refuses-growing-templates refuses 'Unexpected error discarding RAM: Operation not permitted' \
+    device_add '"driver": "virtio-mem-pci", "id": "v2", "memdev": "again"'
+tell c object-del '"id": "again"'
+check refuses-release-ram refuses 'release-ram is not supported' \
+    migrate-set-capabilities '"capabilities": [{"capability": "release-ram", "state": true}]'
+check refuses-postcopy refuses 'Postcopy is not supported' \
+    migrate-set-capabilities '"capabilities": [{"capability": "postcopy-ram", "state": true}]'
+check refuses-multi-process refuses "device 'x-pci-proxy-dev' cannot be had" \
+    device_add '"driver": "x-pci-proxy-dev", "id": "p0", "fd": "3"'
+same refusals-of-discards 3 "$(grep -c 'Discarding RAM with readonly files is not supported' c.out)"
 
 # A module.
 tell c object-add '"qom-type": "memory-backend-ram", "id": "d0", "size": 268435456'
@@ -141,6 +197,7 @@ check grows within 60 has_size v1 268435456 || {
 check grown-is-seen say c.com1 "becomes '[ \$(total) -ge $((before + 240)) ]'"
 check grown-is-used say c.com1 "used 200"
 full=$(resident $clone)
+moves_on
 tell c device_del '"id": "v1"'
 check grown-does-not-go within 10 grep -q 'cannot get unplugged while some of its memory is still plugged' c.out
 say c.com1 freed

@@ -34,7 +34,8 @@ struct Row {
 enum How {
     /// Machines with these options do not start and say all these texts, of which the first is shown.
     Refused(&'static [&'static str], &'static [&'static str]),
-    /// A clone starts, and the last of these commands of a monitor is refused with these texts.
+    /// A clone starts, and the last of these commands of a monitor is refused with these texts: the first of
+    /// them in a clone in which Linux runs as well.
     Command(fn() -> Vec<(&'static str, Value)>, &'static [&'static str]),
     /// Tests see it, with a guest or a process of another kind: a file below `tests` or `vmm`, and a name.
     Seen(&'static [(&'static str, &'static str)]),
@@ -52,6 +53,9 @@ const MEMORY_RIG: (&str, &str) = (
     "tests/tests/rig.rs",
     "linux_6_12_plugs_and_unplugs_its_memory",
 );
+
+/// What that test runs.
+const MEMORY_SCRIPT: &str = "tests/rig/linux-memory.sh";
 
 const VHOST: &str = "vhost-user and multi-process QEMU";
 const BALLOON: &str = "virtio-balloon";
@@ -148,12 +152,35 @@ fn in_other_processes() -> Vec<Row> {
         },
         Row {
             paragraph: VHOST,
-            feature: "`-object x-remote-object`, `-machine x-remote`",
+            feature: "the same, plugged into a clone",
+            qemu: "the same",
+            pando: "`device_add` is refused",
+            how: How::Command(
+                || {
+                    let device = json!({"driver": "x-pci-proxy-dev", "id": "p0", "fd": "3"});
+                    vec![("device_add", device)]
+                },
+                &["device 'x-pci-proxy-dev' cannot be had"],
+            ),
+        },
+        Row {
+            paragraph: VHOST,
+            feature: "`-object x-remote-object`",
             qemu: "the process on the other side",
             pando: "refused by name",
             how: How::Refused(
                 &["-object", "x-remote-object,id=robj1,devid=lsi0,fd=3"],
                 &["object 'x-remote-object' cannot be had"],
+            ),
+        },
+        Row {
+            paragraph: VHOST,
+            feature: "`-machine x-remote`",
+            qemu: "the same",
+            pando: "refused by name",
+            how: How::Refused(
+                &["-machine", "x-remote"],
+                &["machine type 'x-remote' cannot be had"],
             ),
         },
     ]
@@ -372,6 +399,7 @@ fn every_feature_is_as_the_page_says() -> Result<()> {
         | | what is tried | QEMU | Pando | seen by |\n|---|---|---|---|---|\n"
         .to_owned();
     let root = root()?;
+    let in_linux = fs::read_to_string(root.join(MEMORY_SCRIPT)).context(MEMORY_SCRIPT)?;
     for row in rows() {
         let feature = row.feature;
         let seen = match &row.how {
@@ -382,13 +410,19 @@ fn every_feature_is_as_the_page_says() -> Result<()> {
             How::Command(commands, texts) => {
                 let done = commanded(dir.path(), commands(), texts);
                 done.with_context(|| feature.to_owned())?;
-                said(texts)
+                let first = texts.first().copied().unwrap_or_default();
+                ensure!(
+                    in_linux.contains(first),
+                    "{MEMORY_SCRIPT} does not ask for {first:?}"
+                );
+                let (_, rig) = MEMORY_RIG;
+                format!("{}; `{rig}`", said(texts))
             }
             How::Seen(tests) => {
                 let names = tests.iter().map(|(file, name)| {
                     let source =
                         fs::read_to_string(root.join(file)).with_context(|| (*file).to_owned())?;
-                    let is_there = source.contains(&format!("fn {name}("));
+                    let is_there = source.contains(&format!("#[test]\nfn {name}("));
                     ensure!(is_there, "{feature}: {file} has no test {name}");
                     Ok(format!("`{name}`"))
                 });
