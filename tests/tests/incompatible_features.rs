@@ -74,6 +74,7 @@ fn capability(name: &'static str) -> Vec<(&'static str, Value)> {
 fn rows() -> Vec<Row> {
     let all = [
         in_other_processes(),
+        in_other_qemus(),
         inflating(),
         reporting(),
         growing(),
@@ -136,6 +137,11 @@ fn in_other_processes() -> Vec<Row> {
                 ),
             ]),
         },
+    ]
+}
+
+fn in_other_qemus() -> Vec<Row> {
+    vec![
         Row {
             paragraph: VHOST,
             feature: "`x-pci-proxy-dev` in a clone",

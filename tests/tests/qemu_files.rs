@@ -2,6 +2,8 @@
 //! Nothing but its machine writes the file of a template, and a guest that is told to stop stands.
 
 use std::fs;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 
@@ -226,5 +228,84 @@ fn a_daemon_that_cannot_load_its_state_fails_where_it_was_started() -> Result<()
     assert_eq!(number.trim(), first.running.pid().to_string());
     first.quit()?;
     assert!(!dir.path().join("pid").exists());
+    Ok(())
+}
+
+#[test]
+fn an_option_that_is_wrong_costs_the_file_of_a_template_nothing() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    make_template(dir.path(), PAGES)?;
+    let before = checksum(dir.path())?;
+    for option in [
+        &["-qmp", "unix:/no/such/place,server=on,wait=off"][..],
+        &["-monitor", "unix:/no/such/place,server=on,wait=off"],
+        &[
+            "-chardev",
+            "socket,id=c,path=/no/such/place,server=on,wait=off",
+        ],
+        &["-serial", "file:/no/such/place"],
+        &["-pidfile", "/no/such/place"],
+        &["-D", "/no/such/place"],
+        &["-initrd", "nothing"],
+        &["-drive", "file=nothing,if=virtio,format=raw"],
+        &[
+            "-object",
+            "memory-backend-file,id=m1,size=64M,mem-path=nothing,readonly=on",
+        ],
+        &["-device", "vhost-user-blk-pci,chardev=nothing"],
+        &["-cpu", "host,+nothing"],
+    ] {
+        let mut all = memory("template", "share=on");
+        all.extend(words(&["-kernel", "embedded"]));
+        all.extend(words(option));
+        let finished = finish(&mut qemu(dir.path(), &all)?)?.expect_code(1)?;
+        assert!(finished.stderr.contains("noth") || finished.stderr.contains("/no/such/place"));
+        assert_eq!(checksum(dir.path())?, before, "{option:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn what_nothing_uses_is_there_all_the_same() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let all = words(&[
+        "-m",
+        "64M,slots=1,maxmem=1G",
+        "-object",
+        "memory-backend-ram,id=later,size=64M",
+        "-object",
+        "memory-backend-file,id=made,size=64M,mem-path=made,share=on",
+        "-chardev",
+        "file,id=f,path=output",
+        "-chardev",
+        "null,id=n,logfile=log",
+        "-chardev",
+        "socket,id=s,path=listens,server=on,wait=off",
+        "-device",
+        "virtio-rng-pci",
+        "-kernel",
+        "embedded",
+    ]);
+    let mut vm = QemuVm::start(dir.path(), "m", &all)?;
+    assert_eq!(fs::metadata(dir.path().join("made"))?.len(), 64 << 20);
+    for name in ["output", "log"] {
+        assert!(dir.path().join(name).is_file(), "{name}");
+    }
+    let mut client = UnixStream::connect(dir.path().join("listens"))?;
+    client.write_all(b"nobody reads this")?;
+    let devices = vm.qmp.ok("query-memdev", &json!({}))?;
+    let ids: Vec<&str> = devices
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(|device| device["id"].as_str())
+        .collect();
+    assert_eq!(ids.len(), 3, "{devices}");
+    let module = json!({"driver": "pc-dimm", "id": "d0", "memdev": "later"});
+    vm.qmp.ok("device_add", &module)?;
+    vm.qmp.ok("object-del", &json!({"id": "made"}))?;
+    let why = vm.qmp.refused("object-del", &json!({"id": "later"}))?;
+    assert_eq!(why, "object 'later' is in use, can not be deleted");
+    vm.quit()?;
     Ok(())
 }

@@ -114,10 +114,9 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
         serve_metrics(address)?;
     }
     let monitors = plan.wanted.monitors.clone();
-    // Before the monitors: who can connect finds a machine.
     let mut vm = Vm::new(plan, tell)?;
     let sender = vm.sender();
-    let mut started = Vec::new();
+    let mut links = Vec::new();
     for option in &monitors {
         let link = match option.chardev {
             Chardev::Hub(at) => vm
@@ -126,6 +125,12 @@ pub fn run(wanted: Wanted, words: &[String], mut tell: Teller) -> Result<u8, Opt
                 .map_err(|error| OptionError::new(format!("cannot start a monitor: {error}")))?,
             _ => open_link(&option.chardev, &option.id, &mut |line| vm.say(line))?,
         };
+        links.push(link);
+    }
+    vm.power_on()?;
+    // Behind the machine: who is answered finds one.
+    let mut started = Vec::new();
+    for (option, link) in monitors.iter().zip(links) {
         let monitor = server::start(option, link, sender.clone(), Message::Ask)
             .map_err(|error| OptionError::new(format!("cannot start a monitor: {error}")))?;
         if option.control {

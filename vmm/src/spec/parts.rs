@@ -5,7 +5,7 @@
 //!
 //! [`MachineSpec::from_parts`]: super::MachineSpec::from_parts
 
-use super::{BackendSpec, CpuCount, DeviceParts, Identity};
+use super::{BackendSpec, CpuCount, DeviceKind, DeviceParts, Identity};
 
 /// All that a machine is made of.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,6 +50,25 @@ impl MachineParts {
             generation_id: false,
             identity: Identity::default(),
         }
+    }
+
+    /// Takes out the backends that nothing uses: devices that come later may name them.
+    pub fn take_unused(&mut self) -> Vec<BackendSpec> {
+        let nodes = self.nodes.iter().filter_map(|node| node.backend.as_deref());
+        let dimms = self.dimms.iter().map(|dimm| dimm.backend.as_str());
+        let devices = self.devices.iter().filter_map(|device| match &device.kind {
+            DeviceKind::Mem(mem) => Some(mem.backend.as_str()),
+            _ => None,
+        });
+        let ram = self.ram_backend.as_deref();
+        let used: Vec<&str> = ram
+            .into_iter()
+            .chain(nodes)
+            .chain(dimms)
+            .chain(devices)
+            .collect();
+        let is_unused = |backend: &mut BackendSpec| !used.contains(&backend.id());
+        self.backends.extract_if(.., is_unused).collect()
     }
 }
 

@@ -77,12 +77,14 @@ struct Handover<'a> {
 /// RAM must be fresh (all zero): what a kernel expects to be zero is not written. Every error names
 /// the file or the size that is wrong; RAM may be partly written then.
 pub fn load(ram: &GuestRam, boot: &BootSource, spec: &MachineSpec) -> Result<BootEntry, BootError> {
+    // Before anything is written: RAM may be the file of a template, of which nothing is to be lost for a name
+    // that is wrong.
+    let opened = boot.initrd.as_deref().map(initrd::open).transpose()?;
     let kernel = kernel::load(ram, &boot.kernel)?;
     let command_line_bytes = write_command_line(ram, &boot.append, &kernel)?;
-    let initrd = match &boot.initrd {
-        Some(path) => Some(initrd::load(ram, path, &kernel)?),
-        None => None,
-    };
+    let initrd = opened
+        .map(|opened| initrd::load(ram, opened, &kernel))
+        .transpose()?;
     ram.write(ACPI_ADDRESS, &acpi::tables(ACPI_ADDRESS, spec))?;
     smbios::write(ram, spec.identity())?;
     reset::write_reset_vector(ram)?;

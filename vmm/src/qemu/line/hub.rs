@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use super::chardev::{Chardev, NamedChardev};
+use super::chardev::{Chardev, NamedChardev, Role};
 use crate::qemu::error::OptionError;
 use crate::qemu::words::Props;
 
@@ -72,6 +72,20 @@ impl Hubs {
         match self.0.iter().position(|hub| hub.label == named.id) {
             Some(at) => Chardev::Hub(at),
             None => self.add(named),
+        }
+    }
+
+    /// Has a device opened that nothing uses, as QEMU opens it: its file is made, its socket takes clients. One
+    /// that leads to somebody who listens is for a device that comes later, which connects when it does.
+    pub(super) fn open_unused(&mut self, named: NamedChardev) {
+        let is_later = match named.chardev {
+            Chardev::Null => named.log.is_none(),
+            Chardev::Socket { role, .. } => role == Role::Client,
+            _ => false,
+        };
+        if !is_later {
+            // As one that several may use: nobody has to.
+            self.of_named(NamedChardev { mux: true, ..named });
         }
     }
 

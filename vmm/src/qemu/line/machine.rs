@@ -152,7 +152,7 @@ fn full_kind(kind: &str) -> Result<String, OptionError> {
         return Ok(kind.to_owned());
     }
     Err(OptionError::new(format!(
-        "unsupported machine type: {kind:?}"
+        "unsupported machine type: \"{kind}\""
     ))
     .hint("Use -machine help to list supported machines")
     .hint("Pando has one machine, by the names q35, pc, microvm, pc-q35-VERSION and pc-i440fx-VERSION"))

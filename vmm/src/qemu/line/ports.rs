@@ -113,7 +113,13 @@ impl Pending {
         for (short, typed) in std::mem::take(&mut self.serials) {
             let shared = matches!(short, Short::Mon(_));
             let port = self.resolve(short, &mut wanted.hubs);
-            let port = port.map_err(|error| error.at(&typed))?;
+            let port = port.map_err(|error| {
+                // In QEMU's words, which quote the option again.
+                let value = typed.strip_prefix("-serial ").unwrap_or_default();
+                error.at(&typed).hint(format!(
+                    "{typed}: could not connect serial device to character backend '{value}'"
+                ))
+            })?;
             if let Some(chardev) = port.clone().filter(|_| shared) {
                 wanted.monitors.push(MonitorOption {
                     chardev,
@@ -157,6 +163,9 @@ impl Pending {
             found.ok().flatten()
         })?;
         memory.pci.vhost_user.keep(sockets);
+        for named in std::mem::take(&mut self.chardevs) {
+            hubs.open_unused(named);
+        }
         if wanted.monitors.len() > MAX_MONITORS {
             return Err(OptionError::new(format!(
                 "there are {} monitors, the most is {MAX_MONITORS}",

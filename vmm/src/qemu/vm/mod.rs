@@ -161,8 +161,7 @@ impl std::fmt::Debug for Vm {
 }
 
 impl Vm {
-    /// Opens the memory and COM1, and makes the machine unless it waits for a state. Nothing runs
-    /// yet.
+    /// Opens the memory and COM1. There is no machine yet: see [`Self::power_on`].
     pub fn new(plan: Plan, mut tell: Teller) -> Result<Self, OptionError> {
         let memory = Memory::open(&plan.spec)?;
         let (sender, inbox) = bounded(MAX_REQUESTS);
@@ -208,10 +207,20 @@ impl Vm {
             ends,
             tell,
         };
-        if !waits {
-            vm.make_machine(Begin::Files)?;
+        for spare in std::mem::take(&mut vm.plan.spare) {
+            let added = vm.add_object(spare);
+            added.map_err(|error| OptionError::new(error.desc))?;
         }
         Ok(vm)
+    }
+
+    /// Makes the machine unless it waits for a state. Nothing runs yet. The file of a template is written here:
+    /// after this nothing that the command line says can be wrong.
+    pub fn power_on(&mut self) -> Result<(), OptionError> {
+        match self.status {
+            RunStatus::InMigrate => Ok(()),
+            _ => self.make_machine(Begin::Files),
+        }
     }
 
     /// The way to this machine's thread.

@@ -14,13 +14,15 @@ use crate::qemu::line::Wanted;
 use crate::qemu::link::reason;
 use crate::qemu::{outputs, processes};
 use crate::report::one_line;
-use crate::spec::{DeviceFault, DeviceKind, DeviceParts, MachineSpec, SpecError};
+use crate::spec::{BackendSpec, DeviceFault, DeviceKind, DeviceParts, MachineSpec, SpecError};
 
 /// What a machine is made from.
 #[derive(Debug)]
 pub struct Plan {
     /// The machine.
     pub spec: MachineSpec,
+    /// Memory backends that it does not use.
+    pub spare: Vec<BackendSpec>,
     /// What it boots; `None` where there is nothing to.
     pub boot: Option<BootSource>,
     /// Everything else that was wanted.
@@ -35,6 +37,7 @@ impl Plan {
         let mut parts = wanted.parts()?;
         parts.devices.iter_mut().for_each(place_socket);
         processes::check(&wanted, &parts)?;
+        let spare = parts.take_unused();
         let spec = MachineSpec::from_parts(parts).map_err(|error| refused(&wanted, &error))?;
         let bytes = spec.layout().total_bytes();
         if let Some(host_bytes) = total_bytes()
@@ -47,6 +50,7 @@ impl Plan {
         let generation_id = generation_id(&wanted)?;
         Ok(Self {
             spec,
+            spare,
             boot,
             wanted,
             generation_id,

@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! The initial RAM disk: as high as the kernel allows, so that the kernel's own room stays free.
 
+use std::fs::File;
 use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -20,18 +21,40 @@ pub(super) struct Initrd {
     pub(super) bytes: u64,
 }
 
-/// Reads the file at `path` into RAM.
-pub(super) fn load(ram: &GuestRam, path: &Path, kernel: &Kernel) -> Result<Initrd, BootError> {
+/// An initrd's file.
+#[derive(Debug)]
+pub(super) struct Opened<'a> {
+    path: &'a Path,
+    file: File,
+    bytes: u64,
+}
+
+/// Opens the file at `path`.
+pub(super) fn open(path: &Path) -> Result<Opened<'_>, BootError> {
     let open = |source| BootError::OpenInitrd {
         path: path.to_owned(),
         source,
     };
-    let (mut file, bytes) = open_regular(path).map_err(open)?;
+    let (file, bytes) = open_regular(path).map_err(open)?;
     if bytes == 0 {
         return Err(BootError::EmptyInitrd {
             path: path.to_owned(),
         });
     }
+    Ok(Opened { path, file, bytes })
+}
+
+/// Reads it into RAM.
+pub(super) fn load(
+    ram: &GuestRam,
+    opened: Opened<'_>,
+    kernel: &Kernel,
+) -> Result<Initrd, BootError> {
+    let Opened {
+        path,
+        mut file,
+        bytes,
+    } = opened;
     let end = ram.layout().low_ram_end().min(kernel.initrd_end_limit);
     let address = place(bytes, kernel.end, end).map_err(|room| BootError::InitrdDoesNotFit {
         path: path.to_owned(),
