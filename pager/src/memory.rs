@@ -15,6 +15,9 @@ use crate::sys::userfaultfd::{self as sys, Answer, Tracking};
 /// How often pages are discarded anew because they were brought meanwhile.
 const DISCARD_TRIES: usize = 64;
 
+/// Pages that are discarded at once: 2 MiB.
+const PIECE_PAGES: u64 = 512;
+
 /// Anonymous memory of a clone that its pager fills. It has no way to reach the template's file.
 ///
 /// The memory is unmapped when this is dropped, and only then (or when the pager is done with the
@@ -102,7 +105,8 @@ impl CloneMemory {
     /// `Registration::allow_discards`.
     ///
     /// The map is told first, so that the pager brings zeros for these pages from then on. What it had on its
-    /// way before that is found in place of the zero page, and goes as well.
+    /// way before that is found in place of the zero page, and goes as well. After an error some pages may be there
+    /// as they were; they are zero once they have gone.
     pub fn discard_to_zero(&self, pages: PageRange) -> io::Result<()> {
         let map = self.discards.as_ref().ok_or_else(|| {
             io::Error::new(
@@ -113,6 +117,20 @@ impl CloneMemory {
         if !self.region().pages().contains_all(pages) {
             return Err(io::Error::from(io::ErrorKind::InvalidInput));
         }
+        // Piece by piece: what is brought again meanwhile costs no more than its own piece, and one that cannot be
+        // discarded leaves the others to be.
+        let mut outcome = Ok(());
+        let mut start = pages.start();
+        while start < pages.end() {
+            let end = pages.end().min(start.plus(PIECE_PAGES));
+            let piece = PageRange::between(start, end);
+            outcome = outcome.and(self.discard_piece(map, piece));
+            start = end;
+        }
+        outcome
+    }
+
+    fn discard_piece(&self, map: &DiscardMap, pages: PageRange) -> io::Result<()> {
         map.insert(pages);
         let Some(uffd) = &self.uffd else {
             return self.mapping.discard(pages);
@@ -145,6 +163,8 @@ impl CloneMemory {
                 None => break,
                 // A page that a root had: without a pager it reads as zero once it is discarded.
                 Some(Stopped::Unmapped) => start = start.plus(report.done() + 1),
+                // Somebody else changes this memory: from the beginning.
+                Some(Stopped::Changing) => return Ok(false),
                 Some(stopped) => {
                     return Err(io::Error::other(format!(
                         "the zero page cannot be put there: {stopped:?}"

@@ -83,6 +83,23 @@ fn discarded_pages_are_zero_whether_they_were_there_or_not() {
 }
 
 #[test]
+fn a_long_range_goes_whole_and_what_is_beside_it_stays() {
+    let template = Template::new(1400, every_third);
+    let (pager, memory) = serve(&template, options(MODES[0]), FaultPlan::default());
+    for page in (0..1400).step_by(7) {
+        write_word(&memory, page, page + 1);
+    }
+    // Three pieces, of which the last is not whole.
+    memory.discard_to_zero(pages(1, 1398)).unwrap();
+    for page in 1..1399 {
+        assert_eq!(read_page(&memory, page), [0; PAGE], "page {page}");
+    }
+    assert_eq!(read_word(&memory, 0), 1);
+    assert_eq!(read_page(&memory, 1399), template.expected(1399));
+    pager.stop().unwrap();
+}
+
+#[test]
 fn a_page_is_never_the_templates_again_under_faults_of_others() {
     const PAGES: u64 = 96;
     let template = Template::new(PAGES, all);

@@ -135,7 +135,7 @@ pub(super) fn watch_to_end(
                 let mut clone = Running {
                     handle,
                     paging: &paging,
-                    ram: &ram,
+                    backings: ram.first_backings(),
                     asking: Asking {
                         channel,
                         orders: &orders,

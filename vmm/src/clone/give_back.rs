@@ -69,7 +69,7 @@ pub enum GiveBackError {
 /// Pages of a backend that are given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GivenRun {
-    /// Which backend, in the machine's order.
+    /// Which backend, of those that the machine began with: the number of its image.
     pub backend: usize,
     /// Which of its pages.
     pub pages: PageRange,

@@ -13,7 +13,7 @@ use std::os::unix::fs::FileExt;
 use pando_pager::working_set::{Seen, Sight};
 use pando_pager::{PageCount, PageIndex, PageRange};
 
-use crate::memory::guest::GuestRam;
+use crate::memory::guest::{GuestRam, place};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::sys::pagemap::{Categories, Entry, PAGE_BYTES, PageRun, Pagemap, Query};
 
@@ -29,7 +29,7 @@ pub const MAX_SEEN: usize = 1 << 16;
 /// Pages of a backend that a clone had before it could ask for them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Unasked {
-    /// Which backend, in the machine's order.
+    /// Which backend, of those that the machine began with.
     pub backend: u32,
     /// Which of its pages.
     pub pages: PageRange,
@@ -78,10 +78,16 @@ pub fn look(
     let mut compare = Compare {
         ram,
         template,
+        position: None,
         left: max_compared,
         is_complete: true,
     };
-    for (backend, place) in ram.places().into_iter().enumerate() {
+    let view = ram.view();
+    for (backend, backing) in ram.first_backings().iter().enumerate() {
+        let place = place(backing.as_deref());
+        compare.position = backing
+            .as_ref()
+            .and_then(|backing| view.position_of(backing));
         let mut own = |map: &Pagemap, range: Range<u64>, written: &mut Written| {
             entries(map, &place, range, &mut |page, entry| {
                 if entry.is_present() && entry.is_exclusive() && compare.differs(backend, page) {
@@ -147,6 +153,8 @@ impl Written {
 struct Compare<'a> {
     ram: &'a GuestRam,
     template: &'a [File],
+    /// Where the backend is among the machine's now.
+    position: Option<usize>,
     left: usize,
     /// Whether every page that was to be compared was.
     is_complete: bool,
@@ -156,7 +164,10 @@ impl Compare<'_> {
     /// Whether a page differs from the template. What cannot be compared does not: it is a hint.
     fn differs(&mut self, backend: usize, page: PageIndex) -> bool {
         let offset = page.offset().get();
-        let address = self.ram.layout().guest_address(backend, offset);
+        let layout = self.ram.layout();
+        let address = self
+            .position
+            .and_then(|at| layout.guest_address(at, offset));
         let (Some(file), Some(address)) = (self.template.get(backend), address) else {
             return false;
         };

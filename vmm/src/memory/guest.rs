@@ -11,7 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use arc_swap::ArcSwap;
 use memmap2::{MmapMut, MmapOptions, MmapRaw};
@@ -24,7 +24,6 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMma
 use super::discard::{BackendDiscards, DiscardGate, Discards};
 use super::layout::{PAGE_BYTES, RamLayout, RamSegment};
 use super::slots::{HostMemory, Slots};
-use crate::observe::memory::ram::MemoryPlace;
 
 /// Why guest memory could not be made or touched.
 #[derive(Debug, Error)]
@@ -391,6 +390,8 @@ impl Deref for VmMemory {
 #[derive(Debug)]
 pub struct GuestRam {
     view: ArcSwap<View>,
+    /// What it began with.
+    first: Vec<Weak<RamBacking>>,
     gate: DiscardGate,
 }
 
@@ -404,8 +405,9 @@ impl GuestRam {
                 discards: backing.discards(),
             });
         let gate = DiscardGate::new(named.collect());
-        let backings = backings.into_iter().map(Arc::new).collect();
+        let backings: Vec<_> = backings.into_iter().map(Arc::new).collect();
         Ok(Self {
+            first: backings.iter().map(Arc::downgrade).collect(),
             view: ArcSwap::from_pointee(View::new(layout, backings, None)?),
             gate,
         })
@@ -434,16 +436,6 @@ impl GuestRam {
     /// Where the RAM lies in the guest now.
     pub fn layout(&self) -> RamLayout {
         self.view.load().layout.clone()
-    }
-
-    /// Where each backend lies in this process, in the machine's order.
-    pub fn places(&self) -> Vec<MemoryPlace> {
-        let view = self.view.load();
-        let places = view.backings.iter().map(|backing| MemoryPlace {
-            address: backing.host_address() as u64,
-            bytes: backing.bytes(),
-        });
-        places.collect()
     }
 
     /// The same RAM for code written against `vm-memory` (loaders, virtqueues).
@@ -495,6 +487,8 @@ impl GuestRam {
     }
 }
 
+mod first;
 mod holes;
+pub use first::place;
 #[cfg(test)]
 mod tests;

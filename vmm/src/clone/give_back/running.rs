@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pando_pager::{ImageId, ImageRun};
@@ -12,7 +13,7 @@ use super::{GiveBackError, GivenRun, Subject};
 use crate::clone::control::{Channel, FromWorker, RawRun, ToWorker};
 use crate::clone::instantiate::Paging;
 use crate::machine::MachineHandle;
-use crate::memory::guest::{GuestRam, RamBacking};
+use crate::memory::guest::{RamBacking, place};
 use crate::observe::memory::ram::MemoryPlace;
 use crate::report::chain;
 
@@ -26,8 +27,8 @@ pub struct Running<'a> {
     pub handle: &'a MachineHandle,
     /// Who brings pages again.
     pub paging: &'a Paging,
-    /// Its memory.
-    pub ram: &'a GuestRam,
+    /// Its memory as its pager counts it: what the guest lets go of stays mapped as long as this is there.
+    pub backings: Vec<Option<Arc<RamBacking>>>,
     /// The way to the supervisor, for [`Paging::Shared`].
     pub asking: Asking<'a>,
 }
@@ -98,7 +99,8 @@ impl Asking<'_> {
 
 impl Subject for Running<'_> {
     fn places(&self) -> Vec<MemoryPlace> {
-        self.ram.places()
+        let backings = self.backings.iter();
+        backings.map(|backing| place(backing.as_deref())).collect()
     }
 
     fn pause(&mut self) -> Result<(), GiveBackError> {
@@ -127,8 +129,8 @@ impl Subject for Running<'_> {
     }
 
     fn discard(&mut self, run: &GivenRun) -> io::Result<()> {
-        let view = self.ram.view();
-        match view.backings().get(run.backend).map(|backing| &**backing) {
+        let backing = self.backings.get(run.backend).and_then(Option::as_deref);
+        match backing {
             Some(RamBacking::Paged(memory)) => memory.discard(run.pages),
             _ => Err(io::Error::from(io::ErrorKind::InvalidInput)),
         }
