@@ -137,22 +137,10 @@ pub const DIFFERENCES: &[Difference] = &[
         "a machine without a CPU is refused by name",
     ),
     listed(
-        &["tpl-qom-set"],
-        Kind::Other,
-        0,
-        "`discard-data` cannot be changed later, `reserve` and the rest as with QEMU",
-    ),
-    listed(
         &["mp-*"],
         Kind::Better,
         1,
         "`-mem-path` is refused with the reason that the templating page gives",
-    ),
-    listed(
-        &["dimm-hotplug-clone"],
-        Kind::NotHere,
-        0,
-        "a module that comes while the machine runs has memory of its own: a file that is only read is refused",
     ),
     listed(
         &["vmem-hotplug-nobus"],

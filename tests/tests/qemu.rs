@@ -382,7 +382,7 @@ fn people_have_a_monitor_too() -> Result<()> {
     command.stdin(std::process::Stdio::piped());
     let mut running = Running::start(&mut command)?;
     let mut stdin = running.child.stdin.take().context("no standard input")?;
-    stdin.write_all(b"info status\ninfo version\nfrob\nmigrate \"file:a\nmigrate_set_capability \"events\" on\ninfo memory_size_summary\nquit\n")?;
+    stdin.write_all(b"info status\ninfo version\nfrob\nmigrate \"file:a\nmigrate_set_capability \"events\" on\ninfo memory_size_summary\ninfo frob\ncont now\nhelp frob\nhelp info numa\nquit\n")?;
     let mut stdout = running.child.stdout.take().context("no standard output")?;
     let mut text = String::new();
     stdout.read_to_string(&mut text)?;
@@ -392,6 +392,9 @@ fn people_have_a_monitor_too() -> Result<()> {
         "unknown command: 'frob'",
         "(qemu) unterminated string\r\nmigrate: string expected\r\n(qemu) (qemu) ",
         "base memory: 67108864\r\n",
+        "unknown command: 'info frob'\r\n",
+        "cont: other arguments are expected\r\nTry \"help cont\" for more information\r\n",
+        "(qemu) unknown command: 'frob'\r\n(qemu) info numa -- nodes\r\n",
         "Pando",
     ] {
         assert!(text.contains(part), "{part}: {text}");

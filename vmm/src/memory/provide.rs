@@ -64,14 +64,6 @@ pub enum ProvideError {
         #[source]
         source: io::Error,
     },
-    /// A file that is only read, when its machine is there already.
-    #[error(
-        "memory backend {id} is a file that is only read, which cannot be plugged into a machine that is there:          name it on the command line, or use memory-backend-ram, or share=on"
-    )]
-    Late {
-        /// The backend.
-        id: String,
-    },
     /// Pages that cannot be had now.
     #[error(
         "memory backend {id}: qemu_prealloc_mem: preallocating memory failed: {why}: is the disk full, \
@@ -170,32 +162,27 @@ impl HeldFiles {
         self.files.remove(position).map(|held| held.opened)
     }
 
-    /// Memory of one backend that comes while its machine is there: its own, or a file that it writes. What
-    /// would have to be served by a pager cannot be had.
+    /// Memory of one backend that comes while its machine is there; with a pager of its own where a file is
+    /// served. That must be there as long as anything may touch the memory.
     pub fn make_one(
         &self,
         position: usize,
         backend: &BackendSpec,
         begin: Begin<'_>,
-    ) -> Result<RamBacking, ProvideError> {
-        let held = self.files.get(position).and_then(Option::as_ref);
-        if let (Some(source), Some(held)) = (backend.file(), held)
-            && !held.opened.is_nameless
-            && source.access() != FileAccess::Template
-        {
-            return Err(ProvideError::Late {
-                id: backend.id().to_owned(),
-            });
-        }
+    ) -> Result<(RamBacking, Option<Pager<Serving>>), ProvideError> {
         let mut making = Making {
             files: self,
             begin,
             options: PagerOptions::default(),
             pager: None,
         };
-        let backing = making.backing(position, backend)?;
+        let mut backing = making.backing(position, backend)?;
+        let pager = making.serve(
+            backend.discards_to_zero(),
+            std::slice::from_mut(&mut backing),
+        )?;
         advise(backend, &backing)?;
-        Ok(backing)
+        Ok((backing, pager))
     }
 
     /// Maps or serves the memory of every backend: as often as a machine is made, but only when the one
@@ -224,14 +211,8 @@ impl HeldFiles {
                 making.backing(position, backend)
             })
             .collect::<Result<Vec<_>, _>>()?;
-        if spec.backends().iter().any(BackendSpec::discards_to_zero)
-            && let Some(pager) = &mut making.pager
-        {
-            // Whose may be is the gate's to say.
-            let served = backings.iter_mut().filter_map(RamBacking::served);
-            pager.allow_discards(served)?;
-        }
-        let pager = making.pager.take().map(Pager::<Idle>::serve).transpose()?;
+        let discards = spec.backends().iter().any(BackendSpec::discards_to_zero);
+        let pager = making.serve(discards, &mut backings)?;
         for (backend, backing) in spec.backends().iter().zip(&backings) {
             advise(backend, backing)?;
         }
@@ -296,6 +277,20 @@ struct Making<'a> {
 }
 
 impl Making<'_> {
+    /// Starts the pager, where one is needed for these.
+    fn serve(
+        &mut self,
+        discards: bool,
+        backings: &mut [RamBacking],
+    ) -> Result<Option<Pager<Serving>>, PagerError> {
+        if discards && let Some(pager) = &mut self.pager {
+            // Whose may be is the gate's to say.
+            let served = backings.iter_mut().filter_map(RamBacking::served);
+            pager.allow_discards(served)?;
+        }
+        self.pager.take().map(Pager::<Idle>::serve).transpose()
+    }
+
     fn backing(
         &mut self,
         position: usize,

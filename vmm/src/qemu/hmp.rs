@@ -59,8 +59,13 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
         [] => Ok(String::new()),
-        ["help" | "?", ..] => Ok(help()),
-        ["info", rest @ ..] => info(vm, rest),
+        ["help" | "?"] => Ok(help("")),
+        ["help" | "?", about @ ..] => return about_words(about),
+        ["info"] => Ok(help("info")),
+        ["info", rest @ ..] => match info(vm, rest) {
+            Some(answer) => answer,
+            None => return unknown(&words.join(" ")),
+        },
         ["stop" | "s"] => vm.stop().map(|()| String::new()),
         ["cont" | "c"] => vm.cont().map(|()| String::new()),
         ["system_reset"] => vm.system_reset().map(|()| String::new()),
@@ -88,8 +93,11 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
         ["migrate_set_capability", name, state @ ("on" | "off")] => {
             set_capability(vm, name, *state == "on")
         }
+        [word, ..] if help(word).is_empty() => return unknown(word),
         [word, ..] => {
-            return format!("unknown command: '{word}', or one with other arguments: see help\r\n");
+            return format!(
+                "{word}: other arguments are expected\r\nTry \"help {word}\" for more information\r\n"
+            );
         }
     };
     match result {
@@ -98,13 +106,34 @@ pub fn execute(vm: &mut Vm, line: &str) -> String {
     }
 }
 
-fn help() -> String {
-    COMMANDS
-        .iter()
-        .fold(String::new(), |mut text, (name, about)| {
+fn unknown(words: &str) -> String {
+    format!("unknown command: '{words}'\r\n")
+}
+
+/// What is said of a command.
+fn about_words(words: &[&str]) -> String {
+    let words = words.join(" ");
+    let text = help(&words);
+    if text.is_empty() {
+        unknown(&words)
+    } else {
+        text.replace('\n', "\r\n")
+    }
+}
+
+/// Lines of help: of what begins with these words, all of it where there are none.
+fn help(words: &str) -> String {
+    let is_about = |name: &str| {
+        let rest = name.strip_prefix(words);
+        words.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(' '))
+    };
+    COMMANDS.iter().filter(|(name, _)| is_about(name)).fold(
+        String::new(),
+        |mut text, (name, about)| {
             let _ = writeln!(text, "{name} -- {about}");
             text
-        })
+        },
+    )
 }
 
 fn property(vm: &mut Vm, path: &str, name: &str) -> Result<String, QmpError> {
@@ -168,8 +197,9 @@ fn set_capability(vm: &mut Vm, name: &str, on: bool) -> Result<String, QmpError>
     Ok(String::new())
 }
 
-fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
-    Ok(match what {
+/// `info`; `None` where there is no such thing.
+fn info(vm: &Vm, what: &[&str]) -> Option<Result<String, QmpError>> {
+    Some(Ok(match what {
         ["status"] => status(vm),
         ["name"] => text(&vm.query_name()["name"]),
         ["uuid"] => format!("{}\n", vm.uuid()),
@@ -195,19 +225,16 @@ fn info(vm: &Vm, what: &[&str]) -> Result<String, QmpError> {
         }
         ["numa"] => vm.numa_text(),
         ["migrate"] => migration(vm),
-        ["pci"] => pci_text(&query_pci(&vm.functions()?)),
+        ["pci"] => return Some(vm.functions().map(|found| pci_text(&query_pci(&found)))),
         ["block"] => vm.block_text(),
         ["balloon"] => {
-            let bytes = vm.query_balloon()?["actual"].as_u64().unwrap_or(0);
-            format!("balloon: actual={}\n", bytes >> 20)
+            return Some(vm.query_balloon().map(|answer| {
+                let bytes = answer["actual"].as_u64().unwrap_or(0);
+                format!("balloon: actual={}\n", bytes >> 20)
+            }));
         }
-        _ => {
-            return Err(QmpError::generic(format!(
-                "there is no 'info {}' here: see help",
-                what.join(" ")
-            )));
-        }
-    })
+        _ => return None,
+    }))
 }
 
 fn text(value: &Value) -> String {

@@ -185,6 +185,11 @@ pub fn set(vm: &mut Vm, args: &Arguments) -> Result<Value, QmpError> {
             vm.changed.insert((id, name.to_owned()), on);
             Ok(json!({}))
         }
+        // What the file holds is kept in any case: there is nothing to change but the answer.
+        "discard-data" if kind == BackendKind::File => {
+            vm.changed.insert((id, name.to_owned()), on);
+            Ok(json!({}))
+        }
         "prealloc" if !on => Ok(json!({})),
         "prealloc" => {
             vm.preallocate(&id)?;

@@ -87,6 +87,7 @@ impl Vm {
         self.number += 1;
         self.held = held;
         self.pager = pager;
+        self.module_pagers.clear();
         self.watch_devices();
     }
 
@@ -211,6 +212,7 @@ impl Vm {
     fn reset(&mut self, status: RunStatus) -> Result<(), OptionError> {
         self.held.end();
         self.pager = None;
+        self.module_pagers.clear();
         self.take_news();
         self.end_unplugging();
         match self.plan.boot {
@@ -290,13 +292,11 @@ impl Vm {
     fn failed(&mut self, failure: &Failure) {
         self.say(&failure.to_string());
         if let Failure::MemoryError { .. } = failure {
-            let poisoned = self
-                .pager
-                .as_ref()
-                .map(|pager| pager.health().poisoned())
-                .unwrap_or_default();
-            if let Some(page) = poisoned.first() {
-                self.say(&page.to_string());
+            let of_modules = self.module_pagers.iter().map(|kept| &kept.pager);
+            let pagers = self.pager.iter().chain(of_modules);
+            let poisoned = pagers.flat_map(|pager| pager.health().poisoned());
+            if let Some(page) = poisoned.map(|page| page.to_string()).next() {
+                self.say(&page);
             }
             self.shut_down(true, "guest-panic");
             self.after = After::Exit(exit::MEMORY);

@@ -105,8 +105,11 @@ impl Memory {
         self.files.remove(position)
     }
 
-    /// Memory of a backend that comes while the machine is there.
-    pub(super) fn make_one(&self, position: usize) -> Result<RamBacking, OptionError> {
+    /// Memory of a backend that comes while the machine is there, and its pager, where its file is served.
+    pub(super) fn make_one(
+        &self,
+        position: usize,
+    ) -> Result<(RamBacking, Option<Pager<Serving>>), OptionError> {
         let backend = self.spec.backends().get(position);
         let backend = backend.ok_or_else(|| OptionError::new("there is no such memory backend"))?;
         let begin = match self.spec.is_growing(position) {

@@ -111,6 +111,7 @@ pub struct Vm {
     /// Counts machines of this process.
     pub(super) number: u64,
     pub(super) pager: Option<Pager<Serving>>,
+    module_pagers: Vec<modules::ModulePager>,
     pub(super) status: RunStatus,
     /// Whether the machine has anything to run.
     pub(super) has_program: bool,
@@ -185,6 +186,7 @@ impl Vm {
             held: Held::Nothing,
             number: 0,
             pager: None,
+            module_pagers: Vec::new(),
             bus: Bus::default(),
             fds: BTreeMap::new(),
             passed: Vec::new(),

@@ -2,17 +2,28 @@
 //! Memory modules that monitors plug and unplug. The plan always has the modules that are there, so that
 //! whatever machine is made next has them too.
 
+use std::sync::{Arc, Weak};
+
+use pando_pager::{Pager, Serving};
 use serde_json::json;
 
 use super::devices::PERIPHERAL;
 use super::objects::Added;
 use super::{RunStatus, Vm};
 use crate::machine::Module;
+use crate::memory::guest::RamBacking;
 use crate::qemu::line::device;
 use crate::qemu::qmp::message::{Class, QmpError};
 use crate::qemu::words::Props;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, Dimm, DimmFault, DimmParts, MachineSpec, SpecError};
+
+/// What fills a module that came.
+#[derive(Debug)]
+pub(super) struct ModulePager {
+    pub(super) pager: Pager<Serving>,
+    memory: Weak<RamBacking>,
+}
 
 impl Vm {
     /// `device_add` of a pc-dimm
@@ -83,25 +94,44 @@ impl Vm {
             Module,
         ) -> Result<(), crate::machine::MachineError>,
     ) -> Result<(), QmpError> {
+        self.module_pagers
+            .retain(|kept| kept.memory.strong_count() > 0);
         let Added { spec, file } = self.added.remove(at);
         self.memory.insert(new, position, file);
-        let plugged = self.held.handle().map_or(Ok(()), |handle| {
-            let backing = self.memory.make_one(position);
+        let plugged = self.held.handle().map_or(Ok(None), |handle| {
+            let made = self.memory.make_one(position);
+            let (backing, pager) = made.map_err(|error| error.to_string())?;
             let module = Module {
                 position,
                 backend: spec.id().to_owned(),
-                backing: backing.map_err(|error| error.to_string())?,
+                backing,
                 guest_address: new.layout().guest_address(position, 0).unwrap_or_default(),
             };
-            plug(&handle, module).map_err(|error| one_line(&error))
+            let plugged = plug(&handle, module).map_err(|error| one_line(&error));
+            plugged.map(|()| pager)
         });
-        if let Err(why) = plugged {
-            let file = self.memory.remove(&self.plan.spec, position);
-            self.added.push(Added { spec, file });
-            return Err(QmpError::generic(why));
+        match plugged {
+            Ok(pager) => self.keep_pager(pager, position),
+            Err(why) => {
+                let file = self.memory.remove(&self.plan.spec, position);
+                self.added.push(Added { spec, file });
+                return Err(QmpError::generic(why));
+            }
         }
         self.plan.spec = new.clone();
         Ok(())
+    }
+
+    /// Keeps the pager of backend `position` as long as that memory is there: a device may still be at it when the
+    /// guest has let go of it.
+    fn keep_pager(&mut self, pager: Option<Pager<Serving>>, position: usize) {
+        let ram = self.held.ram();
+        let view = ram.map(|ram| ram.view());
+        let memory = view.as_ref().and_then(|view| view.backings().get(position));
+        if let (Some(pager), Some(memory)) = (pager, memory) {
+            let memory = Arc::downgrade(memory);
+            self.module_pagers.push(ModulePager { pager, memory });
+        }
     }
 
     /// `device_del` of a pc-dimm; as with QEMU it may be asked for again.
