@@ -139,6 +139,13 @@ discards() {
     say c2.com1 "dd if=/dev/urandom of=/tmp/more bs=1M count=48 2>/dev/null; sha256sum </tmp/more >/tmp/sum"
     check c2-memory-works say c2.com1 "sha256sum </tmp/more | cmp - /tmp/sum && rm /tmp/more"
     same c2-intact-again "$blob" "$(say c2.com1 "sha256sum </tmp/blob")"
+    # A guest that has too little takes from the balloon by itself.
+    tell c2 "balloon 128"
+    check c2-inflated-far within 60 answers c2 "info balloon" 'actual=128'
+    say c2.com1 "dd if=/dev/urandom of=/tmp/more bs=1M count=\$((\$(awk '/MemAvailable/{print \$2}' /proc/meminfo) / 1024 + 16)) 2>/dev/null; sha256sum </tmp/more >/tmp/sum"
+    check c2-takes-from-it within 20 answers c2 "info balloon" 'actual=\(1[3-9][0-9]\|2[0-2][0-9]\)' || cat c2.out
+    check c2-took-memory say c2.com1 "sha256sum </tmp/more | cmp - /tmp/sum && rm /tmp/more"
+    same c2-intact-after-that "$blob" "$(say c2.com1 "sha256sum </tmp/blob")"
     tell c2 quit
     wait "$c2"
 }

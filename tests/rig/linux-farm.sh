@@ -94,16 +94,26 @@ check image make_image
 
 check create pando template create "$folder/template" --kernel /rig/vmlinuz --initrd initrd \
     --append "console=ttyS0 quiet panic=-1 ipv6.disable=1" --memory 192M --disk disk.img,id=root --rng --document \
-    --net tap=tap0,netns=t,id=nic --vsock 3 --ready serial:PANDO-READY --timeout 300 || exit 1
+    --net tap=tap0,netns=t,id=nic --vsock 3 --console null,console --ready serial:PANDO-READY --timeout 300 || exit 1
 before=$(sha256sum template/*.mem template/*.disk)
 
+# hears_console CLONE: what the guest writes to its console comes out at the clone's own socket, and nobody else's.
+hears_console() {
+    say "serial/clone-$1.sock" "echo console-$1 >/dev/hvc0"
+    [ "$(tr -d '\r' <"heard-$1" | sort -u)" = "console-$1" ]
+}
+
 pando clone "$folder/template" --engine root --count $clones --serial "$folder/serial" --vsock "$folder/vsock" \
-    --net 'tap=tap0,netns=n%d' >clones.out 2>&1 &
+    --console "$folder/serial" --net 'tap=tap0,netns=n%d' >clones.out 2>&1 &
 supervisor=$!
 for clone in $numbers; do
     same "$clone-goes-on" "writes pings stops reads draws reaches clean quiet" \
         "$(SAY_LIMIT=280 say "serial/clone-$clone.sock" proof | xargs)" || cat clones.out
     same "$clone-connects" "$((3 + clone)) hello" "$(vsock dial "vsock/clone-$clone.vsock" 52 hello)"
+    vsock hear "serial/clone-$clone.console0-0.sock" >"heard-$clone" &
+    hearer=$!
+    check "$clone-console" within 60 hears_console "$clone" || cat "heard-$clone"
+    kill $hearer
     check "$clone-is-reached" within 60 in_space "n$clone" ping -c 1 -W 1 10.9.0.2
 done
 each() { for clone in $numbers; do say "serial/clone-$clone.sock" "$1"; done; }

@@ -1,13 +1,16 @@
 # shellcheck shell=dash
 # How fast a guest's disk and network are under Pando and under QEMU: one guest, one command line, one after the
 # other, five times each. What is measured is emulated twice, so only the ratio tells anything. Functions of
-# l1-lib.sh. Run by hand:
+# l1-lib.sh. Run by hand, with both programs optimized, on a machine that does nothing else:
+#   cargo build --release --locked -p pando-vmm
 #   target/debug/rig --kernel 6.12 --script tests/rig/throughput.sh --limit 3000 \
-#       --program target/debug/pando=/bin/pando --program target/debug/say=/bin/say \
+#       --program target/release/pando=/bin/pando --program target/debug/say=/bin/say \
 #       --program /usr/bin/qemu-system-x86_64=/usr/bin/qemu \
 #       --file /usr/share/seabios/bios-256k.bin=/rig/firmware/bios-256k.bin \
 #       --file /usr/share/qemu/linuxboot_dma.bin=/rig/firmware/linuxboot_dma.bin \
-#       --file /usr/share/qemu/kvmvapic.bin=/rig/firmware/kvmvapic.bin
+#       --file /usr/share/qemu/kvmvapic.bin=/rig/firmware/kvmvapic.bin \
+#       --file /usr/lib/ipxe/qemu/efi-virtio.rom=/rig/firmware/efi-virtio.rom
+# The files are of the Debian packages seabios, qemu-system-data and ipxe-qemu.
 
 folder=/tmp/throughput rounds=${ROUNDS:-5}
 mkdir -p "$folder/extra" /var/tmp
