@@ -222,6 +222,8 @@ between shrunk-is-the-hosts-again 0 $((full - 60)) "$(resident $clone)"
 check told-of-sizes grep -q MEMORY_DEVICE_SIZE_CHANGE c.out
 tell c device_del '"id": "v1"'
 check device-goes within 60 grep -q '"device": "v1".*DEVICE_DELETED\|DEVICE_DELETED.*"device": "v1"' c.out || cat c.out
+tell c x-query-discards
+check device-requires-nothing within 20 sh -c 'tail -n 1 c.out | grep -q "\"coordinated\": true, \"device\": \"v0\"" && ! tail -n 1 c.out | grep -q "\"device\": \"v1\""' || tail -n 1 c.out
 tell c object-del '"id": "v1ram"'
 check own-memory-is-intact say c.com1 "used 40"
 

@@ -203,6 +203,22 @@ fn memory_that_grows_is_plugged_and_frozen_with_nothing_in_it() -> Result<()> {
         desc == "Unexpected error discarding RAM: Operation not permitted",
         "{desc}"
     );
+    let discards = qmp.ok("x-query-discards", &json!({}))?;
+    ensure!(discards["refused"]["virtio-mem"] == 1, "{discards}");
+    for id in ["v0", "v1"] {
+        let all = discards["backends"].as_array().into_iter().flatten();
+        let memory = all.filter(|backend| backend["id"] == format!("{id}ram"));
+        let holders: Vec<&Value> = memory.map(|backend| &backend["required-by"]).collect();
+        let expected = json!([{"device": id, "coordinated": true}]);
+        ensure!(holders == [&expected], "{discards}");
+    }
+    let line = json!({"command-line": "info memdev"});
+    let text = qmp.ok("human-monitor-command", &line)?;
+    let holder = "discard: on for v0ram, required by v0 (coordinated)";
+    ensure!(
+        text.as_str().is_some_and(|text| text.contains(holder)),
+        "{text}"
+    );
     let said = vm.quit()?.stderr;
     ensure!(
         said.contains("Discarding RAM with readonly files is not supported"),

@@ -6,6 +6,12 @@
 //! ([`DiscardGate::require`]: virtio-mem, which is refused before the machine is made), and devices that ask
 //! each time and go on when they are refused (balloon, free page reporting). A refusal is an error each time:
 //! each is counted, and told at most once a second.
+//!
+//! QEMU also tells *coordinated* discards from others (`ram_block_coordinated_discard_require`): a virtio-mem device
+//! announces which blocks are plugged, so that somebody who pins guest memory can go along, while a balloon's
+//! discards come unannounced. Nobody pins guest memory here: another process of vhost-user maps the file, in which
+//! a discard is a hole for it as well, and a pager shares the map of what was discarded. So both kinds are let
+//! through alike; who requires discards of which kind is shown.
 
 use std::fmt;
 use std::io;
@@ -55,6 +61,11 @@ impl DiscardSource {
 }
 
 impl DiscardSource {
+    /// Whether what is discarded is announced to whoever else has the memory.
+    pub const fn is_coordinated(self) -> bool {
+        matches!(self, Self::VirtioMem)
+    }
+
     /// Whether it is a guest who asks, in the course of its work, and there is nobody to answer.
     const fn is_guests(self) -> bool {
         matches!(self, Self::Balloon | Self::FreePageReporting)
@@ -294,12 +305,18 @@ impl DiscardGate {
         }
     }
 
-    /// Names of the devices that cannot do without discarding memory of the backend of this id.
-    pub fn holders_of(&self, id: &str) -> Vec<String> {
+    /// The devices that cannot do without discarding memory of the backend of this id.
+    pub fn holders_of(&self, id: &str) -> Vec<DiscardHolder> {
         let backend = self.known().iter().position(|backend| backend.id == id);
-        let holders = backend.map(|backend| self.holders(backend));
-        let holders = holders.into_iter().flatten();
-        holders.map(|holder| holder.device).collect()
+        backend.map_or_else(Vec::new, |backend| self.holders(backend))
+    }
+
+    /// Counts a refusal for which nobody had to ask: it was known from the machine's description.
+    pub fn count_known(&self, source: DiscardSource) {
+        self.refused[source as usize]
+            .total
+            .fetch_add(1, Ordering::Relaxed);
+        count_discard_refused(source.word(), 1);
     }
 
     /// Devices that cannot do without discarding memory of a backend.
@@ -355,7 +372,7 @@ impl DiscardGate {
 
 impl GuestRam {
     /// Discards whole pages of RAM: they go back to the host, and read as zero from then on. Memory of a backend
-    /// that refuses stays, and is told of when the rest was done. Of a balloon each page is an attempt, of others
+    /// that refuses, or that the system keeps, stays, and is told of when the rest was done. Of a balloon each page is an attempt, of others
     /// each run.
     pub fn discard(
         &self,
@@ -376,7 +393,7 @@ impl GuestRam {
         };
         let view = self.view();
         let mut at = guest_address;
-        let mut refused = None;
+        let mut outcome = Ok(());
         while at < end {
             let mut slots = view.slots().iter();
             let slot = slots
@@ -392,20 +409,20 @@ impl GuestRam {
                 _ => 1,
             };
             if let Err(refusal) = self.gate().ask(source, slot.backend, attempts) {
-                refused.get_or_insert(refusal);
+                outcome = outcome.and(Err(refusal.into()));
                 at += bytes;
                 continue;
             }
             let offset_bytes = slot.first_page * PAGE_BYTES + (at - slot.guest_address);
             let done = backing.discard(offset_bytes, bytes);
-            done.map_err(|source| DiscardError::System {
+            outcome = outcome.and(done.map_err(|source| DiscardError::System {
                 guest_address: at,
                 bytes,
                 source,
-            })?;
+            }));
             at += bytes;
         }
-        refused.map_or(Ok(()), |refusal| Err(refusal.into()))
+        outcome
     }
 }
 

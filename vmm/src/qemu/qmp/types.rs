@@ -270,8 +270,12 @@ pub const TYPES: &[(&str, Shape)] = &[
         object(&[
             ("id", "str"),
             ("discard", "DiscardKind"),
-            ("required-by", "[str]"),
+            ("required-by", "[DiscardHolder]"),
         ]),
+    ),
+    (
+        "DiscardHolder",
+        object(&[("device", "str"), ("coordinated", "bool")]),
     ),
     (
         "DiscardsRefused",

@@ -14,10 +14,17 @@ impl Vm {
         let backends: Vec<Value> = (self.listed_objects().into_iter())
             .map(|backend| {
                 let holders = gate.map(|gate| gate.holders_of(backend.id()));
+                let holders = holders.unwrap_or_default().into_iter();
+                let holders: Vec<Value> = holders
+                    .map(|holder| {
+                        let coordinated = holder.source.is_coordinated();
+                        json!({"device": holder.device, "coordinated": coordinated})
+                    })
+                    .collect();
                 json!({
                     "id": backend.id(),
                     "discard": BackendDiscards::of(backend).discards.word(),
-                    "required-by": holders.unwrap_or_default(),
+                    "required-by": holders,
                 })
             })
             .collect();
@@ -49,7 +56,13 @@ impl Vm {
             .map(|backend| {
                 let holders = backend["required-by"].as_array().into_iter().flatten();
                 let holders: String = holders
-                    .map(|holder| format!(", required by {}", word(holder)))
+                    .map(|holder| {
+                        let how = match holder["coordinated"].as_bool() {
+                            Some(true) => " (coordinated)",
+                            _ => "",
+                        };
+                        format!(", required by {}{how}", word(&holder["device"]))
+                    })
                     .collect();
                 format!(
                     "discard: {} for {}{holders}\n",

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use super::Vm;
 use super::devices::PERIPHERAL;
 use crate::machine::{Attachment, MemoryFigures};
+use crate::memory::discard::DiscardSource;
 use crate::qemu::line::netdev::no_netdev;
 use crate::qemu::line::pci::{Device, no_drive};
 use crate::qemu::qmp::message::QmpError;
@@ -55,6 +56,9 @@ impl Vm {
                 reason: DeviceFault::Memory(fault),
                 ..
             } => {
+                if let (MemFault::Templated, Some(ram)) = (fault, self.held.ram()) {
+                    ram.gate().count_known(DiscardSource::VirtioMem);
+                }
                 let text = fault.to_string();
                 let mut lines: Vec<&str> = text.lines().collect();
                 let last = lines.pop().unwrap_or_default().to_owned();
