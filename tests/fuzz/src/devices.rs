@@ -17,6 +17,7 @@ use pando_vmm::device::virtio::console::backend::ConsolePort;
 use pando_vmm::device::virtio::console::device::Console;
 use pando_vmm::device::virtio::device::VirtioDevice;
 use pando_vmm::device::virtio::limit::{HostClock, Limiter};
+use pando_vmm::device::virtio::mem::device::Mem;
 use pando_vmm::device::virtio::net::backend::NetPort;
 use pando_vmm::device::virtio::net::device::Net;
 use pando_vmm::device::virtio::rng::device::Rng;
@@ -24,9 +25,9 @@ use pando_vmm::device::virtio::transport::pci::VirtioPci;
 use pando_vmm::device::virtio::vsock::backend::VsockPort;
 use pando_vmm::device::virtio::vsock::device::Vsock;
 use pando_vmm::memory::guest::{GuestRam, RamBacking};
-use pando_vmm::memory::layout::RamLayout;
+use pando_vmm::memory::layout::{Placed, RamLayout};
 use pando_vmm::spec::{
-    BalloonParts, ConsoleParts, DiskAccess, Limits, MacAddress, PortParts, Rate,
+    BalloonParts, ConsoleParts, DiskAccess, Limits, MacAddress, MemParts, PortParts, Rate,
 };
 
 const RAM_BYTES: u64 = 1 << 20;
@@ -44,7 +45,13 @@ const FLUSH: u64 = 1 << 9;
 const MULTIPORT: u64 = 1 << 1;
 const IMAGE_BYTES: u64 = 64 << 10;
 /// How many kinds of devices there are.
-const KINDS: u8 = 10;
+const KINDS: u8 = 11;
+/// Memory that grows and shrinks, and where.
+const GROWING: u8 = 10;
+const MODULE: Placed = Placed {
+    guest_address: 4 << 30,
+    bytes: 16 << 20,
+};
 
 /// Nobody hears it.
 struct Silence;
@@ -130,6 +137,15 @@ fn device(kind: u8, image: &File) -> Option<Box<dyn VirtioDevice>> {
             let limiter = Limiter::new(&limits, Arc::new(HostClock::default()));
             block(disk(DiskAccess::Write).map(|disk| disk.with_limiter(limiter)))
         }
+        GROWING => {
+            let parts = MemParts {
+                requested_bytes: 8 << 20,
+                guest_address: Some(MODULE.guest_address),
+                bytes: MODULE.bytes,
+                ..MemParts::default()
+            };
+            Some(Box::new(Mem::new(&parts, None)))
+        }
         8 => Some(Box::new(Vsock::new(3, VsockPort::default()))),
         _ => {
             let parts = BalloonParts {
@@ -147,9 +163,13 @@ impl Guest {
     fn new(kind: u8) -> Option<Self> {
         let image = tempfile::tempfile().ok()?;
         image.set_len(IMAGE_BYTES).ok()?;
-        let layout = RamLayout::new(&[RAM_BYTES]).ok()?;
-        let backing = RamBacking::anonymous(RAM_BYTES).ok()?;
-        let ram = Arc::new(GuestRam::new(layout, vec![backing]).ok()?);
+        let mut layout = RamLayout::new(&[RAM_BYTES]).ok()?;
+        let mut backings = vec![RamBacking::anonymous(RAM_BYTES).ok()?];
+        if kind == GROWING {
+            layout = layout.with_modules(&[MODULE]).ok()?;
+            backings.push(RamBacking::anonymous(MODULE.bytes).ok()?);
+        }
+        let ram = Arc::new(GuestRam::new(layout, backings).ok()?);
         let made = device(kind, &image)?;
         let queues = made.device_type().queues.len() as u64;
         let guest = Self {
@@ -355,6 +375,30 @@ pub fn seeds() -> Vec<Vec<u8>> {
     // Two are under way at once.
     let both = [&read[..read.len() - 2], &write].concat();
     let again = vec![7, 8];
+    let plug = |kind: u16, block: u64, count: u16| {
+        // Step 2 writes eight bytes at that many times eight behind the rings.
+        let put = |place: u64, word: u64| {
+            let place = u16::try_from((BUFFERS - RINGS) / 8 + place).unwrap_or(0);
+            [&[2][..], &place.to_le_bytes(), &word.to_le_bytes()].concat()
+        };
+        let ask = request(0, &[piece(0, 24, 0), piece(100, 10, 1)]);
+        let address = MODULE.guest_address + block * (2 << 20);
+        [
+            put(0, kind.into()),
+            put(1, address),
+            put(2, count.into()),
+            ask,
+        ]
+        .concat()
+    };
+    let grow = [
+        plug(0, 1, 3),
+        plug(3, 0, 8),
+        plug(1, 2, 1),
+        vec![8],
+        plug(2, 0, 0),
+    ]
+    .concat();
     (0..KINDS)
         .map(|kind| {
             let steps = [
@@ -364,6 +408,7 @@ pub fn seeds() -> Vec<Vec<u8>> {
                 &packet,
                 &both,
                 &again,
+                &grow,
                 &[6],
                 &[0; 8],
             ]
