@@ -168,15 +168,30 @@ under() { [ "$(private_bytes "$1")" -lt $(($2 << 20)) ]; }
 
 total_kib="awk '/MemTotal/{print \$2}' /proc/meminfo"
 
-# fork NAME PORT OPTIONS...: a clone that is a fork of a root.
+engine=root
+# fork NAME PORT OPTIONS...: a clone, by the engine of the moment: a fork of a root.
 fork() {
     name=$1 port=$2
     shift 2
-    pando clone reports --engine root --pager shared --serial "$name" --metrics "127.0.0.1:$port" --json "$@" \
+    pando clone reports --engine "$engine" --pager shared --serial "$name" --metrics "127.0.0.1:$port" --json "$@" \
         >"$name.json" 2>"$name.err" &
     supervisor=$!
     check "$name-answers" within 120 say "$name/clone-0.sock" true || cat "$name.err"
 }
+
+# pager_of SUPERVISOR: the pager process, which has pages to bring and no vCPU.
+pager_of() {
+    for process in /proc/[0-9]*; do
+        grep -q "^PPid:[[:space:]]*$1\$" "$process/status" 2>/dev/null || continue
+        names=$(cat "$process"/task/*/comm)
+        if echo "$names" | grep -q pager && ! echo "$names" | grep -q vcpu; then
+            echo "${process#/proc/}"
+        fi
+    done
+}
+
+# restarted PORT: true when a pager was lost.
+restarted() { [ "$(value "$1" pando_pager_restarts_total)" -ge 1 ]; }
 
 end_fork() {
     same "$1-intact" "$reports_blob" "$(say "$1/clone-0.sock" "sha256sum </tmp/blob")"
@@ -202,12 +217,28 @@ check zero-memory-is-taken within 60 over 9304 64
 say zero/clone-0.sock rm /tmp/filler
 check zero-reports-go-back within 60 under 9304 48
 same zero-refuses-nothing 0 "$(refused 9304 free-page-reporting)"
+# Another pager takes over, and what was given back is used again.
+pager=$(pager_of "$supervisor")
+check zero-pager-is-there [ -n "$pager" ]
+kill -9 "$pager"
+check zero-pager-is-replaced within 60 restarted 9304
+say zero/clone-0.sock fill
+same zero-memory-works 0 "$(say zero/clone-0.sock "tr -d '\\0' </tmp/filler | wc -c")"
+say zero/clone-0.sock rm /tmp/filler
+check zero-reports-go-back-again within 60 under 9304 48
 end_fork zero
 
 # The host asks each clone for memory. A guest's pages are in pieces then: nothing is said of reports.
 fork less 9305 --discard zero --inflate 64M
-less() { [ $((all_kib - $(say less/clone-0.sock "$total_kib"))) -eq 65536 ]; }
-check less-is-inflated within 60 less
+less() { [ $((all_kib - $(say "$1/clone-0.sock" "$total_kib"))) -eq 65536 ]; }
+check less-is-inflated within 60 less less
 same less-refuses-nothing 0 "$(refused 9305 balloon)"
 end_fork less
+
+# The same where every page is copied.
+engine=copy
+fork copied 9306 --discard zero --inflate 64M
+check copied-is-inflated within 60 less copied
+same copied-refuses-nothing 0 "$(refused 9306 balloon)"
+end_fork copied
 same reports-unchanged "$before_forks" "$(sha256sum reports/*.mem)"
