@@ -149,12 +149,6 @@ pub const DIFFERENCES: &[Difference] = &[
         "devices come and go on the one bus that there is",
     ),
     listed(
-        &["vmem-hotplug-tpl"],
-        Kind::NotHere,
-        1,
-        "there is one PCI bus, and no `pcie-root-port`",
-    ),
-    listed(
         &["vmem-priv*"],
         Kind::Better,
         1,

@@ -92,7 +92,7 @@ pub const OPTIONS: &[OptionInfo] = &[
     ),
     with(
         "device",
-        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-mem-pci,memdev=ID[,id=,requested-size=,block-size=,node=,prealloc=,memaddr=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-net-pci[,netdev=ID,mac=,id=,addr=] | virtio-rng-pci[,rng=ID,id=,addr=] | virtio-serial-pci[,id=,addr=,max_ports=] | virtio-balloon-pci[,deflate-on-oom=,free-page-reporting=,id=,addr=] | virtconsole[,chardev=ID,name=,nr=,bus=] | virtserialport[,chardev=ID,name=,nr=,bus=] | vhost-vsock-pci,guest-cid=N[,id=,addr=,x-uds-path=PATH] | vhost-user-blk-pci,chardev=ID[,id=,addr=,num-queues=1] | vmgenid[,guid=UUID|auto,id=]",
+        "pc-dimm,id=ID,memdev=ID[,node=,slot=,addr=] | virtio-mem-pci,memdev=ID[,id=,requested-size=,block-size=,node=,prealloc=,memaddr=,addr=] | virtio-blk-pci,drive=ID[,id=,addr=,serial=] | virtio-net-pci[,netdev=ID,mac=,id=,addr=] | virtio-rng-pci[,rng=ID,id=,addr=] | virtio-serial-pci[,id=,addr=,max_ports=] | virtio-balloon-pci[,deflate-on-oom=,free-page-reporting=,id=,addr=] | virtconsole[,chardev=ID,name=,nr=,bus=] | virtserialport[,chardev=ID,name=,nr=,bus=] | vhost-vsock-pci,guest-cid=N[,id=,addr=,x-uds-path=PATH] | vhost-user-blk-pci,chardev=ID[,id=,addr=,num-queues=1] | pcie-root-port,id=ID | vmgenid[,guid=UUID|auto,id=]",
         "a memory module, memory that grows and shrinks, a disk, a network device, entropy from the host, a balloon, ports and connections to the host (Unix sockets), or a VM generation ID",
     ),
     with(

@@ -3,12 +3,15 @@
 //! monitors say of them (`blockdev-add`, `device_add`) is read here too. What networks have of their own is
 //! in [`super::netdev`].
 
+mod root_port;
+
+use self::root_port::RootPorts;
 use super::balloon;
 use super::chardev::Chardev;
 use super::console::{self, Port};
 use super::mem;
 use super::netdev::{self, NET_DRIVERS, NetDevice, Netdev, no_netdev};
-use super::place::{slot, words};
+use super::place::words;
 use super::throttle;
 use super::vhost_user::{self, Backend, VhostUser};
 use super::vsock;
@@ -43,6 +46,8 @@ pub struct PciDevices {
     netdevs: Vec<Netdev>,
     /// `-device`
     devices: Vec<Device>,
+    /// Ports, by which devices can name the bus.
+    pub(in crate::qemu) root_ports: RootPorts,
     /// What leads to devices in other processes.
     pub(in crate::qemu) vhost_user: VhostUser,
 }
@@ -146,7 +151,10 @@ impl PciDevices {
         let Some(props) = self.vhost_user.proxy(props, typed)? else {
             return Ok(None);
         };
-        match Device::read(props, typed)? {
+        let Some(props) = self.root_ports.read(props)? else {
+            return Ok(None);
+        };
+        match Device::read(props, typed, &self.root_ports)? {
             Ok(device) => {
                 let is_same = |old: &Device| old.id.is_some() && old.id == device.id;
                 if let Some(id) = device
@@ -334,7 +342,11 @@ impl PciDevices {
 
 impl Device {
     /// Reads a device on the bus; gives the properties of any other back.
-    pub fn read(mut props: Props, typed: &str) -> Result<Result<Self, Props>, OptionError> {
+    pub fn read(
+        mut props: Props,
+        typed: &str,
+        ports: &RootPorts,
+    ) -> Result<Result<Self, Props>, OptionError> {
         let driver = props.required("driver")?;
         let is_block = BLOCK_DRIVERS.contains(&driver.as_str());
         let is_vsock = vsock::DRIVERS.contains(&driver.as_str());
@@ -351,12 +363,8 @@ impl Device {
             return Ok(Err(props));
         }
         let id = props.text("id")?;
-        if let Some(bus) = props.text("bus")?
-            && !matches!(bus.as_str(), "pci.0" | "pcie.0")
-        {
-            return Err(OptionError::new(format!("Bus '{bus}' not found")));
-        }
-        let slot = props.text("addr")?.map(|text| slot(&text)).transpose()?;
+        let (bus, address) = (props.text("bus")?, props.text("addr")?);
+        let slot = ports.place(bus.as_deref(), address.as_deref())?;
         let what = if is_block {
             What::Block {
                 drive: props

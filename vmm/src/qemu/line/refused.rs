@@ -185,7 +185,6 @@ const DEVICES: &[(&str, &str)] = &[
         "COM1 is there anyway: say with -serial where it goes",
     ),
     ("nvdimm", "Pando has no NVDIMM: use pc-dimm"),
-    ("pcie-root-port", "there is one PCI bus: leave it out"),
 ];
 
 /// What to say of a device that Pando has not.

@@ -34,7 +34,8 @@ impl Vm {
             }
             props.add("driver", &driver);
         }
-        let device = Device::read(props, "device_add");
+        let ports = &self.plan.wanted.memory.pci.root_ports;
+        let device = Device::read(props, "device_add", ports);
         let mut device = match device.map_err(|error| QmpError::generic(error.message()))? {
             Ok(device) => device,
             Err(mut other) => {

@@ -29,6 +29,44 @@ fn disk(id: Option<&str>, slot: Option<u8>, access: DiskAccess) -> DeviceParts {
 }
 
 #[test]
+fn a_port_is_a_name_of_the_bus() {
+    let port = "pcie-root-port,id=rp0,chassis=1,slot=1,bus=pcie.0,addr=0x2.0x1,multifunction=on";
+    let json = r#"{"driver": "pcie-root-port", "id": "rp0", "chassis": 1, "port": 16}"#;
+    for port in [port, json] {
+        for (device, slot) in [
+            ("virtio-rng-pci,bus=rp0", None),
+            ("virtio-rng-pci,bus=rp0,addr=0x0", None),
+            ("virtio-rng-pci,bus=pcie.0,addr=5", Some(5)),
+        ] {
+            let parts = read(&[("device", port), ("device", device)]).unwrap();
+            assert_eq!(parts.len(), 1, "{device}");
+            assert_eq!(parts[0].slot, slot, "{device}");
+        }
+    }
+    let wrong = |options: &[&str]| {
+        let options: Vec<_> = options.iter().map(|&value| ("device", value)).collect();
+        read(&options).unwrap_err().to_string()
+    };
+    for (options, text) in [
+        (&["virtio-rng-pci,bus=rp0"][..], "Bus 'rp0' not found"),
+        (
+            &[port, "virtio-rng-pci,bus=rp0,addr=1"],
+            "only allows plugging into slot 0.",
+        ),
+        (&[port, port], "Duplicate ID 'rp0' for device"),
+        (&["pcie-root-port,bus=rp9"], "Bus 'rp9' not found"),
+        (&["pcie-root-port,hotplug=off"], "hotplug=off cannot be had"),
+        (
+            &["pcie-root-port,x-speed=16"],
+            "Property 'pcie-root-port.x-speed' not found",
+        ),
+    ] {
+        let said = wrong(options);
+        assert!(said.contains(text), "{said}");
+    }
+}
+
+#[test]
 fn a_drive_keeps_its_limits_in_its_device() {
     let drive = "file=d.img,if=none,id=a,throttling.iops-total=50,throttling.iops-total-max=80";
     let parts = read(&[("drive", drive), ("device", "virtio-blk-pci,drive=a")]).unwrap();
