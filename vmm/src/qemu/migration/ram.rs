@@ -388,6 +388,20 @@ mod tests {
         let found = contents(&source, 0, bytes, &AtomicBool::new(false)).unwrap();
         assert_eq!(found.runs, [(768, 3), (2047, 1)]);
         assert_eq!(file.metadata().unwrap().blocks(), before);
+        // The same of memory without a file, which has no pages after that for what nobody wrote.
+        let own = ram(bytes);
+        own.write(0, b"root").unwrap();
+        own.write(3 << 20, &[7; 9000]).unwrap();
+        own.write(bytes - 1, b"!").unwrap();
+        own.discard(DiscardSource::Balloon, 0, page).unwrap();
+        let again = contents(&own, 0, bytes, &AtomicBool::new(false)).unwrap();
+        assert_eq!(again, found);
+        let fresh = ram(bytes);
+        for _ in 0..2 {
+            assert_eq!(fresh.next_data(0, 0), None);
+            let nothing = contents(&fresh, 0, bytes, &AtomicBool::new(false)).unwrap();
+            assert_eq!(nothing.runs, []);
+        }
     }
 
     #[test]
