@@ -1,7 +1,7 @@
 # shellcheck shell=dash
 # Debian's kernel with a balloon: a template that gives memory away, a clone in which that is refused each time,
 # and one whose memory goes back to the host (discard=zero). Then the same of free page reporting, in clones that
-# are forks of a root, with their pager in another process.
+# are forks of a root that holds all there is, and in one whose pager is another process.
 # Functions of l1-lib.sh; `say SOCKET COMMAND` runs a command in a guest.
 
 folder=/tmp/balloon
@@ -217,15 +217,6 @@ check zero-memory-is-taken within 60 over 9304 64
 say zero/clone-0.sock rm /tmp/filler
 check zero-reports-go-back within 60 under 9304 48
 same zero-refuses-nothing 0 "$(refused 9304 free-page-reporting)"
-# Another pager takes over, and what was given back is used again.
-pager=$(pager_of "$supervisor")
-check zero-pager-is-there [ -n "$pager" ]
-kill -9 "$pager"
-check zero-pager-is-replaced within 60 restarted 9304
-say zero/clone-0.sock fill
-same zero-memory-works 0 "$(say zero/clone-0.sock "tr -d '\\0' </tmp/filler | wc -c")"
-say zero/clone-0.sock rm /tmp/filler
-check zero-reports-go-back-again within 60 under 9304 48
 end_fork zero
 
 # The host asks each clone for memory. A guest's pages are in pieces then: nothing is said of reports.
@@ -240,5 +231,13 @@ engine=copy
 fork copied 9306 --discard zero --inflate 64M
 check copied-is-inflated within 60 less copied
 same copied-refuses-nothing 0 "$(refused 9306 balloon)"
+# Another pager takes over, and what was given back is used again.
+pager=$(pager_of "$supervisor")
+check copied-pager-is-there [ -n "$pager" ]
+kill -9 "$pager"
+check copied-pager-is-replaced within 60 restarted 9306
+say copied/clone-0.sock fill
+same copied-memory-works 0 "$(say copied/clone-0.sock "tr -d '\\0' </tmp/filler | wc -c")"
+say copied/clone-0.sock rm /tmp/filler
 end_fork copied
 same reports-unchanged "$before_forks" "$(sha256sum reports/*.mem)"

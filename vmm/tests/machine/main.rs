@@ -1,6 +1,8 @@
 //! Whole machines on real KVM, with a guest of a few hundred bytes ([`program`]).
 
 #[cfg(test)]
+mod discards;
+#[cfg(test)]
 mod hotplug;
 #[cfg(test)]
 mod lifecycle;

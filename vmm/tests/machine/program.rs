@@ -17,7 +17,7 @@ pub(crate) const TOUCHED: u32 = 0x300_0000;
 pub(crate) const STRING: &str = "aspens share one root";
 const STRING_ADDRESS: u32 = 0x20_1000;
 /// What `c` counts up.
-const COUNTER: u32 = 0x20_0000;
+pub(crate) const COUNTER: u32 = 0x20_0000;
 /// Where the other vCPUs start: real mode cannot reach [`START`].
 const AP_START: u32 = 0x8000;
 
