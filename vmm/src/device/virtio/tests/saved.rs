@@ -68,6 +68,7 @@ fn a_saved_disk_goes_on_with_its_queue_and_its_interrupts() {
     let mut device = VirtioPci::new("dev0", 1, ADDRESS, block(&file, DiskAccess::Write));
     device.restore(&state).unwrap();
     let mut driver = driver.continued(device);
+    driver.device.worker().resume();
     for sector in 0..20 {
         assert_eq!(ask_disk(&mut driver, 0, sector, Some((512, true))), 0);
     }
