@@ -10,12 +10,16 @@ use anyhow::{Context, Result, ensure};
 use pando_tests::command::{finish, pando};
 use pando_vmm::payload::protocol::{Command, Outcome, READY_LINE, Reply, Visit};
 
-/// A VM on a clone of `file`, whose COM1 is its standard input and output; the file of its machine too.
-fn run_on(file: &Path, dir: &Path) -> Result<Child> {
+/// How memory is a clone's, and how it is a template's.
+const CLONE: &str = "readonly = true\nrom = 'off'";
+const TEMPLATE: &str = "share = true";
+
+/// A VM on `file`, whose COM1 is its standard input and output; the file of its machine too.
+fn run_on(file: &Path, how: &str, dir: &Path) -> Result<Child> {
     let machine = dir.join("run.toml");
     let text = format!(
         "kernel = 'embedded'\n[memory]\nbackend = 'm0'\n[[backend]]\nid = 'm0'\nkind = 'file'\n\
-         path = '{}'\nsize = '64M'\nreadonly = true\nrom = 'off'\n",
+         path = '{}'\nsize = '64M'\n{how}\n",
         file.display()
     );
     fs::write(&machine, text)?;
@@ -44,7 +48,7 @@ fn a_vm_runs_on_a_file_that_it_only_reads() -> Result<()> {
     let file = dir.path().join("m0");
     let content = vec![0xa5; 64 << 20];
     fs::write(&file, &content)?;
-    let mut child = run_on(&file, dir.path())?;
+    let mut child = run_on(&file, CLONE, dir.path())?;
     let mut lines = ready(&mut child)?;
     let mut input = child.stdin.take().context("no input")?;
     // Every page has something, and is written over.
@@ -70,12 +74,12 @@ fn a_vm_runs_on_a_file_that_it_only_reads() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_file_that_is_cut_ends_its_vm_and_never_reads_as_zero() -> Result<()> {
+/// Has a VM on a file that is cut look at what is no more there; what it says at its end.
+fn cut_under_a_vm(how: &str) -> Result<String> {
     let dir = tempfile::tempdir()?;
     let file = dir.path().join("m0");
     fs::write(&file, vec![0xa5; 64 << 20])?;
-    let mut child = run_on(&file, dir.path())?;
+    let mut child = run_on(&file, how, dir.path())?;
     let lines = ready(&mut child)?;
     fs::OpenOptions::new()
         .write(true)
@@ -89,9 +93,21 @@ fn a_file_that_is_cut_ends_its_vm_and_never_reads_as_zero() -> Result<()> {
     input.write_all(&scan.encode())?;
     let ended = child.wait_with_output()?;
     drop((input, lines));
-    let text = String::from_utf8_lossy(&ended.stderr);
     ensure!(ended.status.code() == Some(5), "{ended:?}");
+    Ok(String::from_utf8_lossy(&ended.stderr).into_owned())
+}
+
+#[test]
+fn a_file_that_is_cut_ends_its_vm_and_never_reads_as_zero() -> Result<()> {
+    let text = cut_under_a_vm(CLONE)?;
     ensure!(text.contains("guest memory could not be read"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn a_templates_file_that_is_cut_ends_its_vm_with_the_same_code() -> Result<()> {
+    let text = cut_under_a_vm(TEMPLATE)?;
+    ensure!(text.contains("cannot be read (vcpu 0"), "{text}");
     Ok(())
 }
 
@@ -110,7 +126,7 @@ fn a_template_in_use_is_not_cloned() -> Result<()> {
     let command = command.arg(&machine).stdin(Stdio::piped());
     let mut template = command.stdout(Stdio::piped()).spawn()?;
     let mut lines = ready(&mut template)?;
-    let clone = run_on(&file, dir.path())?.wait_with_output()?;
+    let clone = run_on(&file, CLONE, dir.path())?.wait_with_output()?;
     let text = String::from_utf8_lossy(&clone.stderr);
     ensure!(clone.status.code() == Some(1), "{clone:?}");
     ensure!(
@@ -122,7 +138,7 @@ fn a_template_in_use_is_not_cloned() -> Result<()> {
     lines.read_line(&mut String::new())?;
     ensure!(template.wait()?.code() == Some(0), "the template VM");
     // The file has the guest itself, and a clone of it boots anew.
-    let mut clone = run_on(&file, dir.path())?;
+    let mut clone = run_on(&file, CLONE, dir.path())?;
     let lines = ready(&mut clone)?;
     let mut input = clone.stdin.take().context("no input")?;
     input.write_all(&Command::PowerOff.encode())?;

@@ -6,6 +6,7 @@ use std::error::Error;
 use crate::clone::instantiate::CloneError;
 use crate::host;
 use crate::launch::LaunchError;
+use crate::machine;
 use crate::observe::metrics::MetricsError;
 use crate::report::{chain, exit};
 use crate::template::TemplateError;
@@ -80,7 +81,10 @@ impl From<CloneError> for Failure {
 impl From<LaunchError> for Failure {
     fn from(error: LaunchError) -> Self {
         match error {
-            LaunchError::MemoryLost { .. } => Self::new(exit::MEMORY, chain(&error)),
+            LaunchError::MemoryLost { .. }
+            | LaunchError::Failed(machine::Failure::MemoryError { .. }) => {
+                Self::new(exit::MEMORY, chain(&error))
+            }
             other => Self::of(&other),
         }
     }
