@@ -37,7 +37,7 @@ pub struct Module {
     /// Id of its backend.
     pub backend: String,
     /// Its memory.
-    pub backing: RamBacking,
+    pub backing: Arc<RamBacking>,
     /// First guest physical address.
     pub guest_address: u64,
 }
@@ -61,7 +61,7 @@ impl GuestRam {
             id: module.backend,
             discards: module.backing.discards(),
         };
-        backings.insert(position, Arc::new(module.backing));
+        backings.insert(position, module.backing);
         let next = Arc::new(View::new(layout, backings, Some(now.slots()))?);
         vm.show_backend(&next, position)?;
         self.gate().insert(position, known);

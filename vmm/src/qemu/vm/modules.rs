@@ -18,7 +18,8 @@ use crate::qemu::words::Props;
 use crate::report::one_line;
 use crate::spec::{BackendSpec, Dimm, DimmFault, DimmParts, MachineSpec, SpecError};
 
-/// What fills a module that came.
+/// What fills a module that came, as long as that memory is there: a device may still be at it when the guest has
+/// let go of it.
 #[derive(Debug)]
 pub(super) struct ModulePager {
     pub(super) pager: Pager<Serving>,
@@ -101,6 +102,10 @@ impl Vm {
         let plugged = self.held.handle().map_or(Ok(None), |handle| {
             let made = self.memory.make_one(position);
             let (backing, pager) = made.map_err(|error| error.to_string())?;
+            let backing = Arc::new(backing);
+            // Known before the guest has it, which may let go of any module at once.
+            let memory = Arc::downgrade(&backing);
+            let kept = pager.map(|pager| ModulePager { pager, memory });
             let module = Module {
                 position,
                 backend: spec.id().to_owned(),
@@ -108,10 +113,10 @@ impl Vm {
                 guest_address: new.layout().guest_address(position, 0).unwrap_or_default(),
             };
             let plugged = plug(&handle, module).map_err(|error| one_line(&error));
-            plugged.map(|()| pager)
+            plugged.map(|()| kept)
         });
         match plugged {
-            Ok(pager) => self.keep_pager(pager, position),
+            Ok(kept) => self.module_pagers.extend(kept),
             Err(why) => {
                 let file = self.memory.remove(&self.plan.spec, position);
                 self.added.push(Added { spec, file });
@@ -120,18 +125,6 @@ impl Vm {
         }
         self.plan.spec = new.clone();
         Ok(())
-    }
-
-    /// Keeps the pager of backend `position` as long as that memory is there: a device may still be at it when the
-    /// guest has let go of it.
-    fn keep_pager(&mut self, pager: Option<Pager<Serving>>, position: usize) {
-        let ram = self.held.ram();
-        let view = ram.map(|ram| ram.view());
-        let memory = view.as_ref().and_then(|view| view.backings().get(position));
-        if let (Some(pager), Some(memory)) = (pager, memory) {
-            let memory = Arc::downgrade(memory);
-            self.module_pagers.push(ModulePager { pager, memory });
-        }
     }
 
     /// `device_del` of a pc-dimm; as with QEMU it may be asked for again.
