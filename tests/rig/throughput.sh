@@ -1,6 +1,6 @@
 # shellcheck shell=dash
 # How fast a guest's disk and network are under Pando and under QEMU: one guest, one command line, one after the
-# other, five times each. What is measured is emulated twice, so only the ratio tells anything. Functions of
+# other, ${ROUNDS:-5} times each. What is measured is emulated twice, so only the ratio tells anything. Functions of
 # l1-lib.sh. Run by hand, with both programs optimized, on a machine that does nothing else:
 #   cargo build --release --locked -p pando-vmm
 #   target/debug/rig --kernel 6.12 --script tests/rig/throughput.sh --limit 3000 \

@@ -440,3 +440,26 @@ fn a_vsock_that_is_plugged_has_its_socket() -> Result<()> {
     vm.quit()?;
     Ok(())
 }
+
+#[test]
+fn devices_of_all_kinds_have_ids_of_their_own() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let kinds = [
+        "virtio-rng-pci,id=r",
+        "pcie-root-port,id=r",
+        r#"{"driver": "virtio-balloon-pci", "id": "r"}"#,
+        "pc-dimm,id=r,memdev=m",
+        "vmgenid,id=r",
+    ];
+    for first in kinds {
+        for second in kinds {
+            let mut command = pando(&["qemu", "-nodefaults", "-S", "-m", "64M,slots=2,maxmem=1G"])?;
+            command.args(["-object", "memory-backend-ram,id=m,size=64M"]);
+            command.args(["-device", first, "-device", second]);
+            finish(command.current_dir(dir.path()))?
+                .expect_code(1)?
+                .expect_error(&["Duplicate ID 'r' for device"])?;
+        }
+    }
+    Ok(())
+}

@@ -313,10 +313,14 @@ impl DiscardGate {
 
     /// Counts a refusal for which nobody had to ask: it was known from the machine's description.
     pub fn count_known(&self, source: DiscardSource) {
-        self.refused[source as usize]
-            .total
-            .fetch_add(1, Ordering::Relaxed);
-        count_discard_refused(source.word(), 1);
+        self.add(source, 1);
+    }
+
+    /// Counts refusals; how many there are now.
+    fn add(&self, source: DiscardSource, attempts: u64) -> u64 {
+        count_discard_refused(source.word(), attempts);
+        let total = &self.refused[source as usize].total;
+        total.fetch_add(attempts, Ordering::Relaxed) + attempts
     }
 
     /// Devices that cannot do without discarding memory of a backend.
@@ -354,15 +358,14 @@ impl DiscardGate {
     }
 
     fn count(&self, source: DiscardSource, attempts: u64, refusal: &DiscardRefusal) {
-        let refused = &self.refused[source as usize];
-        let total = refused.total.fetch_add(attempts, Ordering::Relaxed) + attempts;
-        count_discard_refused(source.word(), attempts);
+        let total = self.add(source, attempts);
         if !source.is_guests() {
             // Whoever asked is told.
             return;
         }
         let now = Instant::now();
-        let mut told = refused.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let told = &self.refused[source as usize].told;
+        let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.is_none_or(|told| now.saturating_duration_since(told) >= TELL_EACH) {
             *told = Some(now);
             tracing::error!(refused = total, "{refusal}");

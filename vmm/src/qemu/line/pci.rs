@@ -156,14 +156,6 @@ impl PciDevices {
         };
         match Device::read(props, typed, &self.root_ports)? {
             Ok(device) => {
-                let is_same = |old: &Device| old.id.is_some() && old.id == device.id;
-                if let Some(id) = device
-                    .id
-                    .as_deref()
-                    .filter(|_| self.devices.iter().any(is_same))
-                {
-                    return Err(OptionError::new(format!("Duplicate ID '{id}' for device")));
-                }
                 self.devices.push(device);
                 Ok(None)
             }

@@ -2,6 +2,7 @@
 //! All that a command line wants, option by option: checked by itself, not against machines or this
 //! host.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::argv::Argument;
@@ -73,6 +74,23 @@ pub struct WantedMemory {
     pub dimms: Vec<(DimmParts, String)>,
     /// Devices on the PCI bus, and what they name.
     pub pci: PciDevices,
+    /// Ids of devices of every kind.
+    device_ids: BTreeSet<String>,
+}
+
+impl WantedMemory {
+    /// Takes note of a device's id, which no other may have.
+    fn name_device(&mut self, props: &mut Props) -> Result<(), OptionError> {
+        let Some(id) = props.text("id")? else {
+            return Ok(());
+        };
+        props.add("id", &id);
+        if self.device_ids.insert(id.clone()) {
+            Ok(())
+        } else {
+            Err(OptionError::new(format!("Duplicate ID '{id}' for device")))
+        }
+    }
 }
 
 /// What the program does around the machine.
@@ -229,17 +247,12 @@ impl Wanted {
             }
             "numa" => memory.numa.read(value)?,
             "device" => {
-                let props = Props::parse(value, Some("driver"), Form::SwitchesOrJson)?;
+                let mut props = Props::parse(value, Some("driver"), Form::SwitchesOrJson)?;
+                memory.name_device(&mut props)?;
                 if let Some(props) = self.identity.device(props)?
                     && let Some(props) = memory.pci.device(props, &argument.typed)?
                 {
                     let dimm = device::dimm(props, memory.dimms.len())?;
-                    if memory.dimms.iter().any(|(old, _)| old.id == dimm.id) {
-                        return Err(OptionError::new(format!(
-                            "Duplicate ID '{}' for device",
-                            dimm.id
-                        )));
-                    }
                     memory.dimms.push((dimm, argument.typed.clone()));
                 }
             }

@@ -216,8 +216,8 @@ impl Vm {
         Ok(vm)
     }
 
-    /// Makes the machine unless it waits for a state. Nothing runs yet. The file of a template is written here:
-    /// after this nothing that the command line says can be wrong.
+    /// Makes the machine unless it waits for a state. Nothing runs yet. The file of a template is written here, so
+    /// this comes behind all that can be refused without it.
     pub fn power_on(&mut self) -> Result<(), OptionError> {
         match self.status {
             RunStatus::InMigrate => Ok(()),

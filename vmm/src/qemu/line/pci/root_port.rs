@@ -41,12 +41,7 @@ impl RootPorts {
                 "Property '{driver}.{name}' not found"
             )));
         }
-        if let Some(id) = id {
-            if self.0.contains(&id) {
-                return Err(OptionError::new(format!("Duplicate ID '{id}' for device")));
-            }
-            self.0.push(id);
-        }
+        self.0.extend(id);
         Ok(None)
     }
 

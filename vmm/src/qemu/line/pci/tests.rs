@@ -53,7 +53,6 @@ fn a_port_is_a_name_of_the_bus() {
             &[port, "virtio-rng-pci,bus=rp0,addr=1"],
             "only allows plugging into slot 0.",
         ),
-        (&[port, port], "Duplicate ID 'rp0' for device"),
         (&["pcie-root-port,bus=rp9"], "Bus 'rp9' not found"),
         (&["pcie-root-port,hotplug=off"], "hotplug=off cannot be had"),
         (
